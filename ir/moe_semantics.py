@@ -1,0 +1,112 @@
+"""The meaning of the moe dialect in plain torch: what every backend must compute, kept short and slow on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.ir.errors import MoecError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the slots (token, k-th choice) are grouped by expert.
+
+    Attributes:
+        order: i64[T*k]. Slot numbers sorted by expert, stable; slots that go to no expert come last.
+        counts: Rows per expert, length E. Their sum is less than T*k when there are sentinels.
+        tokens: T.
+        top_k: k.
+    """
+
+    order: Tensor
+    counts: tuple[int, ...]
+    tokens: int
+    top_k: int
+
+    def segments(self) -> Iterator[tuple[int, int, int]]:
+        """``(expert, first row, past last row)`` of every expert that has rows."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, start, start + count
+                start += count
+
+
+def make_plan(ids: Tensor, experts: int, sentinels: bool = False) -> Plan:
+    """Sort the slots of ``ids`` (i64[T, k]) by expert.
+
+    Raises:
+        MoecError: An id is outside ``0 .. experts-1`` and ``sentinels`` is false.
+    """
+    tokens, top_k = ids.shape
+    flat = ids.reshape(-1).to(torch.int64)
+    check_ids(flat, experts, sentinels)
+    flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
+    return Plan(order, tuple(counts), tokens, top_k)
+
+
+def check_ids(flat: Tensor, experts: int, sentinels: bool) -> None:
+    """Refuse expert ids outside the range, unless they are declared sentinels.
+
+    Raises:
+        MoecError: with the offending id.
+    """
+    if sentinels or flat.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(flat))
+    if low < 0 or high >= experts:
+        bad = low if low < 0 else high
+        raise MoecError(
+            f"expert id {bad} is out of range: the layer has {experts} experts (ids 0 to {experts - 1})",
+            hint="check the router's output; ids of other ranks must be declared as sentinels",
+        )
+
+
+def expert_weight(weights: Sequence[Tensor], expert: int, experts: int, stacked: bool, part: int = 0) -> Tensor:
+    """The 2-D weight of one expert. ``part`` picks gate (0) or up (1) where they are apart."""
+    return weights[part][expert] if stacked else weights[part * experts + expert]
+
+
+def grouped_gemm(
+    rows: Tensor, weights: Sequence[Tensor], bias: Sequence[Tensor], plan: Plan, form: str, stacked: bool
+) -> Tensor:
+    """``out[r] = rows[r] @ W[e(r)]ᵀ + b[e(r)]`` for form ``nk``; without the transposition for ``kn``. Rows of no expert are 0."""
+    experts = len(plan.counts)
+    first = expert_weight(weights, 0, experts, stacked)
+    width = first.shape[0] if form == "nk" else first.shape[1]
+    out = rows.new_zeros((rows.shape[0], width))
+    for expert, start, stop in plan.segments():
+        w = expert_weight(weights, expert, experts, stacked)
+        y = rows[start:stop] @ (w.t() if form == "nk" else w)
+        if bias:
+            y = y + expert_weight(bias, expert, experts, stacked)
+        out[start:stop] = y
+    return out
+
+
+def combine(rows: Tensor, weights: Tensor, plan: Plan, out_dtype: torch.dtype) -> Tensor:
+    """``y[t] = Σ_k w[t, k] · rows[slot(t, k)]``, multiplied in the promoted type, added in order of k, then cast."""
+    flat = weights.reshape(-1)[plan.order]
+    weighted = rows * flat[:, None]
+    live = sum(plan.counts)
+    weighted = torch.cat([weighted[:live], torch.zeros_like(weighted[live:])])
+    slots = torch.zeros_like(weighted).index_copy(0, plan.order, weighted)
+    return slots.view(plan.tokens, plan.top_k, rows.shape[-1]).sum(dim=1).to(out_dtype)
+
+
+def split_gate(parts: Sequence[Tensor], layout: str) -> list[Tensor]:
+    """The activation's inputs: ``(gate, up)``, or the one tensor as it is for ``single`` and ``rows``."""
+    if layout == "separate":
+        return list(parts)
+    (h,) = parts
+    if layout == "concat":
+        return list(h.chunk(2, dim=-1))
+    if layout == "interleaved":
+        return [h[..., ::2], h[..., 1::2]]
+    return [h]
