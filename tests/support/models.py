@@ -144,6 +144,7 @@ def build(
     if implementation is not None:
         config._experts_implementation = implementation
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for what _randomise leaves alone, such as Qwen3-Next's decay rates
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         _randomise(model, seed)
     model.train(train)
