@@ -1,0 +1,8 @@
+"""The named pipelines, in one table. A name may stand in a pipeline text wherever a pass may."""
+
+from __future__ import annotations
+
+PIPELINES: dict[str, str] = {
+    "default": "functionalize,canonicalize,raise-moe,fuse-routing,fuse-experts,cse,dce",
+    "cleanup": "canonicalize,cse,dce",
+}
