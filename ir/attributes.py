@@ -27,7 +27,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Literal:
-    """A torch constant that is no number: ``#device<"cpu">``, ``#layout<"strided">``, ``#memory_format<"contiguous_format">``."""
+    """A torch constant that is no number: ``#device<"cpu">``, ``#memory_format<"contiguous_format">``."""
 
     kind: str
     text: str

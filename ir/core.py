@@ -69,7 +69,8 @@ class Op:
 
     Attributes:
         name: ``dialect.op``, the key into the op registry.
-        operands: Flat tuple of values. ``groups`` gives the size of each named operand group of the op's definition.
+        operands: Flat tuple of values. ``groups`` gives the size of each named operand group of the op's definition;
+            when not given, the only group of changing size takes what the others leave.
         attrs: Attributes by name (see ``moec.ir.attributes``).
         regions: Nested closed graphs.
         results: Values made by this op.
@@ -93,7 +94,11 @@ class Op:
     ) -> None:
         self.name = name
         self._operands: tuple[Value, ...] = tuple(operands)
-        self.groups = tuple(groups) if groups is not None else (1,) * len(self._operands)
+        if groups is None:
+            from moec.ir.opdef import default_groups  # the registry needs Op's type; looked up when called
+
+            groups = default_groups(name, len(self._operands))
+        self.groups: tuple[int, ...] = tuple(groups)
         if sum(self.groups) != len(self._operands):
             raise IRError(f"{name}: operand groups {self.groups} do not add up to {len(self._operands)} operands")
         self.attrs: dict[str, Any] = {k: freeze(v) for k, v in (attrs or {}).items()}

@@ -62,6 +62,7 @@ class OpDef:
     Attributes:
         name: ``dialect.op``.
         operands, attrs, regions: What the op takes; ``results`` names what it gives.
+        variadic_results: True if the op may have any number of results, whatever ``results`` says.
         pure: False if it must keep its place and may not be removed, duplicated or reordered.
     """
 
@@ -70,6 +71,7 @@ class OpDef:
     attrs: ClassVar[tuple[AttrDef, ...]] = ()
     regions: ClassVar[tuple[RegionDef, ...]] = ()
     results: ClassVar[tuple[str, ...]] = ("result",)
+    variadic_results: ClassVar[bool] = False
     pure: ClassVar[bool] = True
 
     def group_index(self, name: str) -> int:
@@ -146,6 +148,26 @@ def op_def(name: str) -> OpDef:
         return OP_DEFS[name]
     except KeyError:
         raise IRError(f"unknown op {name!r}; {nearest(name, OP_DEFS)}") from None
+
+
+def find_op_def(name: str) -> OpDef | None:
+    """The definition of op ``name``, or None if no such op is registered."""
+    _load_builtin()
+    return OP_DEFS.get(name)
+
+
+def default_groups(name: str, count: int) -> tuple[int, ...]:
+    """The sizes of the operand groups of op ``name`` where its maker gave a flat list of ``count`` operands.
+
+    The only group of changing size takes what the others leave; where that does not decide, one operand each.
+    """
+    definition = OP_DEFS.get(name) or (find_op_def(name) if "." in name or name == "return" else None)
+    if definition is not None:
+        loose = [i for i, o in enumerate(definition.operands) if o.arity != "one"]
+        rest = count - (len(definition.operands) - len(loose))
+        if rest == 0 or (len(loose) == 1 and rest > 0):
+            return tuple(rest if i in loose else 1 for i in range(len(definition.operands)))
+    return (1,) * count
 
 
 def all_op_defs() -> dict[str, OpDef]:

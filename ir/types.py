@@ -80,7 +80,7 @@ def as_dim(d: int | str | sympy.Expr) -> sympy.Expr:
 
 @dataclass(frozen=True)
 class TensorType(Type):
-    """``bf16[T, 4096]``. ``device`` is a torch device string; ``"cpu"`` is not printed, others follow as ``@cuda:0``."""
+    """``bf16[T, 4096]``. ``device`` is a torch device string; ``"cpu"`` is not printed, others are as ``@cuda:0``."""
 
     dtype: DType
     shape: tuple[sympy.Expr, ...]

@@ -30,6 +30,7 @@ class TorchCall(OpDef):
     )
     regions = (RegionDef("bodies", "bodies of a higher-order op", optional=True),)
     results = ("results",)
+    variadic_results = True
 
     def is_pure(self, op: Op) -> bool:
         return is_pure_call(op)
