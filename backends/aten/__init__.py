@@ -1,0 +1,72 @@
+"""The aten backend: every MoE op with PyTorch's own operations, on any device. The last in every claim order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moec.backends.aten.backward import experts_backward
+from moec.backends.aten.forward import experts_forward
+from moec.backends.aten.spec import Spec
+from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op, tensors_only
+from moec.backends.reference import ReferenceKernel
+from moec.backends.registry import register_backend
+from moec.ir.core import Op
+from moec.ir.types import TensorType
+
+__all__ = ["AtenBackend"]
+
+FLOATS = ("f32", "bf16", "f16", "f64")
+
+
+class ExpertsKernel(Kernel):
+    """``moe.experts``: see ``forward.py`` and ``backward.py``."""
+
+    def __init__(self, op: Op) -> None:
+        self.spec = Spec.of(op)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [experts_forward(self.spec, inputs)]
+
+    def backward(
+        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        (grad,) = grads
+        if grad is None:
+            return [torch.zeros_like(t) if n else None for t, n in zip(inputs, needs, strict=True)]
+        return experts_backward(self.spec, grad, inputs, needs)
+
+
+@register_backend
+class AtenBackend(Backend):
+    """Runs MoE ops with PyTorch's own operations, forward and backward, on any device.
+
+    ``moe.experts`` sorts the tokens by expert and calls one GEMM per touched expert and projection, on the weights
+    where they lie; its backward recomputes the up GEMM and the activation. ``moe.route`` calls the operations of its
+    definition. Results do not depend on the number of threads beyond what torch's own operations do.
+    """
+
+    name = "aten"
+
+    def supports(self, op: Op, target: str) -> Support:
+        if op.name not in ("moe.route", "moe.experts"):
+            return Support.no(f"there is no kernel for {op.name}")
+        if op.name == "moe.experts":
+            for value in (op.operands[0], *op.group("up"), *op.group("down")):
+                if isinstance(value.type, TensorType) and value.type.dtype.name not in FLOATS:
+                    return Support.no(f"GEMMs in {value.type.dtype} ({value!r}); supported are {', '.join(FLOATS)}")
+        return tensors_only(op)
+
+    def load(self, artifact: Artifact) -> Kernel:
+        op = program_op(artifact.graph)
+        # A router is a handful of small ops: its definition is its kernel.
+        return ExpertsKernel(op) if op.name == "moe.experts" else ReferenceKernel(artifact.graph)
+
+    def status(self) -> list[StatusLine]:
+        return [
+            StatusLine("emit", True, "the IR itself"),
+            StatusLine("build", True, "nothing to build"),
+            StatusLine("run", True, f"torch {torch.__version__}, {torch.get_num_threads()} threads, any device"),
+        ]

@@ -1,0 +1,238 @@
+"""The backward of ``moe.experts``: the up GEMM and the activation are computed again, nothing else was saved.
+
+With G = dY·W_down for every slot (dY not weighted), the activation's gradient is w·G and the router weight's is the
+dot product of G with the activation (plus the bias's share), so the down GEMM is not repeated; only a ``post`` region
+needs its output again. Regions are differentiated by torch's autograd on detached leaves; GEMMs never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.backends.aten.forward import Group, down_gemm, up_gemms
+from moec.backends.aten.region import RegionFn
+from moec.backends.aten.slots import Slots, sort_slots
+from moec.backends.aten.spec import Params, Spec
+
+
+@dataclass
+class Gradients:
+    """Buffers of the wanted gradients: one entry per flat operand, None where it is not wanted."""
+
+    all: list[Tensor | None]
+    x: Tensor | None
+    weights: Tensor | None
+    up: list[Tensor | None]
+    down: list[Tensor | None]
+    up_bias: list[Tensor | None]
+    down_bias: list[Tensor | None]
+    captures: list[Tensor | None]
+    post_captures: list[Tensor | None]
+
+
+def experts_backward(spec: Spec, grad: Tensor, inputs: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the flat operands; None where not needed."""
+    x, ids, weights = inputs[:3]
+    params = spec.params(inputs)
+    slots = sort_slots(ids, spec.experts)
+    g = _buffers(spec, inputs, needs, slots)
+    if slots.live:
+        x_rows = _rows_backward(spec, grad, x, weights, params, slots, g)
+        if g.x is not None and x_rows is not None:
+            _sum_slots(x_rows, slots, g.x)
+    elif g.x is not None:
+        g.x.zero_()
+    return g.all
+
+
+def _buffers(spec: Spec, inputs: list[Tensor], needs: Sequence[bool], slots: Slots) -> Gradients:
+    """Allocate; zero what no expert will write."""
+    found: list[Tensor | None] = []
+    touched = {e for e, _, _ in slots.segments}
+    idle = [e for e in range(spec.experts) if e not in touched]
+    b = spec.bounds
+    for i, (t, need) in enumerate(zip(inputs, needs, strict=True)):
+        if not need or i == 1:
+            found.append(None)
+        elif i == 0:
+            found.append(torch.empty_like(t))
+        elif i == 2 or i >= b[6]:
+            found.append(torch.zeros_like(t))
+        elif not spec.stacked:
+            group_start = max(end for end in b[2:6] if end <= i)
+            used = (i - group_start) % spec.experts in touched
+            found.append(torch.empty_like(t) if used else torch.zeros_like(t))
+        else:
+            buffer = torch.empty_like(t)
+            for e in idle:
+                buffer[e].zero_()
+            found.append(buffer)
+    return Gradients(found, found[0], found[2], *(found[b[i] : b[i + 1]] for i in range(2, 8)))
+
+
+def _rows_backward(
+    spec: Spec, grad: Tensor, x: Tensor, weights: Tensor, params: Params, slots: Slots, g: Gradients
+) -> Tensor | None:
+    """Everything but the sum over k: fills ``g`` and returns the rows [R, H] of x's gradient, if it is wanted."""
+    x_rows = x.new_empty((slots.live, x.shape[1])) if g.x is not None else None
+    flat = weights.reshape(-1)
+    w_grad = None if g.weights is None else torch.zeros_like(flat)
+    # One reduction over all rows for captured tensors, as autograd would do; otherwise groups that fit the cache.
+    captured = any(t is not None for t in (*g.captures, *g.post_captures))
+    per_row = (2 * x.shape[1] + 3 * spec.parts * spec.up_width(params.up)) * x.element_size()
+    for group in [slots.segments] if captured and slots.segments else slots.groups(per_row):
+        start, stop = group[0][1], group[-1][2]
+        order, tokens = slots.order[start:stop], slots.tokens[start:stop]
+        dy, w = grad.index_select(0, tokens), flat.index_select(0, order)[:, None]
+        rows = x.index_select(0, tokens)
+        leaves = [t.detach() for t in spec.split(up_gemms(spec, rows, group, params))]
+        need_h = any(t is not None for t in (g.x, *g.up, *g.up_bias))
+        act = _Region(spec.activation, leaves, params.captures, [need_h] * len(leaves), g.captures)
+        a = act.output.detach()
+        wide = torch.promote_types(a.dtype, weights.dtype)
+        if spec.post is None:
+            d_down = (dy.to(wide) * w).to(a.dtype)
+            d_a, dot = _down_backward(spec, dy.to(a.dtype), d_down, a, w, group, params, g, act.wanted, w_grad is not None)
+            if w_grad is not None and dot is not None:
+                w_grad.index_copy_(0, order, dot.to(w_grad.dtype))
+        else:
+            o = down_gemm(spec, a, group, params, None)
+            need_o = act.wanted or any(t is not None for t in (*g.down, *g.down_bias))
+            post = _Region(spec.post, [o], params.post_captures, [need_o], g.post_captures)
+            if w_grad is not None:
+                dot = (dy.to(wide) * post.output.detach()).sum(dim=1)
+                w_grad.index_copy_(0, order, dot.to(w_grad.dtype))
+            (d_o,) = post.gradients((dy.to(wide) * w).to(post.output.dtype), g.post_captures)
+            d_a = None
+            if d_o is not None:
+                d_a, _ = _down_backward(spec, None, d_o, a, w, group, params, g, act.wanted, False)
+        if d_a is not None:
+            d_leaves = act.gradients(d_a, g.captures)
+            if need_h:
+                _up_backward(spec, d_leaves, leaves, rows, group, params, g, x_rows, start)
+    if g.weights is not None and w_grad is not None:
+        g.weights.copy_(w_grad.view(g.weights.shape))
+    return x_rows
+
+
+class _Region:
+    """A region run on detached leaves, ready to be differentiated."""
+
+    def __init__(
+        self, fn: RegionFn, rows: list[Tensor], captures: list[Tensor], need_rows: list[bool], wants: list[Tensor | None]
+    ) -> None:
+        self.rows = [t.detach().requires_grad_(n) for t, n in zip(rows, need_rows, strict=True)]
+        self.captures = [t.detach().requires_grad_(n is not None) for t, n in zip(captures, wants, strict=True)]
+        self.leaves = [t for t in (*self.rows, *self.captures) if t.requires_grad]
+        self.wanted = bool(self.leaves)
+        with torch.set_grad_enabled(self.wanted):
+            (self.output,) = fn(*self.rows, *self.captures)
+
+    def gradients(self, grad: Tensor, into: list[Tensor | None]) -> list[Tensor | None]:
+        """Row gradients (None where not wanted); those of the captures are added into ``into``."""
+        if not self.wanted or not self.output.requires_grad:
+            return [torch.zeros_like(t) if t.requires_grad else None for t in self.rows]
+        found = iter(torch.autograd.grad(self.output, self.leaves, grad, allow_unused=True, materialize_grads=True))
+        rows = [next(found) if t.requires_grad else None for t in self.rows]
+        for capture, buffer in zip(self.captures, into, strict=True):
+            if capture.requires_grad and buffer is not None:
+                buffer.add_(next(found))
+        return rows
+
+
+def _down_backward(
+    spec: Spec,
+    dy: Tensor | None,
+    d_down: Tensor,
+    a: Tensor,
+    w: Tensor,
+    group: Group,
+    params: Params,
+    g: Gradients,
+    need_a: bool,
+    need_w: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Down weights, biases, the activation's gradient and, from unweighted ``dy``, the router weights' gradient.
+
+    ``d_down`` is the gradient of the down GEMM's output. With ``dy`` None it already holds all; else d_down = w·dy.
+    """
+    base = group[0][1]
+    d_a = a.new_empty(a.shape) if need_a or need_w else None
+    dot = torch.zeros(a.shape[0], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device) if need_w else None
+    for expert, start, stop in group:
+        cut = slice(start - base, stop - base)
+        weight = spec.pick(params.down, expert)
+        _weight_grad(spec, g.down, expert, 0, d_down[cut], a[cut], spec.down_nk)
+        _bias_grad(spec, g.down_bias, expert, 0, d_down[cut])
+        if d_a is not None:
+            source = d_down if dy is None or not need_w else dy
+            torch.mm(source[cut], weight if spec.down_nk else weight.t(), out=d_a[cut])
+        if dot is not None and dy is not None and params.down_bias:
+            dot[cut] = dy[cut].to(dot.dtype) @ spec.pick(params.down_bias, expert).to(dot.dtype)
+    if dot is not None and d_a is not None:
+        dot += (d_a.to(dot.dtype) * a).sum(dim=1)
+        d_a = (d_a * w).to(a.dtype)
+    return d_a, dot
+
+
+def _up_backward(
+    spec: Spec,
+    d_leaves: list[Tensor | None],
+    leaves: list[Tensor],
+    rows: Tensor,
+    group: Group,
+    params: Params,
+    g: Gradients,
+    x_rows: Tensor | None,
+    first: int,
+) -> None:
+    """Up weights, biases and the rows of x's gradient from the gradients of the activation's row inputs."""
+    base = group[0][1]
+    parts = [torch.zeros_like(leaf) if d is None else d for d, leaf in zip(d_leaves, leaves, strict=True)]
+    if spec.layout == "concat":
+        parts = [torch.cat(parts, dim=1)]
+    elif spec.layout == "interleaved":
+        parts = [torch.stack(parts, dim=-1).flatten(1)]
+    for expert, start, stop in group:
+        cut = slice(start - base, stop - base)
+        for part, d_h in enumerate(parts):
+            weight = spec.pick(params.up, expert, part)
+            _weight_grad(spec, g.up, expert, part, d_h[cut], rows[cut], spec.up_nk)
+            _bias_grad(spec, g.up_bias, expert, part, d_h[cut])
+            if x_rows is None:
+                continue
+            into = x_rows[start:stop]
+            if part == 0:
+                torch.mm(d_h[cut], weight if spec.up_nk else weight.t(), out=into)
+            else:
+                into.add_(torch.mm(d_h[cut], weight if spec.up_nk else weight.t()))
+
+
+def _weight_grad(
+    spec: Spec, buffers: list[Tensor | None], expert: int, part: int, d_out: Tensor, rows: Tensor, nk: bool
+) -> None:
+    buffer = buffers[part if spec.stacked else part * spec.experts + expert]
+    if buffer is not None:
+        left, right = (d_out, rows) if nk else (rows, d_out)
+        torch.mm(left.t(), right, out=buffer[expert] if spec.stacked else buffer)
+
+
+def _bias_grad(spec: Spec, buffers: list[Tensor | None], expert: int, part: int, d_out: Tensor) -> None:
+    if not buffers:
+        return
+    buffer = buffers[part if spec.stacked else part * spec.experts + expert]
+    if buffer is not None:
+        torch.sum(d_out, dim=0, out=buffer[expert] if spec.stacked else buffer)
+
+
+def _sum_slots(rows: Tensor, slots: Slots, out: Tensor) -> None:
+    """``out[t] = Σ_k rows[slot(t, k)]`` in order of k."""
+    picked = rows.index_select(0, slots.inverse())
+    dead = slots.dead()
+    if dead is not None:
+        picked.masked_fill_(dead[:, None], 0)
+    torch.sum(picked.view(out.shape[0], -1, out.shape[1]), dim=1, out=out)

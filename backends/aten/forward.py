@@ -1,0 +1,115 @@
+"""The forward of ``moe.experts`` in torch ops: sorted slots, one GEMM per touched expert and projection.
+
+Working set beside the result: the down GEMM's rows [T*k, H] and, for one group of experts at a time, the rows of the
+up GEMM and the activation. No weight is copied; GEMMs read the expert's slice where it lies and write into place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.backends.aten.slots import Slots, sort_slots
+from moec.backends.aten.spec import Params, Spec
+
+Group = list[tuple[int, int, int]]
+COMBINE_BYTES = 2 << 20
+"""Weighted rows that the combine holds at a time."""
+
+
+def experts_forward(spec: Spec, inputs: list[Tensor]) -> Tensor:
+    """``moe.experts`` on flat operands; the result is [T, H] of the op's result type."""
+    x, ids, weights = inputs[:3]
+    params = spec.params(inputs)
+    if x.shape[0] == 1 and not spec.sentinels:
+        chosen = ids[0].tolist()
+        if len(set(chosen)) == len(chosen):
+            return _one_token(spec, x, chosen, weights, params)
+    slots = sort_slots(ids, spec.experts)
+    if not slots.live:
+        return x.new_zeros((x.shape[0], spec.down_width(params.down)), dtype=spec.out_dtype)
+    rows = expert_rows(spec, x, slots, params)
+    return combine(rows, weights, slots, spec.out_dtype)
+
+
+def _one_token(spec: Spec, x: Tensor, chosen: list[int], weights: Tensor, params: Params) -> Tensor:
+    """T = 1 with different experts: no sorting, each expert's weights are read once."""
+    segments = [(e, j, j + 1) for j, e in enumerate(chosen)]
+    h = up_gemms(spec, x.expand(len(chosen), -1), segments, params)
+    a = spec.activation(*spec.split(h), *params.captures)[0]
+    rows = down_gemm(spec, a, segments, params, None)
+    if spec.post is not None:
+        rows = spec.post(rows, *params.post_captures)[0]
+    return (rows * weights.reshape(-1, 1)).view(1, len(chosen), -1).sum(dim=1).to(spec.out_dtype)
+
+
+def expert_rows(spec: Spec, x: Tensor, slots: Slots, params: Params) -> Tensor:
+    """The experts' outputs [R, H] in the order of ``slots``, before weighting."""
+    up, out = spec.up_width(params.up) * spec.parts, spec.down_width(params.down)
+    rows = x.new_empty((slots.live, out)) if spec.post is None else None
+    for group in slots.groups((x.shape[1] + 2 * up + out) * x.element_size()):
+        start, stop = group[0][1], group[-1][2]
+        h = up_gemms(spec, x.index_select(0, slots.tokens[start:stop]), group, params)
+        a = spec.activation(*spec.split(h), *params.captures)[0]
+        del h
+        o = down_gemm(spec, a, group, params, None if rows is None else rows[start:stop])
+        if spec.post is not None:
+            o = spec.post(o, *params.post_captures)[0]
+            if start == 0:
+                rows = o.new_empty((slots.live, o.shape[1])) if stop < slots.live else o
+            if rows is not o:
+                rows[start:stop] = o
+    assert rows is not None
+    return rows
+
+
+def up_gemms(spec: Spec, rows: Tensor, group: Group, params: Params) -> list[Tensor]:
+    """The up GEMMs of a group: one [rows, N] tensor, or gate and up where they are separate."""
+    base, width = group[0][1], spec.up_width(params.up)
+    out = []
+    for part in range(spec.parts):
+        h = rows.new_empty((rows.shape[0], width))
+        for expert, start, stop in group:
+            w = spec.pick(params.up, expert, part)
+            piece = h[start - base : stop - base]
+            torch.mm(rows[start - base : stop - base], w.t() if spec.up_nk else w, out=piece)
+            if params.up_bias:
+                piece.add_(spec.pick(params.up_bias, expert, part))
+        out.append(h)
+    return out
+
+
+def down_gemm(spec: Spec, a: Tensor, group: Group, params: Params, out: Tensor | None) -> Tensor:
+    """The down GEMMs of a group, into ``out`` [rows, H] if given."""
+    base = group[0][1]
+    if out is None:
+        out = a.new_empty((a.shape[0], spec.down_width(params.down)))
+    for expert, start, stop in group:
+        w = spec.pick(params.down, expert)
+        piece = out[start - base : stop - base]
+        torch.mm(a[start - base : stop - base], w.t() if spec.down_nk else w, out=piece)
+        if params.down_bias:
+            piece.add_(spec.pick(params.down_bias, expert))
+    return out
+
+
+def combine(rows: Tensor, weights: Tensor, slots: Slots, out_dtype: torch.dtype) -> Tensor:
+    """``moe_semantics.combine``, a few tokens at a time: the same products and sums in the same order."""
+    tokens, top_k = weights.shape
+    wide = torch.promote_types(rows.dtype, weights.dtype)
+    out = rows.new_empty((tokens, rows.shape[1]), dtype=out_dtype)
+    inverse, dead = slots.inverse(), slots.dead()
+    step = max(1, COMBINE_BYTES // max(1, top_k * rows.shape[1] * wide.itemsize))
+    flat = weights.reshape(-1, 1)
+    for start in range(0, tokens, step):
+        cut = slice(start * top_k, min(start + step, tokens) * top_k)
+        picked = rows.index_select(0, inverse[cut])
+        weighted = picked.mul_(flat[cut]) if wide == rows.dtype else picked * flat[cut]
+        if dead is not None:
+            weighted.masked_fill_(dead[cut, None], 0)
+        piece = weighted.view(-1, top_k, rows.shape[1])
+        if wide == out_dtype:
+            torch.sum(piece, dim=1, out=out[start : start + step])
+        else:
+            out[start : start + step] = piece.sum(dim=1)
+    return out
