@@ -8,6 +8,7 @@ told once, as a ``CacheWarning``, and a private temporary directory takes its pl
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shutil
 import stat
@@ -51,17 +52,20 @@ def wanted_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def check_dir(path: Path) -> CacheState:
-    """Whether code may be loaded from ``path``. Creates nothing; a path that does not exist yet is judged by its parents."""
+    """Whether code may be loaded from ``path``. Creates nothing; a missing path is judged by its parents."""
     try:
         real = Path(os.path.realpath(path))
+        below = real
         for folder in (real, *real.parents):
             if not folder.exists():
+                below = folder
                 continue
             info = os.stat(folder)
-            if reason := _unsafe(folder, info, is_cache=folder == real):
+            if reason := _unsafe(folder, info, below=None if folder == real else below):
                 return CacheState(path, reason, unsafe=True)
             if not stat.S_ISDIR(info.st_mode):
                 return CacheState(path, f"{folder} is not a directory")
+            below = folder
         nearest_folder = next(f for f in (real, *real.parents) if f.exists())
         if not os.access(nearest_folder, os.R_OK | os.W_OK | os.X_OK):
             return CacheState(path, f"{nearest_folder} cannot be read and written by this user")
@@ -70,16 +74,16 @@ def check_dir(path: Path) -> CacheState:
     return CacheState(path)
 
 
-def _unsafe(folder: Path, info: os.stat_result, *, is_cache: bool) -> str | None:
+def _unsafe(folder: Path, info: os.stat_result, below: Path | None) -> str | None:
     mode = stat.S_IMODE(info.st_mode)
-    if is_cache:
+    if below is None:  # the cache directory itself, not a parent of it
         if info.st_uid != os.geteuid():
             return f"{folder} belongs to user {info.st_uid}, not to user {os.geteuid()}"
         if mode & _OTHERS_MAY_WRITE:
             return f"{folder} may be written to by other users (mode {mode:04o})"
     elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         # Whoever may write to a parent can put another directory in this one's place; the sticky bit prevents that.
-        return f"{folder} may be written to by other users (mode {mode:04o}), who could replace {folder.name} below it"
+        return f"{folder} may be written to by other users (mode {mode:04o}), who could replace {below}"
     return None
 
 
@@ -100,7 +104,7 @@ def _prepare(wanted: Path) -> Path:
     state = check_dir(wanted)
     if state.reason is None:
         try:
-            wanted.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            _make_private(wanted)
             state = check_dir(wanted)  # again: somebody may have been quicker
             with tempfile.NamedTemporaryFile(dir=wanted, prefix=".probe-"):
                 pass  # the only sure sign that the file system takes writes
@@ -113,12 +117,21 @@ def _prepare(wanted: Path) -> Path:
     what = "is refused, because code is loaded from it" if state.unsafe else "cannot be used"
     cure = "run `chmod go-w` on it, or set" if state.unsafe else "mend it, or set"
     warnings.warn(
-        f"the cache directory {wanted} {what}: {state.reason}. A private temporary one is used until this process ends; "
-        f"{cure} MOEC_CACHE_DIR to a directory of your own.",
+        f"the cache directory {wanted} {what}: {state.reason}. A private temporary one is used until this process "
+        f"ends; {cure} MOEC_CACHE_DIR to a directory of your own.",
         CacheWarning,
         stacklevel=3,
     )
     return private
+
+
+def _make_private(folder: Path) -> None:
+    """``mkdir -p`` with mode 0700 for every folder made: ``Path.mkdir`` leaves the parents to the umask."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    for f in reversed(missing):
+        f.mkdir(mode=_PRIVATE, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _remove(private: Path, pid: int) -> None:
@@ -134,7 +147,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         OSError: The disk is full, or the directory is gone or read-only. No partial file stays behind.
     """
-    path.parent.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+    _make_private(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as f:
@@ -160,7 +173,8 @@ def store(name: str, data: bytes | str) -> Path | None:
             _told.add(folder)
         if first:
             warnings.warn(
-                f"nothing can be stored in the cache directory {folder}: {e.strerror or e}. Compiling goes on without it.",
+                f"nothing can be stored in the cache directory {folder}: {e.strerror or e}. "
+                "Compiling goes on without it.",
                 CacheWarning,
                 stacklevel=2,
             )

@@ -26,7 +26,7 @@ PYTHON_FROM = (3, 11)
 
 _COMPILER_TIMEOUT_S = 8
 _PROBE = '#include <cstdio>\nint main() { std::printf("moec"); return 0; }\n'
-_NOTABLE_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
+_NOTABLE_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd")
 
 #: extra -> (modules or programs it brings, what it is good for)
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -181,7 +181,8 @@ def _backends() -> Iterator[Check]:
     for backend in found.values():
         for line in backend.status():
             state = "ok" if line.works else "missing"
-            yield Check(f"backend {backend.name}: {line.stage}", state, line.detail or ("works" if line.works else "no"))
+            detail = line.detail or ("works" if line.works else "does not work")
+            yield Check(f"backend {backend.name}: {line.stage}", state, detail)
 
 
 def _dots(numbers: tuple[int, ...]) -> str:

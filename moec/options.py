@@ -1,4 +1,4 @@
-"""The options of a compile: what ``torch.compile(..., backend="moec", options={...})`` may say, checked once at the door.
+"""The options of a compile: what ``torch.compile(..., backend="moec", options={...})`` may say, checked once.
 
 Debugging options can also come from the environment (``MOEC_*``, see ``ENVIRONMENT``); what the caller writes wins.
 """
@@ -123,7 +123,7 @@ def _flag(value: Any, where: str) -> bool:
         return True
     if text in ("0", "false", "no", "off"):
         return False
-    raise OptionError(f"{where} is a flag and cannot be {value!r}", hint="give True or False (in the environment 1 or 0)")
+    raise OptionError(f"{where} is a flag and cannot be {value!r}", hint="give True or False")
 
 
 def _fuel(value: Any, where: str) -> int | None:
@@ -134,7 +134,7 @@ def _fuel(value: Any, where: str) -> int | None:
     except ValueError:
         count = -1
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise OptionError(f"{where} cannot be {value!r}", hint="give the number of rewrites allowed, 0 or more, or None")
+        raise OptionError(f"{where} cannot be {value!r}", hint="give the number of rewrites allowed, from 0 up")
     return count
 
 

@@ -22,7 +22,7 @@ def fill_random(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> torch.nn.Module:
-    """Overwrites every parameter of ``model`` in place: matrices and vectors with noise, norms with one, biases with zero.
+    """Overwrites every parameter in place: matrices and vectors with noise, norms with one, biases with zero.
 
     Args:
         model: A model whose memory is allocated; its values do not matter. Buffers are left alone.
@@ -54,13 +54,14 @@ def fill_random(
 
 def _lay(parameter: torch.Tensor, block: torch.Tensor, offset: int) -> int:
     """Copies ``block`` over ``parameter`` in a circle from ``offset`` on; returns where the next one starts."""
-    flat = parameter.detach().view(-1) if parameter.is_contiguous() else torch.empty(parameter.numel(), dtype=block.dtype)
+    in_place = parameter.is_contiguous()
+    flat = parameter.view(-1) if in_place else torch.empty(parameter.numel(), dtype=block.dtype)
     done = 0
     while done < flat.numel():
         count = min(flat.numel() - done, block.numel() - offset)
         flat[done : done + count].copy_(block[offset : offset + count])
         done += count
         offset = (offset + count) % block.numel()
-    if not parameter.is_contiguous():
+    if not in_place:
         parameter.copy_(flat.view(parameter.shape))
     return offset

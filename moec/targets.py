@@ -56,7 +56,9 @@ class Target:
         return f"{self.name},ranks={self.ranks}" if self.ranks != 1 else self.name
 
 
-def _gpu(name: str, bf16: float, f32: float, f8: float, bandwidth: float, memory: float, link: float, sms: int) -> Target:
+def _gpu(
+    name: str, bf16: float, f32: float, f8: float, bandwidth: float, memory: float, link: float, sms: int
+) -> Target:
     features = {"bf16", "f16", "tma"} if name in ("sm90", "sm100") else {"bf16", "f16"}
     flops = (("bf16", bf16), ("f16", bf16), ("f32", f32)) + ((("f8e4m3fn", f8), ("f8e5m2", f8)) if f8 else ())
     features |= {"f8"} if f8 else set()

@@ -44,5 +44,7 @@ def _cell(line: StatusLine | None) -> Text:
 def describe(backend: Backend) -> str:
     """The reference page of a backend as plain text, with its state on this machine."""
     lines = [backend.name, "", (inspect.getdoc(type(backend)) or "").strip(), "", "on this machine:"]
-    lines += [f"  {s.stage}: {'yes' if s.works else 'no'}{f' ({s.detail})' if s.detail else ''}" for s in backend.status()]
+    lines += [
+        f"  {s.stage}: {'yes' if s.works else 'no'}{f' ({s.detail})' if s.detail else ''}" for s in backend.status()
+    ]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console, Group
@@ -10,10 +11,15 @@ from rich.text import Text
 
 from moec.ir.errors import MoecError
 
+_WIDTH_OF_A_FILE = 140
+
 
 def out() -> Console:
     """The console of results. Made on each call, so that a redirected stdout is honoured."""
-    return Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_A_FILE
+    return console
 
 
 def err() -> Console:
@@ -56,6 +62,6 @@ def show_internal(error: BaseException) -> None:
     text = str(error).strip().splitlines()
     first = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     print(
-        f"internal error: {first}\n  hint: this is a fault of moec; run the command again with --traceback to see where",
+        f"internal error: {first}\n  hint: this is a fault of moec; run again with --traceback to see where",
         file=sys.stderr,
     )

@@ -46,11 +46,11 @@ def explain(
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")
     if not report.layers:
+        for line in report.remarks:
+            err().print(str(line), markup=False, soft_wrap=True)
         raise NoMoEError(
             f"no MoE block was found in {model}",
-            hint="moec compiles it all the same, as PyTorch would; " + (report.lines()[0] if report.remarks else "") + "."
-            if report.remarks
-            else "torch.compile(model, backend='moec') still works and leaves it all to PyTorch",
+            hint="torch.compile(model, backend='moec') still works and leaves it all to PyTorch",
         )
     for line in report.lines():
         err().print(line, markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ def config_from(settings: dict[str, Any], file: Path) -> Any:
     kind = settings["model_type"]
     if kind not in known:
         raise ModelError(
-            f"{file}: model_type {kind!r} is not known to transformers {transformers.__version__}; {_near(kind, known)}",
+            f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}; {_near(kind, known)}",
             hint="for a model of your own use package.module:factory",
         )
     values = {k: v for k, v in settings.items() if k not in ("model_type", "transformers_version")}
@@ -96,7 +96,7 @@ def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn
 def build_quickly(
     config: Any, dtype: torch.dtype, progress: Callable[[str, int], None] | None = None
 ) -> torch.nn.Module:
-    """A text model of ``config`` in ``dtype``, its weights filled by ``fill_random`` instead of the slow initialisation."""
+    """A text model of ``config`` in ``dtype``, its weights filled by ``fill_random`` instead of drawn one by one."""
     from transformers.initialization import no_init_weights
 
     auto = _class_for(config, Path("config"))

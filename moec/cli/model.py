@@ -66,8 +66,8 @@ def load_model(
         raise ModelError(f"{text!r} names no factory", hint="write package.module:factory")
     raise ModelError(
         f"there is no file or folder {text!r}",
-        hint="MODEL is a local Hugging Face folder, its config.json (with --random-weights), or package.module:factory; "
-        "nothing is downloaded",
+        hint="MODEL is a local Hugging Face folder, its config.json (with --random-weights), or "
+        "package.module:factory; nothing is downloaded",
     )
 
 

@@ -14,7 +14,9 @@ from moec.cli.console import emit, out
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(help="A pass or pipeline to describe; without it, all are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A pass or pipeline to describe; without it, all are listed.")
+    ] = None,
 ) -> None:
     """List the passes and pipelines, or describe one."""
     from moec.passes.pipelines import PIPELINES
