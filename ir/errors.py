@@ -45,9 +45,23 @@ class IRError(MoecError):
 
 
 class VerifyError(IRError):
-    """The verifier found an op that does not keep its contract."""
+    """The verifier found an op that does not keep its contract.
+
+    Attributes:
+        excerpt: The op within a few lines of its graph, with a mark under it; "" where the op stands alone.
+    """
 
     code = "verify"
+    excerpt = ""
+
+    def __str__(self) -> str:
+        if not self.excerpt:
+            return super().__str__()
+        tail = [f"  {k}: {v}" for k, v in (("source", self.source), ("hint", self.hint)) if v]
+        return "\n".join([self.message, self.excerpt, *tail])
+
+
+_WINDOW = 160  # characters of a long line that a ParseError shows around its column
 
 
 class ParseError(IRError):
@@ -60,8 +74,10 @@ class ParseError(IRError):
         self.line, self.column, self.text_line, self.filename = line, column, text_line, filename
 
     def __str__(self) -> str:
-        caret = " " * (self.column - 1) + "^"
-        return f"{self.filename}:{self.line}:{self.column}: {self.message}\n  {self.text_line}\n  {caret}"
+        shift = max(0, self.column - 1 - _WINDOW // 2) if len(self.text_line) > _WINDOW else 0
+        line = "".join(c if c.isprintable() else " " if c == "\t" else "?" for c in self.text_line[shift:][:_WINDOW])
+        caret = " " * (self.column - 1 - shift) + "^"
+        return f"{self.filename}:{self.line}:{self.column}: {self.message}\n  {line}\n  {caret}"
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

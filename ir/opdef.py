@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moec.ir.attributes import ListAttr, Operand, Region
 from moec.ir.errors import IRError, VerifyError, nearest
 
 if TYPE_CHECKING:
@@ -112,6 +113,29 @@ class OpDef:
 
     def fail(self, op: Op, message: str) -> None:
         raise VerifyError(f"{self.name}: {message}", op=repr(op), source=op.loc.source or None)
+
+
+def check_template(definition: OpDef, op: Op, template: Any) -> None:
+    """Check that an argument template names every operand, and no operand or region that the op lacks."""
+    places: list[Operand | Region] = []
+    stack = [template]
+    while stack:
+        match stack.pop():
+            case Operand() | Region() as place:
+                places.append(place)
+            case ListAttr(items=items):
+                stack.extend(items)
+            case tuple() as items:
+                stack.extend(items)
+            case dict() as items:
+                stack.extend(items.values())
+    for place in places:
+        kind, count = ("operand", len(op.operands)) if isinstance(place, Operand) else ("region", len(op.regions))
+        if not 0 <= place.index < count:
+            definition.fail(op, f"the template names {kind} {place.index}, there are {count}")
+    unused = set(range(len(op.operands))) - {p.index for p in places if isinstance(p, Operand)}
+    if unused:
+        definition.fail(op, f"operand {min(unused)} has no place in the template")
 
 
 OP_DEFS: dict[str, OpDef] = {}

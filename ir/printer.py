@@ -188,7 +188,11 @@ def print_op(op: Op, names: Names | None = None) -> str:
 
 
 def graph_lines(graph: Graph, marked: Op | None = None) -> tuple[list[str], tuple[int, int] | None]:
-    """The lines of ``graph``, and where ``marked`` (an op of it or of a nested graph) stands: (index, column)."""
+    """The lines of ``graph``, and where the name of ``marked`` (an op of it or of a nested graph) stands.
+
+    Returns:
+        The lines, and (index of the line, column) or None, both from 0.
+    """
     lines: list[str] = []
     spots: dict[Op, tuple[int, int]] = {}
     _graph_lines(graph, f"graph {_symbol(graph.name)}", "", lines, 0, spots)
@@ -237,11 +241,10 @@ def _op_lines(
     attrs = effective_attrs(definition, op, skip)
     if attrs:
         text += f" {{{', '.join(f'{k if _NAME.fullmatch(k) else quote(k)} = {v}' for k, v in attrs.items())}}}"
-    if op.results:
-        # after the operands, so that a broken graph, where an op uses its own result, prints too
-        text = f"{', '.join(map(names, op.results))} = {text}"
+    head = f"{', '.join(map(names, op.results))} = " if op.results else ""
+    text = head + text
     if spots is not None:
-        spots[op] = (len(lines), len(indent))
+        spots[op] = (len(lines), len(indent) + len(head))
     types = f" : {', '.join(print_type(r.type) for r in op.results)}" if op.results else ""
     if not op.regions:
         lines.append(f"{indent}{text}{types}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import AttrDef, OpDef, OperandDef, register_op
+from moec.ir.opdef import AttrDef, OpDef, OperandDef, check_template, register_op
 
 
 @register_op
@@ -22,6 +22,10 @@ class Return(OpDef):
     attrs = (AttrDef("template", "any", "tree of outputs of a captured graph", default=None),)
     results = ()
     pure = False
+
+    def verify(self, op: Op) -> None:
+        if self.attr(op, "template") is not None:
+            check_template(self, op, op.attrs["template"])
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         return list(inputs)

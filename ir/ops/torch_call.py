@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, register_op
+from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, check_template, register_op
 from moec.ir.torch_bridge import call_target, is_pure_call
 
 
@@ -31,6 +31,14 @@ class TorchCall(OpDef):
     regions = (RegionDef("bodies", "bodies of a higher-order op", optional=True),)
     results = ("results",)
     variadic_results = True
+
+    def verify(self, op: Op) -> None:
+        args, kwargs = self.attr(op, "args"), self.attr(op, "kwargs")
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            self.fail(op, "args must be a tuple and kwargs a dictionary")
+        check_template(self, op, (args, kwargs))
+        if not op.attrs["target"]:
+            self.fail(op, "the target is empty")
 
     def is_pure(self, op: Op) -> bool:
         return is_pure_call(op)
