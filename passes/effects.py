@@ -57,6 +57,11 @@ SHARING_WITHOUT_SAYING = frozenset(
 )
 """ATen ops that are no composites and may share memory although their schema shows no alias."""
 
+_PY_WRITES = frozenset(
+    ["setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"]
+)
+"""Functions of Python's ``operator`` that write to their first argument where it is a tensor."""
+
 
 @cache
 def _schema(target: str) -> Any:
@@ -71,8 +76,17 @@ def _is_composite(target: str) -> bool:
 
 def is_pure(op: Op) -> bool:
     """True if the op may be removed when unused, merged with an equal one, or moved past other pure ops."""
-    inner = (op for region in op.regions for op in region.ops if op.name != "return")
-    return op_def(op.name).is_pure(op) and all(is_pure(i) for i in inner)
+    if _is_py_write(op) or not op_def(op.name).is_pure(op):
+        return False
+    return all(is_pure(inner) for region in op.regions for inner in region.ops if inner.name != "return")
+
+
+def _is_py_write(op: Op) -> bool:
+    """True for ``operator.iadd`` and its like on a tensor (on numbers they write nothing)."""
+    if op.name != "torch.call" or not op.attrs["target"].startswith("py."):
+        return False
+    name = op.attrs["target"].rpartition(".")[2]
+    return name in _PY_WRITES and bool(op.operands) and may_hold_memory(op.operands[0].type)
 
 
 def is_removable(op: Op) -> bool:
@@ -123,7 +137,7 @@ def written_operands(op: Op) -> set[int]:
     if op.name != "torch.call":
         return set() if op.name == "return" or is_pure(op) else set(range(len(op.operands)))
     if op.attrs["target"].startswith("py."):
-        return set()
+        return {0} if _is_py_write(op) else set()
     if _schema(op.attrs["target"]) is None:
         return {i for i, v in enumerate(op.operands) if may_hold_memory(v.type)}
     written: set[int] = set()
