@@ -161,7 +161,8 @@ class _Capture:
     def _call_function(self, order: int, node: torch.fx.Node) -> None:
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node) and node.args[0] in self.tuples:
             source, index = node.args
-            assert isinstance(source, torch.fx.Node) and isinstance(index, int)
+            assert isinstance(source, torch.fx.Node)
+            assert isinstance(index, int)
             value = self.tuples[source].results[index]
             value.name = node.name
             value.meta[ORIGIN] = Origin(order, node.name, type_expr=node.type)

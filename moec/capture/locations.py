@@ -21,27 +21,48 @@ def module_path(stack: Any) -> str:
 
     Dynamo writes ``L['self'].model.layers.0`` or ``L['self']._modules['model']``, export ``model.layers.0``.
     """
-    if not stack:
+    entry = _innermost(stack)
+    if not entry or str(entry[0]).startswith("_empty_nn_module_stack"):  # export's mark for code outside any module
         return ""
-    entry = list(stack.values())[-1]
-    path = entry[0] if isinstance(entry, (tuple, list)) else str(entry)
-    path = _ROOTS.sub("", str(path), count=1)
+    path = _ROOTS.sub("", str(entry[0]), count=1)
     return _INDEXED.sub(r".\1", path).strip(".")
 
 
-def innermost_frame(trace: str) -> str:
-    """``file:line: text`` of the last frame of ``trace`` outside torch itself, or ""."""
+def innermost_frame(trace: str, prefer: str = "") -> str:
+    """``file:line: text`` of the last frame of ``trace`` in a file that ends in ``prefer``, else outside torch, or ""."""
     lines = trace.splitlines()
-    found = ""
+    outside = preferred = ""
     for i, line in enumerate(lines):
         match = _FRAME.match(line)
         if match and not match["file"].startswith(_TORCH):
             text = lines[i + 1].strip() if i + 1 < len(lines) and not _FRAME.match(lines[i + 1]) else ""
-            found = f"{match['file']}:{match['line']}: {text}"
-    return found
+            outside = f"{match['file']}:{match['line']}: {text}"
+            if prefer and match["file"].endswith(prefer):
+                preferred = outside
+    return preferred or outside
 
 
 def location_of(meta: dict[str, Any]) -> Location:
-    """The location that a node's ``meta`` tells."""
+    """The location that a node's ``meta`` tells.
+
+    The source line is the last one in the file that defines the node's module: model code rather than the helper
+    libraries that it calls.
+    """
     trace = meta.get("stack_trace") or ""
-    return Location(module_path(meta.get("nn_module_stack")), innermost_frame(trace), trace)
+    stack = meta.get("nn_module_stack")
+    return Location(module_path(stack), innermost_frame(trace, _defining_file(stack)), trace)
+
+
+def _innermost(stack: Any) -> tuple[Any, ...]:
+    entry = list(stack.values())[-1] if stack else ()
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def _defining_file(stack: Any) -> str:
+    """The end of the path of the file that defines the innermost module's class, or ""."""
+    entry = _innermost(stack)
+    if len(entry) < 2:
+        return ""
+    cls = entry[1]
+    module = cls.__module__ if isinstance(cls, type) else str(cls).rpartition(".")[0]
+    return "" if not module or module.startswith("torch.") else os.sep + module.replace(".", os.sep) + ".py"

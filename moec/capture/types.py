@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 
+from moec.ir.exprs import symbol
 from moec.ir.torch_dtypes import FROM_TORCH
 from moec.ir.types import NoneType, OpaqueType, SymType, TensorType, Type
 
@@ -15,15 +16,11 @@ UNKNOWN = OpaqueType("unknown")
 
 
 def plain_expr(expr: sympy.Basic) -> sympy.Basic:
-    """``expr`` over symbols without torch's assumptions, so that it equals the same expression read from text.
+    """``expr`` over the IR's own symbols, so that it equals the same expression read from text.
 
-    A ShapeEnv's symbols are positive integers; the IR's are integers, whose name alone is their identity. Symbols of
-    floats (torch names them ``zf..`` and ``zuf..``) are real.
+    A ShapeEnv's symbols are positive or bounded integers; of the IR's, the name alone is their identity.
     """
-    names = {
-        s: sympy.Symbol(s.name, real=True) if s.is_integer is not True else sympy.Symbol(s.name, integer=True)
-        for s in expr.free_symbols
-    }
+    names = {s: symbol(s.name) for s in expr.free_symbols}
     return expr.xreplace(names) if names else expr
 
 
@@ -34,12 +31,12 @@ def dim_of(size: int | torch.SymInt) -> sympy.Expr:
     expr = getattr(size.node, "expr", None)
     if isinstance(expr, sympy.Basic):
         return plain_expr(expr)
-    return sympy.Symbol(str(size), integer=True)  # a nested (jagged) dimension has no expression
+    return symbol(str(size))  # a nested (jagged) dimension has no expression
 
 
 def _sym(kind: str, value: Any) -> SymType:
     expr = getattr(value.node, "expr", None)
-    return SymType(kind, plain_expr(expr) if isinstance(expr, sympy.Basic) else sympy.Symbol(str(value)))
+    return SymType(kind, plain_expr(expr) if isinstance(expr, sympy.Basic) else symbol(str(value)))
 
 
 def type_of(value: Any) -> Type:

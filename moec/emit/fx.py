@@ -27,8 +27,8 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.torch_bridge import resolve_target
 
 LowerOp = Callable[[Op, torch.fx.Graph, list[Any]], "Sequence[Any] | None"]
-"""``lower_op(op, fx_graph, args)`` emits one op at the graph's insertion point. ``args`` are the nodes (or constants) of
-its flat operands. Returns one node per result, or None if it does not take the op."""
+"""``lower_op(op, fx_graph, args)`` emits one op at the graph's insertion point. ``args`` are the nodes (or constants)
+of its flat operands. Returns one node per result, or None if it does not take the op."""
 
 
 def graph_to_fx(
