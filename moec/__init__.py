@@ -1,5 +1,41 @@
-"""moec: a compiler for Mixture-of-Experts models in PyTorch."""
+"""moec: a compiler for Mixture-of-Experts models in PyTorch.
+
+``torch.compile(model, backend="moec")`` is the short way in; :func:`compile`, :func:`explain` and :func:`prepare` are
+the Python API, ``moec`` the command line.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moec.api import compile as compile
+    from moec.api import explain as explain
+    from moec.ir.errors import MoecError as MoecError
+    from moec.prepare import prepare as prepare
+    from moec.runtime.checks import MoecWarning as MoecWarning
+    from moec.session import recording as recording
+
 __version__ = "0.1.0"
+
+# Looked up on first use, so that `import moec.ir` does not import torch's compiler.
+_HOMES = {
+    "compile": "moec.api",
+    "explain": "moec.api",
+    "prepare": "moec.prepare",
+    "recording": "moec.session",
+    "MoecError": "moec.ir.errors",
+    "MoecWarning": "moec.runtime.checks",
+}
+__all__ = ["MoecError", "MoecWarning", "__version__", "compile", "explain", "prepare", "recording"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'moec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moec.emit.errors import EmitError
 
 VALUE_KEYS = ("val", "example_value")
 """ATen graphs record a node's value as ``val``, Dynamo's as ``example_value``."""
 _UNKNOWN = object()
+
+
+def carry_value(node: torch.fx.Node, value_key: str) -> None:
+    """Record under ``value_key`` what ``node`` has under the other key, if it has it."""
+    for key in VALUE_KEYS:
+        if key in node.meta:
+            node.meta.setdefault(value_key, node.meta[key])
 
 
 def record_value(node: torch.fx.Node, value_key: str) -> None:
@@ -23,33 +30,38 @@ def record_value(node: torch.fx.Node, value_key: str) -> None:
     Raises:
         EmitError: The call fails on its arguments' fake tensors; a pass made an ill-typed op.
     """
-    pending = [node]
+    pending, seen = [node], set()
     while pending:
         current = pending[-1]
-        missing = [n for n in current.all_input_nodes if value_key not in n.meta and not n.meta.get("moec_no_value")]
-        if value_key not in current.meta and missing:
-            pending.extend(missing)
+        carry_value(current, value_key)
+        if value_key not in current.meta and current not in seen:
+            seen.add(current)
+            pending.extend(n for n in current.all_input_nodes if n not in seen)
             continue
         pending.pop()
         if value_key not in current.meta:
             value = _value(current, value_key)
-            if value is _UNKNOWN:
-                current.meta["moec_no_value"] = True
-            else:
+            if value is not _UNKNOWN:
                 current.meta[value_key] = value
-    node.meta.pop("moec_no_value", None)
+
+
+def _fake_mode(tree: Any) -> FakeTensorMode | None:
+    """The mode of the first fake tensor in ``tree``.
+
+    ``detect_fake_mode`` is no help here: during a backend's call Dynamo announces another mode than the one that the
+    graph's values were made under.
+    """
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return next((v.fake_mode for v in leaves if isinstance(v, FakeTensor)), None)
 
 
 def _value(node: torch.fx.Node, value_key: str) -> Any:
-    for key in VALUE_KEYS:
-        if key in node.meta:
-            return node.meta[key]
     if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
         return _UNKNOWN
     if any(value_key not in n.meta for n in node.all_input_nodes):
         return _UNKNOWN
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta[value_key])
-    mode = detect_fake_mode([n.meta[value_key] for n in node.all_input_nodes])
+    mode = _fake_mode(args)
     assert callable(node.target)
     if mode is None:
         numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)

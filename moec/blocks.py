@@ -1,0 +1,295 @@
+"""From a slice of a torch-level graph to runtime ops: retrace, capture, run the pipeline, claim, put back.
+
+The contract:
+1. A slice is replaced whole or not at all; what refuses leaves the graph as it was and a reason in the report.
+2. Equal slices (same calls, sizes and types) are compiled once and written as often as they occur.
+3. Retracing adds no guard that Dynamo has not made.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moec.backends.partition import Claims, claim
+from moec.capture import graph_from_fx
+from moec.capture.locations import location_of
+from moec.describe import fill_experts, route_text
+from moec.emit import emit_into
+from moec.ir.core import Graph, Op
+from moec.ir.errors import MoecError
+from moec.options import CompileOptions
+from moec.passes.base import Pass, PassContext
+from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
+from moec.passes.manager import PassManager
+from moec.passes.registry import parse_pipeline
+from moec.report import BlockReport
+from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
+from moec.runtime.programs import program_graph, register
+from moec.slicing import NotSliced, Slice, find_slices
+from moec.slicing import nodes as fx_nodes
+
+MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
+
+
+@dataclass
+class _Compiled:
+    """What became of one distinct slice.
+
+    Attributes:
+        graph: The optimized graph, or None if the block stays with PyTorch.
+        claims: Which backend takes which op.
+        report: The block's report; its name and source belong to the first occurrence.
+    """
+
+    graph: Graph | None
+    claims: Claims
+    report: BlockReport
+
+
+@dataclass
+class BlockCompiler:
+    """Compiles the MoE blocks of the graphs of one ``torch.compile`` call.
+
+    Attributes:
+        options: The caller's options.
+        reports: One per block occurrence, in order.
+    """
+
+    options: CompileOptions
+    reports: list[BlockReport] = field(default_factory=list)
+    _seen: dict[Any, _Compiled] = field(default_factory=dict)
+
+    def run(self, gm: GraphModule) -> bool:
+        """Replace the blocks of one graph (not of its sub-graphs). True if anything changed."""
+        changed = False
+        for piece in find_slices(gm.graph):
+            loc = location_of(piece.anchor.meta)
+            name = _block_name(loc.module, len(self.reports))
+            if isinstance(piece, NotSliced):
+                self._tell(BlockReport(name, reason=piece.reason), name, loc.source)
+                continue
+            compiled = self._compile(piece, name)
+            self._tell(compiled.report, name, loc.source)
+            if compiled.graph is not None:
+                _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
+                changed = True
+        if changed:
+            gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or fx_nodes.has_effect(n))
+            gm.graph.lint()
+            gm.recompile()
+        return changed
+
+    def _tell(self, report: BlockReport, name: str, source: str) -> None:
+        self.reports.append(_copy(report, name, source))
+
+    def _compile(self, piece: Slice, name: str) -> _Compiled:
+        key = _key(piece)
+        if key not in self._seen:
+            self._seen[key] = self._compile_new(piece, name)
+        return self._seen[key]
+
+    def _compile_new(self, piece: Slice, name: str) -> _Compiled:
+        report = BlockReport(name)
+        device = _device(piece)
+        if torch.is_autocast_enabled(device):
+            report.reason = f"autocast is on for {device}: the block's types are decided call by call"
+            return _Compiled(None, Claims(), report)
+        try:
+            graph = graph_from_fx(retrace(piece), "block")
+            passes = parse_pipeline(self.options.passes)
+            ctx = PassContext(target=self.options.target_description)
+            report.ir_before = self._run(graph, passes, ctx)
+        except MoecError as error:
+            report.reason = str(error).replace("\n", "; ")
+            return _Compiled(None, Claims(), report)
+        report.remarks = [str(r) for r in ctx.remarks]
+        report.ir_after = str(graph)
+        claims = claim(graph, self.options.backends, self.options.target)
+        report.reason = _unfinished(graph, claims, ctx)
+        _fill(report, graph, claims)
+        return _Compiled(None if report.reason else graph, claims, report)
+
+    def _run(self, graph: Graph, passes: list[Pass], ctx: PassContext) -> str:
+        """Run the pipeline; gives the text of the block as raised, before fusion."""
+        o = self.options
+        raised = _AfterRaise()
+        instruments: list[Instrument] = [raised]
+        if o.print_ir_after_all:
+            instruments.append(PrintAfterAll())
+        if o.dump_dir is not None:
+            instruments.append(DumpDir(Path(o.dump_dir)))
+        if o.time_passes:
+            instruments.append(Timing())
+        if o.stats:
+            instruments.append(Stats())
+        repro = Path(o.dump_dir) / "repro.moe" if o.dump_dir is not None else None
+        PassManager(passes, instruments=instruments, verify=o.verify, fuel=o.fuel, repro=repro).run(graph, ctx)
+        return raised.text
+
+
+class _AfterRaise(Instrument):
+    """Keeps the graph's text as it is after ``raise-moe``."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def after_pass(self, graph: Graph, pass_: Pass, result: Any, seconds: float) -> None:
+        if pass_.name == "raise-moe":
+            from moec.passes.dce import DeadCodeElimination
+
+            shown = graph.clone()
+            DeadCodeElimination().run(shown, PassContext())
+            self.text = str(shown)
+
+
+def retrace(piece: Slice) -> GraphModule:
+    """The slice as a graph of pre-dispatch ATen calls, on the fake values that Dynamo recorded."""
+    graph = torch.fx.Graph()
+    env: dict[Node, Node] = {}
+    values = []
+    for node in piece.inputs:
+        env[node] = graph.placeholder(node.name)
+        values.append(fx_nodes.value(node))
+    for node in piece.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in piece.outputs))
+    owner = piece.anchor.graph.owning_module
+    piece_module = GraphModule(owner if owner is not None else torch.nn.Module(), graph)
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        raise MoecError("the graph has no fake values to retrace the block with", op=piece.anchor.format_node())
+    values = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
+    with mode, torch.no_grad():
+        traced: GraphModule = make_fx(
+            lambda *args: torch.fx.Interpreter(piece_module).run(*args),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*values)
+    for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
+        placeholder.name = _short(node.name)
+    _locate(traced, piece)
+    return traced
+
+
+def _short(name: str) -> str:
+    """The parameter's own name out of Dynamo's (``l_self_modules_..._parameters_down_proj_``)."""
+    for mark in ("_parameters_", "_buffers_"):
+        if mark in name:
+            return name.rsplit(mark, 1)[1].strip("_") or name
+    return name
+
+
+def _locate(traced: GraphModule, piece: Slice) -> None:
+    """Give retraced nodes the module path and source of the block's anchor, for messages."""
+    kept = {k: piece.anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in piece.anchor.meta}
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            for key, found in kept.items():
+                node.meta.setdefault(key, found)
+
+
+def _device(piece: Slice) -> str:
+    for node in piece.inputs:
+        v = fx_nodes.value(node)
+        if isinstance(v, torch.Tensor):
+            return v.device.type
+    return "cpu"
+
+
+def _block_name(module: str, number: int) -> str:
+    path = module.removesuffix(".experts")
+    return path or f"block{number}"
+
+
+def _key(piece: Slice) -> Any:
+    """What makes two slices the same piece of program: calls, arguments, sizes, types, strides."""
+    number = {n: i for i, n in enumerate([*piece.inputs, *piece.nodes])}
+
+    def plain(a: Any) -> Any:
+        if isinstance(a, Node):
+            return ("%", number[a])
+        if isinstance(a, (list, tuple)):
+            return (type(a).__name__, *(plain(v) for v in a))
+        if isinstance(a, dict):
+            return tuple((k, plain(v)) for k, v in a.items())
+        return repr(a)
+
+    def kind(n: Node) -> Any:
+        v = fx_nodes.value(n)
+        if isinstance(v, torch.Tensor):
+            return (str(v.dtype), str(v.device), str(tuple(v.shape)), str(v.stride()))
+        return str(v)
+
+    calls = tuple((n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes)
+    return (calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
+
+
+def _unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
+    """Why the block cannot go to the runtime ops, or None if it can."""
+    experts = [op for op in graph.ops if op.name == "moe.experts"]
+    left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
+    missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in ("raise-moe", "fuse-experts")]
+    if left or not experts:
+        return "; ".join(missed) or f"the pipeline leaves {left[0].name if left else 'no MoE op'}"
+    for op in graph.ops:
+        if op.dialect == "moe" and op not in claims:
+            return f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
+    return None
+
+
+def _fill(report: BlockReport, graph: Graph, claims: Claims) -> None:
+    for op in graph.ops:
+        if op.name == "moe.route":
+            report.router = route_text(op)
+        elif op.name == "moe.experts":
+            report.recognised = True
+            fill_experts(report, op)
+            if report.reason is None:
+                report.fused, report.backend = True, claims[op].name
+        elif op.name in MOE_OPS_LEFT:
+            report.recognised = True
+    if report.recognised and report.router is None:
+        report.router = "PyTorch"
+
+
+def _copy(report: BlockReport, name: str, source: str) -> BlockReport:
+    fields = {**vars(report), "name": name, "source": source or None, "remarks": list(report.remarks)}
+    return BlockReport(**fields)
+
+
+def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: str, options: CompileOptions) -> None:
+    """Write the optimized graph in place of the slice."""
+
+    def lower(op: Op, fx_graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+        if op not in claims:
+            return None
+        program = register(program_graph(op), claims[op], options.target, name, options.checks)
+        if op.name == "moe.experts":
+            call = torch.ops.moec.experts.default
+            return [fx_graph.call_function(call, (*args[:3], args[3:], program.key))]
+        routed = fx_graph.call_function(torch.ops.moec.route.default, (args, program.key))
+        return [fx_graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
+
+    out = piece.outputs[0]
+    with gm.graph.inserting_before(out.next):
+        results = emit_into(graph, gm.graph, piece.inputs, lower_op=lower, root=gm, value_key="example_value")
+    inside = set(piece.nodes)
+    for old, new in zip(piece.outputs, results, strict=True):
+        for user in list(old.users):
+            if user not in inside:
+                user.replace_input_with(old, new)
+        if isinstance(new, Node):
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in old.meta:
+                    new.meta.setdefault(key, old.meta[key])
+    for node in reversed(piece.nodes):
+        gm.graph.erase_node(node)

@@ -1,0 +1,68 @@
+"""Short texts about the moe ops of a block: what the columns of ``explain`` show."""
+
+from __future__ import annotations
+
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+from moec.passes.matching import arg, function
+from moec.report import BlockReport
+
+_INFIX = {"mul": "*", "add": "+", "sub": "-", "div": "/"}
+
+
+def route_text(op: Op) -> str:
+    """``"softmax top-8 renorm"``, ``"sigmoid+bias 4/8 groups top-8 renorm x2.5"``, or ``"custom top-2"``."""
+    get = lambda name: op_def("moe.route").attr(op, name)  # noqa: E731
+    if op.regions:
+        return f"custom top-{get('k')} (region)"
+    score = get("scoring") + ("+bias" if op.operand("bias") is not None else "")
+    parts = [score]
+    if get("groups"):
+        parts.append(f"{get('top_groups')}/{get('groups')} groups")
+    parts.append(f"top-{get('k')}")
+    if get("order") == "topk_first":
+        parts = [f"top-{get('k')}", "then", score]
+    if get("renormalize"):
+        parts.append("renorm")
+    if get("scale") != 1.0:
+        parts.append(f"x{get('scale'):g}")
+    return " ".join(parts)
+
+
+def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
+    """A region as a formula over its arguments (``silu(g)*u``), cut at ``limit`` characters."""
+    text: dict[object, str] = {a: names[i] if i < len(names) else f"c{i - len(names)}" for i, a in enumerate(graph.args)}
+    for op in graph.ops[:-1]:
+        name = function(op)
+        shown = [text.get(v, "?") for v in op.operands]
+        if name in ("to", "_to_copy", "alias", "contiguous", "clone"):
+            formula = shown[0]
+        elif name in _INFIX and len(op.attrs.get("args", ())) >= 2:
+            left, right = (text.get(a, str(a)) for a in (arg(op, 0), arg(op, 1)))
+            formula = f"{left}{_INFIX[name]}{right}" if name == "mul" else f"({left}{_INFIX[name]}{right})"
+        else:
+            formula = f"{name}({', '.join(shown)})"
+        for result in op.results:
+            text[result] = formula
+    out = ", ".join(text.get(v, "?") for v in graph.outputs)
+    return out if len(out) <= limit else out[: limit - 1] + "…"
+
+
+def fill_experts(report: BlockReport, op: Op) -> None:
+    """Sizes and text of a ``moe.experts`` op."""
+    get = lambda name: op_def("moe.experts").attr(op, name)  # noqa: E731
+    x, down, ids = op.operands[0].type, op.group("down")[0].type, op.operands[1].type
+    assert isinstance(x, TensorType) and isinstance(down, TensorType) and isinstance(ids, TensorType)
+    report.num_experts = get("experts")
+    report.top_k = int(ids.shape[1]) if ids.shape[1].is_Integer else None
+    report.hidden = int(x.shape[1]) if x.shape[1].is_Integer else None
+    inner = down.shape[-1] if get("down_form") == "nk" else down.shape[-2]
+    report.intermediate = int(inner) if inner.is_Integer else None
+    report.dtype = x.dtype.name
+    names = ("x",) if get("layout") in ("single", "rows") else ("g", "u")
+    extras = [w for w, there in (("bias", op.group("up_bias")), ("post-norm", len(op.regions) > 1)) if there]
+    if get("layout") == "interleaved":
+        extras.append("interleaved")
+    formula = region_text(op.regions[0], names)
+    report.experts = ", ".join([f"{report.num_experts} x {report.intermediate}", formula, *extras])

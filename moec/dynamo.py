@@ -1,0 +1,107 @@
+"""The ``torch.compile`` door: ``torch.compile(model, backend="moec", options={...})``.
+
+Dynamo finds this function through the entry point group ``torch_dynamo_backends``. MoE blocks are raised here, on the
+graph that Dynamo hands over, before autograd: afterwards the forward would already save what lies between the two
+expert GEMMs, and nothing could be fused. All else goes on to the inner compiler unchanged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from moec.blocks import BlockCompiler
+from moec.ir.errors import MoecError
+from moec.options import CompileOptions
+from moec.report import Report
+from moec.runtime.checks import MoecWarning
+from moec.session import publish
+
+
+class NotFusedError(MoecError):
+    """A block is not fused and the caller asked for ``checks = "strict"``."""
+
+    code = "not-fused"
+
+
+def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
+    """Replace the MoE blocks of ``gm`` and of its nested graphs, in place.
+
+    Args:
+        gm: A torch-level graph with recorded fake values, as Dynamo hands it to a backend.
+        options: What the caller asked for.
+
+    Returns:
+        What was found, one entry per block.
+    """
+    compiler = BlockCompiler(options)
+    for module in list(gm.modules()):
+        if isinstance(module, GraphModule):
+            compiler.run(module)
+    report = Report(layers=compiler.reports, graphs=1)
+    if not report.layers:
+        report.remarks.append("no MoE block was found in the graph; PyTorch compiles all of it")
+    _tell(report, options)
+    return report
+
+
+def _tell(report: Report, options: CompileOptions) -> None:
+    publish(report)
+    if options.report is not None:
+        options.report(report)
+    left = [b for b in report.layers if not b.fused]
+    if left and options.checks == "strict":
+        b = left[0]
+        raise NotFusedError(
+            f"MoE block {b.name!r} is not fused: {b.reason}",
+            source=b.source,
+            hint='allow it with options={"checks": "warn"}; moec.explain shows all blocks',
+        )
+    if options.checks == "off":
+        return
+    for b in left:
+        where = f" ({b.source})" if b.source else ""
+        warnings.warn(f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}", MoecWarning, stacklevel=2)
+    if not report.layers:
+        warnings.warn(report.remarks[0], MoecWarning, stacklevel=2)
+
+
+def _inner(gm: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, mode: str | None) -> Callable[..., Any]:
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else None
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def moec_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend function that Dynamo calls once per graph.
+
+    Args:
+        gm: The torch-level graph.
+        example_inputs: Fake or real inputs, sizes first where they are dynamic.
+        mode: ``torch.compile``'s mode, handed to Inductor.
+        options: See :class:`moec.options.CompileOptions`.
+
+    Raises:
+        MoecError: A bad option, or an unfused block with ``checks = "strict"``.
+    """
+    chosen = CompileOptions.from_dict(options)
+    compile_blocks(gm, chosen)
+    return _inner(gm, example_inputs, chosen, mode)

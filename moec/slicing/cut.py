@@ -1,0 +1,206 @@
+"""Anchored slicing: from an expert GEMM to the set of nodes that is one MoE block.
+
+The contract:
+1. A slice holds the nodes from router logits and token rows to the combined output. It is convex: no path leaves it
+   and comes back. What it takes in are ``inputs``, what is used outside are ``outputs``.
+2. Everything that writes memory of the slice is in the slice, and nothing in the slice writes memory from outside.
+3. A block that cannot be cut so is a ``NotSliced`` with its reason; its nodes are left alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch.fx import Graph, Node
+
+from moec.slicing import nodes
+from moec.slicing.anchors import Anchor, feeders, find_anchors
+
+
+@dataclass
+class Slice:
+    """One block.
+
+    Attributes:
+        anchor: The down GEMM.
+        nodes: The slice, in graph order.
+        inputs: Nodes from outside that it uses, in order of first use.
+        outputs: Nodes of it that are used outside; the combined output is the first.
+    """
+
+    anchor: Node
+    nodes: list[Node]
+    inputs: list[Node]
+    outputs: list[Node]
+
+
+@dataclass
+class NotSliced:
+    """A block that stays as it is: its down (or only) expert GEMM and why."""
+
+    anchor: Node
+    reason: str
+
+
+class _Refused(Exception):
+    pass
+
+
+@dataclass
+class _View:
+    """A graph with the look-ups that slicing needs, made once."""
+
+    graph: Graph
+    order: dict[Node, int] = field(default_factory=dict)
+    writers: dict[Node, list[Node]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i, node in enumerate(self.graph.nodes):
+            self.order[node] = i
+            for written in nodes.mutated(node):
+                self.writers.setdefault(written, []).append(node)
+
+    @cached_property
+    def modes(self) -> list[tuple[int, str]]:
+        """Positions at which grad mode or autocast changes."""
+        return [(i, nodes.name(n)) for n, i in self.order.items() if nodes.name(n).startswith(("_set_grad", "_enter", "_exit"))]
+
+
+def _reduction(view: _View, down: Node) -> Node:
+    """The combined output: the first sum per token after the down GEMM, with the cast that follows it."""
+    queue, seen, sums = deque([down]), {down}, []
+    while queue:
+        node = queue.popleft()
+        for user in node.users:
+            if user in seen or user.op == "output":
+                continue
+            seen.add(user)
+            if nodes.name(user) in nodes.SUMS and nodes.dims(user) == 2:
+                sums.append(user)
+            elif not nodes.is_number(user) and nodes.name(user) not in nodes.GEMMS:
+                queue.append(user)
+    if not sums:
+        raise _Refused("the expert rows are not added per token")
+    out = min(sums, key=view.order.__getitem__)
+    users = list(out.users)
+    if len(users) == 1 and nodes.name(users[0]) in nodes.CASTS:
+        out = users[0]
+    return out
+
+
+def _token_rows(up: Anchor) -> Node:
+    """The tensor whose rows the up GEMM gathers."""
+    gather = nodes.peel(up.rows, nodes.VIEWS | nodes.CASTS)
+    if not isinstance(gather, Node) or not nodes.is_gather(gather) or not isinstance(gather.args[0], Node):
+        raise _Refused("the rows of the up GEMM are not gathered from token rows")
+    return gather.args[0]
+
+
+def _ancestors(start: Node) -> set[Node]:
+    seen = {start}
+    stack = [start]
+    while stack:
+        for parent in stack.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return seen
+
+
+def _is_border(node: Node, block: set[Node], outside: set[Node]) -> bool:
+    """True where a slice ends: at what the block is given rather than what it computes."""
+    if node in block:
+        return False
+    if node.op in ("placeholder", "get_attr") or node in outside:
+        return True
+    return nodes.name(node) in nodes.GEMMS or nodes.has_effect(node)
+
+
+def _closure(view: _View, out: Node, anchors: set[Node], outside: set[Node]) -> set[Node]:
+    """Everything that ``out`` depends on up to the border, with the writers of what is read."""
+    chosen: set[Node] = set()
+    stack = [out]
+    last = view.order[out]
+    while stack:
+        node = stack.pop()
+        if node in chosen:
+            continue
+        if _is_border(node, anchors, outside):
+            if any(last >= view.order[w] > view.order[node] and w in chosen for w in view.writers.get(node, ())):
+                raise _Refused(f"{node.name}, which comes from outside the block, is overwritten inside it")
+            continue
+        chosen.add(node)
+        stack.extend(node.all_input_nodes)
+        stack.extend(w for w in view.writers.get(node, ()) if view.order[w] <= last)
+    return chosen
+
+
+def _drop_numbers(view: _View, chosen: set[Node]) -> None:
+    """Numbers computed from what is outside come in as inputs: others may use them too."""
+    for node in sorted(chosen, key=view.order.__getitem__):
+        if nodes.is_number(node) and not any(a in chosen for a in node.all_input_nodes):
+            chosen.discard(node)
+
+
+def _check(view: _View, chosen: set[Node], out: Node) -> None:
+    first, last = min(view.order[n] for n in chosen), view.order[out]
+    for node in chosen:
+        for written in nodes.mutated(node):
+            if written not in chosen:
+                raise _Refused(f"{written.name}, which comes from outside the block, is overwritten inside it")
+        if nodes.has_effect(node):
+            raise _Refused(f"{nodes.name(node)} inside the block has an effect that must keep its place")
+        if view.order[node] > last:
+            raise _Refused(f"{node.name} of the block comes after its output")
+        for user in node.users:
+            if user in chosen or node is out:
+                continue
+            if view.order[user] < last and user.op != "output":
+                raise _Refused(f"{node.name}, inside the block, is used before the block ends")
+            if any(view.order[w] > view.order[user] for w in view.writers.get(node, ())):
+                raise _Refused(f"{node.name} is read outside the block before it is overwritten inside")
+    for position, mode in view.modes:
+        if first < position < last and any(view.order[n] > position for n in chosen):
+            raise _Refused(f"{mode} is called inside the block: its parts run in different modes")
+
+
+def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
+    out = _reduction(view, down.node)
+    block = {down.node, *(u.node for u in ups)}
+    outside: set[Node] = set()
+    for up in ups:
+        outside |= _ancestors(_token_rows(up))
+    chosen = _closure(view, out, block, outside)
+    if not block <= chosen:
+        raise _Refused("the sum per token does not depend on all of the block's expert GEMMs")
+    _drop_numbers(view, chosen)
+    _check(view, chosen, out)
+    ordered = sorted(chosen, key=view.order.__getitem__)
+    inputs = list(dict.fromkeys(a for n in ordered for a in n.all_input_nodes if a not in chosen))
+    outputs = [out, *(n for n in ordered if n is not out and any(u not in chosen for u in n.users))]
+    return Slice(down.node, ordered, inputs, outputs)
+
+
+def find_slices(graph: Graph) -> list[Slice | NotSliced]:
+    """The MoE blocks of a torch-level fx graph, in order."""
+    anchors = find_anchors(graph)
+    if not anchors:
+        return []
+    view = _View(graph)
+    found: list[Slice | NotSliced] = []
+    told: set[Node] = set()
+    for anchor in anchors.values():
+        ups = feeders(anchor, anchors)
+        if not ups:
+            continue
+        told |= {anchor.node, *(u.node for u in ups)}
+        try:
+            found.append(_cut(view, anchor, ups))
+        except _Refused as reason:
+            found.append(NotSliced(anchor.node, str(reason)))
+    for node in anchors:
+        if node not in told:
+            found.append(NotSliced(node, "an expert GEMM without a second one: no up and down projection"))
+    return found

@@ -1,0 +1,166 @@
+"""The pass ``fuse-routing``.
+
+Contract:
+1. The ids and weights that a block dispatches and combines by come out of one ``moe.route`` on the router logits.
+2. A router that the attributes of ``moe.route`` describe becomes those attributes; any other becomes its region.
+3. Logits, scores and whatever else is used elsewhere stay computed as they were.
+4. A router whose logits cannot be told apart stays as torch calls, with a remark; the experts are fused all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+
+from moec.ir.core import Graph, Op, Value
+from moec.ir.types import SymType, TensorType
+from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.fuse_routing.read import NoAttribute, read_router
+from moec.passes.matching import ancestors, function, tensor
+from moec.passes.raise_moe.raise_moe import erase_dead
+from moec.passes.regions import NotClosed, extract
+from moec.passes.registry import register_pass
+
+GEMMS = frozenset({"linear", "mm", "addmm", "matmul", "bmm", "einsum", "baddbmm", "_grouped_mm", "embedding"})
+
+
+class _Unknown(Exception):
+    """The router cannot be cut out; ``str`` is the reason."""
+
+
+def _fused(weights: Value, ids: Value) -> Op:
+    """``moe.route`` with attributes.
+
+    Raises:
+        NoAttribute: They do not describe this router.
+    """
+    router = read_router(weights, ids)
+    return Op(
+        "moe.route",
+        [router.logits, *([router.bias] if router.bias else [])],
+        [weights.type, ids.type],
+        attrs=router.attrs,
+        groups=[1, 1 if router.bias else 0, 0],
+        names=["weights", "ids"],
+    )
+
+
+def _stops(values: list[Value]) -> list[Value]:
+    """The values where a router begins: results of GEMMs, of moe ops, and sizes."""
+    stops: list[Value] = []
+    for op in ancestors(values):
+        if function(op) in GEMMS or op.name != "torch.call" or op.regions:
+            stops.extend(op.results)
+        else:
+            stops.extend(r for r in op.results if isinstance(r.type, SymType))
+    return stops
+
+
+def _region(weights: Value, ids: Value) -> Op:
+    """``moe.route`` with the router as a region.
+
+    Raises:
+        _Unknown: There is no one tensor of logits, or the router uses sizes computed outside.
+    """
+    w = tensor(weights)
+    assert w is not None and w.shape[1].is_Integer
+    stops = _stops([weights, ids])
+    ops = ancestors([weights, ids], stops)
+    if not ops or any(op.name != "torch.call" for op in ops):
+        raise _Unknown("the expert ids come straight from outside the graph")
+    inner = {r for op in ops for r in op.results}
+    inputs = list(dict.fromkeys(v for op in ops for v in op.operands if v not in inner))
+    per_token = [v for v in inputs if (t := tensor(v)) is not None and t.rank == 2 and t.shape[0] == w.shape[0]]
+    if len(per_token) != 1:
+        raise _Unknown(f"{len(per_token)} tensors with a row per token enter the router; one, the logits, is known")
+    (logits,) = per_token
+    chosen = tensor(ids)
+    assert chosen is not None
+    try:
+        region, captures = extract("router", ops, [logits], [weights, ids], rows=w.shape[0], symbol="T")
+    except NotClosed as reason:
+        raise _Unknown(f"the router cannot stand alone: {reason}") from None
+    return Op(
+        "moe.route",
+        [logits, *captures],
+        [weights.type, ids.type],
+        attrs={"k": int(chosen.shape[1])},
+        regions=[region],
+        groups=[1, 0, len(captures)],
+        names=["weights", "ids"],
+    )
+
+
+def _routed(graph: Graph) -> list[tuple[Value, Value, Op]]:
+    """``(weights, ids, op that uses the weights)`` of every block that is not routed by ``moe.route`` yet."""
+    found = []
+    for op in graph.ops:
+        if op.name == "moe.experts":
+            weights, ids = op.operands[2], op.operands[1]
+        elif op.name == "moe.combine" and op.operands[2].op is not None and op.operands[2].op.name == "moe.dispatch":
+            weights, ids = op.operands[1], op.operands[2].op.operands[1]
+        else:
+            continue
+        if ids.op is not None and ids.op.name != "moe.route":
+            found.append((weights, ids, op))
+    return found
+
+
+def _insert(graph: Graph, route: Op, weights: Value, ids: Value) -> None:
+    """Put ``route`` where its operands exist and nothing that uses its results comes earlier."""
+    users = {u for v in (weights, ids) for u in v.users if u is not route}
+    position = {op: i for i, op in enumerate(graph.ops)}
+    after = max((position[v.op] + 1 for v in route.operands if v.op is not None), default=0)
+    before = min(position[u] for u in users)
+    if after > before:
+        route.drop_operands()
+        raise _Unknown("the weights are used before all that the router needs is computed")
+    old = [v.op for v in (weights, ids) if v.op is not None]
+    graph.insert(before, route)
+    for value, new in zip((weights, ids), route.results, strict=True):
+        new.meta = dict(value.meta)
+        for user, index in list(value.uses):
+            if user is not route:
+                user.set_operand(index, new)
+    for op in old:
+        erase_dead(graph, op)
+
+
+@register_pass
+@dataclass(frozen=True)
+class FuseRouting(Pass):
+    """Turns the calls that make expert ids and weights from router logits into ``moe.route``."""
+
+    name: ClassVar[str] = "fuse-routing"
+    pass_class: ClassVar[PassClass] = PassClass.BITWISE
+    summary: ClassVar[str] = "router logits to ids and weights in one op"
+
+    def run(self, graph: Graph, ctx: PassContext) -> PassResult:
+        stats = {"attributes": 0, "regions": 0}
+        for weights, ids, user in _routed(graph):
+            if not isinstance(weights.type, TensorType) or weights.type.rank != 2:
+                ctx.remark("missed", self.name, "the router weights are no matrix [T, k]", user)
+                continue
+            if not isinstance(weights.type.shape[1], sympy.Integer):
+                ctx.remark("missed", self.name, "k is computed at run time", user)
+                continue
+            try:
+                route = self._route(weights, ids, user, ctx)
+                _insert(graph, route, weights, ids)
+            except _Unknown as reason:
+                ctx.remark("missed", self.name, str(reason), user)
+                continue
+            stats["regions" if route.regions else "attributes"] += 1
+            ctx.remark("applied", self.name, f"router of top {route.attrs['k']} in one op", user)
+        return PassResult(any(stats.values()), stats)
+
+    def _route(self, weights: Value, ids: Value, user: Op, ctx: PassContext) -> Op:
+        try:
+            route = _fused(weights, ids)
+        except NoAttribute as reason:
+            route = _region(weights, ids)
+            ctx.remark("note", self.name, f"the router is a region: {reason}", user)
+        route.loc = user.loc
+        return route

@@ -1,0 +1,123 @@
+"""Anchors: the expert GEMMs that a MoE block shows, however the rest of it is written.
+
+Two forms are known: a grouped GEMM (``aten._grouped_mm``, transformers' fallback op for types that it lacks), whose
+rows are sorted by expert, and a batched GEMM with an indexed weight (``bmm(W[ids], x)``), whose rows lie in slot order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.ir.core import Graph, Op, Value
+from moec.passes.matching import VIEWS, arg, function, maker, peel, rank, single_index
+
+GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One expert GEMM.
+
+    Attributes:
+        op: The call.
+        rows: ``[R, K]`` left operand, one row per slot.
+        weight: ``[E, N, K]`` (form ``nk``) or ``[E, K, N]`` (form ``kn``), as it lies.
+        form: How the weight lies.
+        groups: Offsets of the experts' rows (grouped) or the expert id of every row (batched).
+        sorted: Rows are sorted by expert.
+        out: ``[R, N]``.
+    """
+
+    op: Op
+    rows: Value
+    weight: Value
+    form: str
+    groups: Value
+    sorted: bool
+    out: Value
+
+
+def untranspose(value: Value) -> tuple[Value, bool]:
+    """``value`` with transpositions of its last two dimensions taken off, and whether their number was odd."""
+    odd = False
+    while True:
+        op = maker(value, "transpose", "permute", "mT", "contiguous", "alias")
+        if op is None:
+            return value, odd
+        n = rank(value)
+        if function(op) == "transpose":
+            dims = {arg(op, 1, "dim0") % n, arg(op, 2, "dim1") % n}
+            if dims != {n - 1, n - 2}:
+                return value, odd
+            odd = not odd
+        elif function(op) == "permute":
+            order = [d % n for d in arg(op, 1, "dims")]
+            if order != [*range(n - 2), n - 1, n - 2]:
+                return value, odd
+            odd = not odd
+        elif function(op) == "mT":
+            odd = not odd
+        value = arg(op, 0, "self")
+
+
+def _grouped(op: Op) -> Gemm | None:
+    rows, weight, offsets = arg(op, 0, "self"), arg(op, 1, "mat2"), arg(op, 2, "offs")
+    if rank(rows) != 2 or rank(weight) != 3 or not isinstance(offsets, Value):
+        return None
+    source, odd = untranspose(weight)
+    return Gemm(op, rows, source, "nk" if odd else "kn", offsets, True, op.results[0])
+
+
+def _squeezed(value: Value) -> Value | None:
+    """The ``[R, N]`` view that is the only use of a batched GEMM's result."""
+    if len(value.users) != 1 or function(value.users[0]) not in VIEWS:
+        return None
+    out = value.users[0].results[0]
+    return out if rank(out) == 2 else None
+
+
+def _batched(op: Op) -> Gemm | None:
+    for weight_at in (0, 1):
+        weight, other = arg(op, weight_at, "self"), arg(op, 1 - weight_at, "mat2")
+        source, odd = untranspose(weight)
+        picked = single_index(source)
+        if picked is None or rank(picked[0]) != 3 or rank(picked[1]) != 1:
+            continue
+        rows, out = peel(other, ("unsqueeze",)), _squeezed(op.results[0])
+        if rank(rows) != 2 or out is None:
+            continue
+        # W x: rows of W are outputs; x W: rows of W are inputs. A transposition swaps them.
+        form = "nk" if (weight_at == 0) != odd else "kn"
+        return Gemm(op, rows, picked[0], form, picked[1], False, out)
+    return None
+
+
+def find(graph: Graph) -> dict[Op, Gemm]:
+    """The expert GEMMs of ``graph`` by their call, in order."""
+    found: dict[Op, Gemm] = {}
+    for op in graph.ops:
+        name = function(op)
+        gemm = _grouped(op) if name in GROUPED else _batched(op) if name == "bmm" else None
+        if gemm is not None:
+            found[op] = gemm
+    return found
+
+
+GATHERS = frozenset({"index", "index_select", "repeat_interleave", "gather", "embedding", "expand", "topk", "sort"})
+
+
+def feeders(gemm: Gemm, anchors: dict[Op, Gemm]) -> list[Gemm]:
+    """The GEMMs whose results reach ``gemm``'s rows row by row, that is without a gather in between."""
+    found: list[Gemm] = []
+    seen: set[Op] = set()
+    stack = [gemm.rows]
+    while stack:
+        op = stack.pop().op
+        if op is None or op in seen:
+            continue
+        seen.add(op)
+        if op in anchors:
+            found.append(anchors[op])
+        elif function(op) not in GATHERS and op.name == "torch.call":
+            stack.extend(op.operands)
+    return found
