@@ -8,6 +8,7 @@ no statistics of the weights should be read from it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,6 +51,25 @@ def fill_random(
             if progress is not None:
                 progress(name, parameter.numel())
     return model
+
+
+def random_transformer(
+    auto: Any, config: Any, dtype: torch.dtype, progress: Callable[[str, int], None] | None = None
+) -> torch.nn.Module:
+    """A transformers model filled by ``fill_random``; its own initialisation, drawn number by number, is skipped.
+
+    Args:
+        auto: An auto class such as ``AutoModelForCausalLM``.
+        config: The model's configuration.
+        dtype: Element type of the parameters.
+        progress: As for ``fill_random``.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = auto.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return fill_random(model, progress=progress)
 
 
 def _lay(parameter: torch.Tensor, block: torch.Tensor, offset: int) -> int:

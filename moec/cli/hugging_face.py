@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from moec.cli.model import ModelError
 from moec.ir.errors import nearest
-from moec.random_weights import fill_random
+from moec.random_weights import random_transformer
 
 
 def _transformers() -> Any:
@@ -90,20 +89,7 @@ def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn
             f"the weights of this model take {need / 1e9:.1f} GB and {have / 1e9:.1f} GB of memory are free",
             hint="lower num_hidden_layers in a copy of the config.json: one layer shows as much",
         )
-    return build_quickly(config, wanted)
-
-
-def build_quickly(
-    config: Any, dtype: torch.dtype, progress: Callable[[str, int], None] | None = None
-) -> torch.nn.Module:
-    """A text model of ``config`` in ``dtype``, its weights filled by ``fill_random`` instead of drawn one by one."""
-    from transformers.initialization import no_init_weights
-
-    auto = _class_for(config, Path("config"))
-    with no_init_weights():
-        model = auto.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return fill_random(model, progress=progress).eval()
+    return random_transformer(auto, config, wanted)
 
 
 def stored_model(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.nn.Module:
