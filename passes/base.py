@@ -33,15 +33,21 @@ class PassError(MoecError):
 
     Attributes:
         pass_name: The pass that did it.
+        excerpt: The op within a few lines of its graph, where the verifier found it broken; else "".
     """
 
     code = "pass-failed"
+    excerpt = ""
 
     def __init__(
         self, message: str, *, pass_name: str, op: str | None = None, source: str | None = None, hint: str | None = None
     ) -> None:
         super().__init__(message, op=op, source=source, hint=hint)
         self.pass_name = pass_name
+
+    def __str__(self) -> str:
+        first, _, rest = super().__str__().partition("\n")
+        return "\n".join(part for part in (first, self.excerpt, rest) if part)
 
 
 @dataclass(frozen=True)

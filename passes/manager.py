@@ -16,20 +16,12 @@ from pathlib import Path
 
 from moec.ir.core import Graph
 from moec.ir.errors import MoecError, VerifyError
+from moec.ir.verifier import verify as verify_graph
 from moec.passes.base import Fuel, Pass, PassContext, PassError, PassResult
 from moec.passes.instruments import Instrument, write_whole
 from moec.passes.pipeline_text import format_pipeline, parse_pipeline
 
 REPRO = "repro.moe"
-
-
-def verify_graph(graph: Graph) -> None:
-    """Verify with the IR's verifier where it is installed."""
-    try:
-        from moec.ir.verifier import verify
-    except ImportError:
-        return
-    verify(graph)
 
 
 class PassManager:
@@ -112,7 +104,10 @@ class PassManager:
         if isinstance(error, MoecError):
             op, source, message = error.op, error.source, f"{what}: {error.message}"
             hint = f"{error.hint}; {hint}" if error.hint and hint else error.hint or hint
-        return PassError(message, pass_name=self.passes[index].name, op=op, source=source, hint=hint or None)
+        failure = PassError(message, pass_name=self.passes[index].name, op=op, source=source, hint=hint or None)
+        if isinstance(error, VerifyError):
+            failure.excerpt = error.excerpt
+        return failure
 
     def _write_repro(self, graph: Graph, index: int) -> str:
         if self.repro is None:
