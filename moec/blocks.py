@@ -82,7 +82,7 @@ class BlockCompiler:
                 _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
                 changed = True
         if changed:
-            gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or fx_nodes.has_effect(n))
+            # No dead-code elimination here: fx takes `x[i] = y` for dead, and Dynamo's graphs are full of it.
             gm.graph.lint()
             gm.recompile()
         return changed

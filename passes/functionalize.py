@@ -18,7 +18,7 @@ from moec.ir.types import DType, SymType, TensorType
 from moec.passes.aliases import AliasSets
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.calls import call_op
-from moec.passes.effects import shared_operands, written_operands
+from moec.passes.effects import written_operands
 from moec.passes.registry import register_pass
 
 _TRIAL_STEP = 8
@@ -33,7 +33,7 @@ class Functionalize(Pass):
     ``%y = aten.div_.Tensor(%x, %s)`` becomes ``aten.div.Tensor``, and every later use of ``%x`` uses the new value.
     Done when the call writes to its first argument only, has a functional twin (same name without the underscore,
     same overload, same arguments), and the value written to was made by an op of this graph in memory of its own:
-    no argument, constant or view of one, and no view of it taken before the write is used after it. A result that
+    no argument, constant or view of one, and nothing else that shares its memory is used after the write. A result that
     type promotion would widen is cast back, as the in-place call does. Everything else stays, with a remark.
     """
 
@@ -102,8 +102,6 @@ def _why_not(op: Op, aliases: AliasSets, position: dict[Op, int]) -> str | None:
     base = op.operands[0]
     if aliases.is_outside(base):
         return f"{base!r} may lie in memory from outside the graph"
-    if base.op is None or shared_operands(base.op):
-        return f"{base!r} may be a view of another value"
     for other in aliases.of(base):
         if other is base:
             continue
