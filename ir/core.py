@@ -33,7 +33,7 @@ class Location:
 class Value:
     """One SSA value: an argument of a graph or a result of an op. ``uses`` lists (op, operand index) pairs."""
 
-    __slots__ = ("name", "type", "owner", "index", "uses", "meta")
+    __slots__ = ("index", "meta", "name", "owner", "type", "uses")
 
     def __init__(self, type: Type, owner: Op | Graph, index: int, name: str = "") -> None:
         self.type = type
@@ -78,7 +78,7 @@ class Op:
         meta: Data that is carried but never printed, compared or relied on (fx ``meta`` of the captured node).
     """
 
-    __slots__ = ("name", "_operands", "groups", "attrs", "regions", "results", "loc", "meta", "parent")
+    __slots__ = ("_operands", "attrs", "groups", "loc", "meta", "name", "parent", "regions", "results")
 
     def __init__(
         self,

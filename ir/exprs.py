@@ -60,9 +60,8 @@ def functions() -> Mapping[str, type[sympy.Basic]]:
     table: dict[str, type[sympy.Basic]] = {"And": sympy.And, "Or": sympy.Or, "Not": sympy.Not}
     for name in ("Abs", "floor", "ceiling"):
         table[name] = getattr(sympy, name)
-    for name, value in vars(torch_functions).items():
-        if isinstance(value, type) and issubclass(value, base) and value is not base:
-            table[name] = value
+    found = {n: v for n, v in vars(torch_functions).items() if isinstance(v, type) and issubclass(v, base)}
+    table.update({n: v for n, v in found.items() if v is not base})
     return table
 
 
@@ -208,23 +207,33 @@ class _Reader:
             self.fail(self.start, f"dimension expression longer than {MAX_TOKENS} tokens")
 
     def expression(self, least: int, depth: int) -> sympy.Basic:
+        """The longest expression from here whose operators bind at least as tightly as ``least``."""
         if depth > MAX_DEPTH:
             self.fail(self.start, f"dimension expression nested more than {MAX_DEPTH} deep")
-        left = self.prefix(depth)
+        left = [self.prefix(depth)]  # several: the operands of an n-ary sum or product that has not been built yet
+        chain, chain_at = "", 0
         while self.kind == "op":
-            sign = self.value
+            sign, at = self.value, self.start
             level = _BINARY.get(sign, -1)
             if level < least:
                 break
-            at = self.start
             self.next()
-            if sign == "**":  # binds to the right, and its right side may carry a sign
-                left = self.build(at, sign, [left, self.expression(_UNARY, depth + 1)])
+            # ** binds to the right, and its right side may carry a sign
+            right = self.expression(_UNARY if sign == "**" else level + 1, depth + 1)
+            if sign == "-":
+                right = self.build(at, "neg", [right])
+            joins = "+" if sign in ("+", "-") else "*" if sign == "*" else ""
+            if chain and chain != joins:
+                left = [self.build(chain_at, chain, left)]
+            if joins:  # sums and products are built at once: adding one by one takes quadratic time
+                chain, chain_at = joins, at
+                left.append(right)
             else:
-                left = self.build(at, sign, [left, self.expression(level + 1, depth + 1)])
-                if level == _RELATION and _BINARY.get(self.value if self.kind == "op" else "") == _RELATION:
-                    self.fail(self.start, "comparisons do not chain")
-        return left
+                chain = ""
+                left = [self.build(at, sign, [left[0], right])]
+            if level == _RELATION and self.kind == "op" and _BINARY.get(self.value) == _RELATION:
+                self.fail(self.start, "comparisons do not chain")
+        return self.build(chain_at, chain, left) if chain else left[0]
 
     def prefix(self, depth: int) -> sympy.Basic:
         kind, value, at = self.kind, self.value, self.start
@@ -311,14 +320,12 @@ def _node(name: str, args: list[sympy.Basic]) -> sympy.Basic:
     Raises:
         ValueError, TypeError, ...: sympy refuses the arguments, or the result would be absurdly large.
     """
-    if name in ("+", "-", "*", "/", "**", "neg", "//", "%"):
+    if name in ("+", "*", "/", "**", "neg", "//", "%"):
         if not all(isinstance(a, sympy.Expr) for a in args):
             raise TypeError("a truth value has no arithmetic")
         match name:
             case "+":
                 return sympy.Add(*args)
-            case "-":
-                return sympy.Add(args[0], -args[1])
             case "*":
                 return sympy.Mul(*args)
             case "neg":
@@ -330,8 +337,8 @@ def _node(name: str, args: list[sympy.Basic]) -> sympy.Basic:
         name = "FloorDiv" if name == "//" else "PythonMod"
     if name in _RELATIONS:
         return _RELATIONS[name](*args, evaluate=False)
-    numeric = bool(args) and all(a.is_Number for a in args)
-    return functions()[name](*args, evaluate=numeric)
+    safe = name in ("FloorDiv", "PythonMod", "Max", "Min") and all(a.is_Integer for a in args)
+    return functions()[name](*args, evaluate=safe)
 
 
 def _power(base: sympy.Basic, exponent: sympy.Basic) -> sympy.Basic:

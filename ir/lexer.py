@@ -140,7 +140,7 @@ class Lexer:
             if simple:
                 return _SIMPLE[simple]
             if wrong is not None:
-                self.fail(f"unknown escape '\\{wrong}' in a string", at + 1 + m.start())
+                self.fail(f"unknown escape {clip(m[0])} in a string", at + 1 + m.start())
             code = int(x or u or long, 16)
             if code > 0x10FFFF:
                 self.fail("escape beyond the last Unicode character", at + 1 + m.start())

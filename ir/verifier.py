@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import sympy
@@ -46,7 +47,7 @@ class _Verifier:
     def __init__(self, root: Graph) -> None:
         self.root = root
 
-    def fail(self, message: str, graph: Graph, op: Op | None = None, hint: str | None = None) -> NoReturn:
+    def error(self, message: str, graph: Graph, op: Op | None, hint: str | None) -> VerifyError:
         where = f" (nested in {graph.parent_op.name})" if graph.parent_op is not None else ""
         text, excerpt = _show(self.root, op)
         error = VerifyError(
@@ -56,7 +57,10 @@ class _Verifier:
             hint=hint,
         )
         error.excerpt = excerpt
-        raise error
+        return error
+
+    def fail(self, message: str, graph: Graph, op: Op | None = None, hint: str | None = None) -> NoReturn:
+        raise self.error(message, graph, op, hint)
 
     # --- one graph ---
 
@@ -102,10 +106,8 @@ class _Verifier:
                 if home is graph and (not isinstance(value.owner, Op) or value.owner in graph.ops):
                     self.fail(f"{value!r} is used before its definition", graph, op)
                 owner = f"graph @{home.name}" if isinstance(home, Graph) else "no graph"
-                self.fail(
-                    f"{op.name} uses {value!r}, which belongs to {owner}", graph, op,
-                    hint="nested graphs are closed: pass the value in as an argument",
-                )  # fmt: skip
+                hint = "nested graphs are closed: pass the value in as an argument"
+                self.fail(f"{op.name} uses {value!r}, which belongs to {owner}", graph, op, hint)
             uses[value].append((op, i))
 
     def use_lists(self, graph: Graph, uses: dict[Value, list[tuple[Op, int]]]) -> None:
@@ -135,8 +137,8 @@ class _Verifier:
         self.regions(graph, op, definition)
         if not definition.variadic_results and len(op.results) != len(definition.results):
             names = ", ".join(definition.results) or "none"
-            self.fail(f"{op.name} has {len(op.results)} results, its definition {len(definition.results)} ({names})",
-                      graph, op)  # fmt: skip
+            want = f"{len(definition.results)} ({names})"
+            self.fail(f"{op.name} has {len(op.results)} results, its definition {want}", graph, op)
         for region in op.regions:
             if region.parent_op is not op:
                 self.fail(f"nested graph @{region.name} says that it belongs to another op", graph, op)
@@ -152,8 +154,8 @@ class _Verifier:
             self.fail(f"operand groups {op.groups} do not add up to {len(op.operands)} operands", graph, op)
         if len(op.groups) != len(declared):
             names = ", ".join(o.name for o in declared)
-            self.fail(f"{op.name} has {len(op.groups)} operand groups, its definition {len(declared)} ({names})",
-                      graph, op)  # fmt: skip
+            want = f"{len(declared)} ({names})"
+            self.fail(f"{op.name} has {len(op.groups)} operand groups, its definition {want}", graph, op)
         for size, group in zip(op.groups, declared, strict=True):
             if group.arity == "one" and size != 1:
                 self.fail(f"{op.name} takes one {group.name!r}, not {size}", graph, op)
@@ -178,7 +180,7 @@ class _Verifier:
             if spec.choices and value not in spec.choices:
                 known = nearest(str(value), spec.choices)
                 self.fail(f"{op.name}: attribute {spec.name!r} cannot be {value!r}; {known}", graph, op)
-            self.guard(graph, op, f"attribute {spec.name!r}", lambda: print_attr_of(definition, spec.name, value))  # noqa: B023
+            self.guard(graph, op, f"attribute {spec.name!r}", partial(print_attr_of, definition, spec.name, value))
 
     def regions(self, graph: Graph, op: Op, definition: OpDef) -> None:
         least = sum(not r.optional for r in definition.regions)
@@ -200,10 +202,9 @@ class _Verifier:
         try:
             return check()
         except MoecError as e:
-            message, hint = e.message, e.hint
+            raise self.error(e.message, graph, op, e.hint) from e
         except Exception as e:  # a definition may come from a third party, and its op may be malformed in any way
-            message, hint = f"the {what} failed: {type(e).__name__}: {e}", None
-        self.fail(message, graph, op, hint)
+            raise self.error(f"the {what} failed: {type(e).__name__}: {e}", graph, op, None) from e
 
 
 def same_type(a: Type, b: Type) -> bool:
@@ -221,7 +222,7 @@ def same_dim(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a == b:
         return True
     plain = [e.xreplace({s: sympy.Symbol(s.name, integer=True) for s in e.free_symbols}) for e in (a, b)]
-    return plain[0] == plain[1] or sympy.expand(plain[0] - plain[1]) == 0
+    return bool(plain[0] == plain[1] or sympy.expand(plain[0] - plain[1]) == 0)
 
 
 def _show(root: Graph, op: Op | None) -> tuple[str | None, str]:
