@@ -18,9 +18,9 @@ OPAQUE = "opaque"
 class ArgumentEncoder:
     """Turns one node's ``args`` and ``kwargs`` into templates, collecting what the op needs.
 
-    Values become ``Operand(i)``, nested graphs ``Region(i)``; dtypes, devices and the like become literals. A slice or
-    range is a tuple that starts with ``Literal("py", "slice")``. Anything else is kept as the object itself in
-    ``opaque`` and leaves ``Literal("opaque", "0: ScriptObject")`` in its place.
+    Values become ``Operand(i)``, nested graphs ``Region(i)``; dtypes, devices and the like become literals. A slice,
+    range, torch.Size or dict with odd keys is a tuple that starts with ``Literal("py", "slice")`` and so on. Anything
+    else is kept as the object itself in ``opaque`` and leaves ``Literal("opaque", "0: ScriptObject")`` in its place.
     """
 
     def __init__(
@@ -42,8 +42,14 @@ class ArgumentEncoder:
             return tuple(self.encode(a) for a in arg)
         if type(arg) is list or type(arg).__name__ == "immutable_list":
             return ListAttr(tuple(self.encode(a) for a in arg))
-        if isinstance(arg, dict) and all(type(k) is str for k in arg):
-            return {k: self.encode(v) for k, v in arg.items()}
+        if isinstance(arg, dict):
+            if all(type(k) is str for k in arg):
+                return {k: self.encode(v) for k, v in arg.items()}
+            return (Literal("py", "dict"), *((self.encode(k), self.encode(v)) for k, v in arg.items()))
+        if isinstance(arg, torch.Size):
+            return (Literal("py", "Size"), *(self.encode(a) for a in arg))
+        if isinstance(arg, tuple):  # a named tuple
+            return (self._keep(type(arg), f"tuple {type(arg).__name__}"), *(self.encode(a) for a in arg))
         if isinstance(arg, slice):
             return (Literal("py", "slice"), *(self.encode(a) for a in (arg.start, arg.stop, arg.step)))
         if isinstance(arg, range):
@@ -73,5 +79,8 @@ class ArgumentEncoder:
             return Literal("complex", repr(arg))
         if isinstance(arg, torch._ops.OpOverload):
             return Literal("op", str(arg))
-        self.opaque.append(arg)
-        return Literal("opaque", f"{len(self.opaque) - 1}: {type(arg).__name__}")
+        return self._keep(arg, type(arg).__name__)
+
+    def _keep(self, thing: Any, label: str) -> Literal:
+        self.opaque.append(thing)
+        return Literal("opaque", f"{len(self.opaque) - 1}: {label}")

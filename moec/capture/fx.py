@@ -85,6 +85,7 @@ class _Capture:
         self.graph = Graph(name)
         self.graph.meta["codegen"] = gm.graph._codegen
         self.graph.meta["gm_meta"] = dict(gm.meta)
+        self.graph.meta["class_name"] = type(gm).__name__
         self.graph.meta["training"] = gm.training
         self.env: dict[torch.fx.Node, Value] = {}
         self.tuples: dict[torch.fx.Node, Op] = {}  # calls whose getitem nodes are their results
@@ -210,7 +211,8 @@ class _Capture:
             count = max(max(i for i in indices if isinstance(i, int)) + 1, len(returns) if returns else 0)
             types: list[Type] = [UNKNOWN] * count
             for user, i in zip(node.users, indices, strict=True):
-                types[i] = self._type(user)
+                if isinstance(i, int):
+                    types[i] = self._type(user)
         elif isinstance(value, (tuple, list)):
             types = [type_of(v) for v in value]
         elif value is None:

@@ -29,7 +29,7 @@ def module_path(stack: Any) -> str:
 
 
 def innermost_frame(trace: str, prefer: str = "") -> str:
-    """``file:line: text`` of the last frame of ``trace`` in a file that ends in ``prefer``, else outside torch, or ""."""
+    """``file:line: text`` of the last frame in a file that ends in ``prefer``, else outside torch, or ""."""
     lines = trace.splitlines()
     outside = preferred = ""
     for i, line in enumerate(lines):

@@ -16,6 +16,13 @@ from moec.ir.torch_bridge import resolve_target
 from moec.ir.torch_dtypes import TO_TORCH
 from moec.ir.types import DType
 
+_MAKERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    "slice": lambda items: slice(*items),
+    "range": lambda items: range(*items),
+    "Size": torch.Size,
+    "dict": dict,
+}
+
 
 def decode(tree: Any, op: Op, operand: Callable[[int], Any], region: Callable[[int], Any]) -> Any:
     """The fx argument that a template stands for.
@@ -38,10 +45,13 @@ def decode(tree: Any, op: Op, operand: Callable[[int], Any], region: Callable[[i
     if isinstance(tree, dict):
         return {k: decode(v, op, operand, region) for k, v in tree.items()}
     if isinstance(tree, tuple):
-        if tree and isinstance(tree[0], Literal) and tree[0].kind == "py" and tree[0].text in ("slice", "range"):
-            make = slice if tree[0].text == "slice" else range
-            return make(*(decode(v, op, operand, region) for v in tree[1:]))
-        return tuple(decode(v, op, operand, region) for v in tree)
+        items = tuple(decode(v, op, operand, region) for v in tree)
+        head = tree[0] if tree else None
+        if isinstance(head, Literal) and head.kind == "py" and head.text in _MAKERS:
+            return _MAKERS[head.text](items[1:])
+        if isinstance(head, Literal) and head.kind == "opaque" and ": tuple " in head.text:
+            return items[0](*items[1:])
+        return items
     if isinstance(tree, DType):
         return TO_TORCH[tree.name]
     if isinstance(tree, Literal):
@@ -62,7 +72,7 @@ def _literal(literal: Literal, op: Op) -> Any:
     if literal.kind == "device":
         return torch.device(literal.text)
     if literal.kind == "py":
-        return {"Ellipsis": Ellipsis, "None": None}[literal.text]
+        return {"Ellipsis": Ellipsis, "None": None}.get(literal.text)
     if literal.kind == "complex":
         return complex(literal.text)
     if literal.kind == "op":

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
+from moec.emit.emitter import LowerOp
 from moec.emit.errors import EmitError
-from moec.emit.fx import LowerOp, graph_to_fx
+from moec.emit.fx import graph_to_fx
 from moec.ir.core import Graph
 
 
@@ -67,7 +68,8 @@ def _signature(gm: torch.fx.GraphModule, old: ExportGraphSignature) -> ExportGra
             )
     renamed = {spec.arg.name: node.name for spec, node in zip(old.input_specs, placeholders, strict=True)}
     new = copy.deepcopy(old)
-    for spec, node in zip((*new.input_specs, *new.output_specs), (*placeholders, *outputs), strict=True):
+    renaming: list[InputSpec | OutputSpec] = [*new.input_specs, *new.output_specs]
+    for spec, node in zip(renaming, (*placeholders, *outputs), strict=True):
         if isinstance(node, torch.fx.Node):
             renamed.setdefault(spec.arg.name, node.name)
             spec.arg = dataclasses.replace(spec.arg, name=node.name)

@@ -17,25 +17,22 @@ class ModuleStore:
     """Puts objects on a module under a wanted name, or under a fresh one if that is taken by another object.
 
     Args:
-        module: Where objects are put.
+        module: Where objects are put; None if there is no such place, and then nothing may need one.
         root: Where constants are looked up that an op names but does not hold.
     """
 
-    def __init__(self, module: torch.nn.Module, root: torch.nn.Module | None) -> None:
+    def __init__(self, module: torch.nn.Module | None, root: torch.nn.Module | None) -> None:
         self.module = module
         self.root = root
-        self._shapes: dict[str, Any] = {}  # fingerprints of the nested graphs put here
 
     def put(self, name: str, value: Any) -> str:
         """The dotted path under which ``value`` now is on the module."""
-        return self._place(name, value, lambda path, held: held is value)
+        return self._place(name, value, lambda held: held is value)
 
     def put_graph(self, name: str, gm: torch.fx.GraphModule) -> str:
-        """As :meth:`put`; a nested graph put here before that is equal, node by node, is taken instead."""
+        """As :meth:`put`; a nested graph that is there already and equal, node by node, is taken instead."""
         shape = fingerprint(gm)
-        path = self._place(name, gm, lambda path, _: self._shapes.get(path) == shape)
-        self._shapes[path] = shape
-        return path
+        return self._place(name, gm, lambda held: isinstance(held, torch.fx.GraphModule) and fingerprint(held) == shape)
 
     def find(self, name: str, op: Op) -> Any:
         """The constant ``name`` of the root module.
@@ -52,15 +49,20 @@ class ModuleStore:
             )
         return found
 
-    def _place(self, name: str, value: Any, same: Callable[[str, Any], bool]) -> str:
+    def _place(self, name: str, value: Any, same: Callable[[Any], bool]) -> str:
+        if self.module is None:
+            raise EmitError(
+                f"the graph needs the attribute {name!r}, and the fx graph belongs to no module that could hold it",
+                hint="give the GraphModule as root, or emit into the graph of a GraphModule",
+            )
         path, count = name, 0
         while (held := _lookup(self.module, path)) is not _MISSING:
-            if same(path, held):
+            if same(held):
                 return path
             count += 1
             path = f"{name}_{count}"
         *parents, last = path.split(".")
-        owner = self.module
+        owner: Any = self.module
         for part in parents:
             if not hasattr(owner, part):
                 setattr(owner, part, torch.nn.Module())

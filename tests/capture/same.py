@@ -33,6 +33,7 @@ def assert_same(a: torch.fx.GraphModule, b: torch.fx.GraphModule, path: str = "m
     assert a.graph._codegen is b.graph._codegen
     assert a.meta.keys() == b.meta.keys()
     assert a.training == b.training
+    assert type(a).__name__ == type(b).__name__
     assert b.code == a.code
 
 
