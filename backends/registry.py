@@ -24,6 +24,10 @@ class BackendError(MoecError):
     code = "backend"
 
 
+def _origin(cls: type[Backend]) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
 def register_backend(cls: type[Backend]) -> type[Backend]:
     """Class decorator that enters a backend into the registry.
 
@@ -34,7 +38,7 @@ def register_backend(cls: type[Backend]) -> type[Backend]:
         raise BackendError(f"backend class {cls.__qualname__} has no name", hint="set the class attribute `name`")
     with _LOCK:
         other = _BACKENDS.get(cls.name)
-        if other is not None and (type(other).__module__, type(other).__qualname__) != (cls.__module__, cls.__qualname__):
+        if other is not None and _origin(type(other)) != _origin(cls):
             raise BackendError(
                 f"backend {cls.name!r} is registered twice: by {type(other).__module__} and {cls.__module__}",
                 hint="rename one of them, or uninstall one of the packages",

@@ -96,7 +96,8 @@ def _rows_backward(
         wide = torch.promote_types(a.dtype, weights.dtype)
         if spec.post is None:
             d_down = (dy.to(wide) * w).to(a.dtype)
-            d_a, dot = _down_backward(spec, dy.to(a.dtype), d_down, a, w, group, params, g, act.wanted, w_grad is not None)
+            need_w = w_grad is not None
+            d_a, dot = _down_backward(spec, dy.to(a.dtype), d_down, a, w, group, params, g, act.wanted, need_w)
             if w_grad is not None and dot is not None:
                 w_grad.index_copy_(0, order, dot.to(w_grad.dtype))
         else:
@@ -123,7 +124,12 @@ class _Region:
     """A region run on detached leaves, ready to be differentiated."""
 
     def __init__(
-        self, fn: RegionFn, rows: list[Tensor], captures: list[Tensor], need_rows: list[bool], wants: list[Tensor | None]
+        self,
+        fn: RegionFn,
+        rows: list[Tensor],
+        captures: list[Tensor],
+        need_rows: list[bool],
+        wants: list[Tensor | None],
     ) -> None:
         self.rows = [t.detach().requires_grad_(n) for t, n in zip(rows, need_rows, strict=True)]
         self.captures = [t.detach().requires_grad_(n is not None) for t, n in zip(captures, wants, strict=True)]
@@ -162,7 +168,8 @@ def _down_backward(
     """
     base = group[0][1]
     d_a = a.new_empty(a.shape) if need_a or need_w else None
-    dot = torch.zeros(a.shape[0], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device) if need_w else None
+    wide = torch.promote_types(a.dtype, torch.float32)
+    dot = a.new_zeros(a.shape[0], dtype=wide) if need_w else None
     for expert, start, stop in group:
         cut = slice(start - base, stop - base)
         weight = spec.pick(params.down, expert)

@@ -57,7 +57,7 @@ def expert_rows(spec: Spec, x: Tensor, slots: Slots, params: Params) -> Tensor:
             o = spec.post(o, *params.post_captures)[0]
             if start == 0:
                 rows = o.new_empty((slots.live, o.shape[1])) if stop < slots.live else o
-            if rows is not o:
+            if rows is not None and rows is not o:
                 rows[start:stop] = o
     assert rows is not None
     return rows

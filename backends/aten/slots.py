@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,5 +68,5 @@ def sort_slots(ids: Tensor, experts: int) -> Slots:
     first, last = edges[0], edges[-1]
     if first or last < order.shape[0]:
         order = order[first:last]
-    segments = [(e, a - first, b - first) for e, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if b > a]
+    segments = [(e, a - first, b - first) for e, (a, b) in enumerate(pairwise(edges)) if b > a]
     return Slots(order, torch.div(order, top_k, rounding_mode="floor"), segments, ids.numel())

@@ -99,7 +99,7 @@ def check_ids(ids: Tensor, experts: int, program: Program) -> None:
         return
     low, high = torch.aminmax(ids)
     lowest, highest = low.item(), high.item()
-    if 0 <= lowest and highest < experts:
+    if lowest >= 0 and highest < experts:
         return
     raise CheckError(
         f"{block_name(program)}: expert id {lowest if lowest < 0 else highest} is out of range: "

@@ -49,11 +49,15 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
+def _alias(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+
+
 def _own(out: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """``out`` contiguous and sharing no memory with ``inputs``, as the op's schema promises."""
     if not out.is_contiguous():
         return out.contiguous()
-    return out.clone() if any(torch._C._is_alias_of(out, t) for t in inputs) else out
+    return out.clone() if any(_alias(out, t) for t in inputs) else out
 
 
 def _route(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
@@ -104,14 +108,14 @@ def _gradients(
             got = "no gradient" if grad is None else f"a gradient of shape {tuple(grad.shape)}"
             raise OpError(f"backend {prog.backend!r} gave {got} for input {i} of shape {tuple(like.shape)}")
         want = _gradient_like(like)
-        if grad.dtype != want.dtype or grad.stride() != want.stride() or torch._C._is_alias_of(grad, like):
+        if grad.dtype != want.dtype or grad.stride() != want.stride() or _alias(grad, like):
             grad = want.copy_(grad)
         out.append(grad)
     return out
 
 
 def _gradient_like(t: Tensor) -> Tensor:
-    """An uninitialised gradient of ``t``; it lies as ``t`` lies, so that a transposed weight's update is not strided."""
+    """An uninitialised gradient of ``t``. It lies as ``t`` lies: then updating a transposed weight is not strided."""
     return torch.empty_like(t)
 
 
@@ -256,16 +260,16 @@ def _recording(*tensors: Tensor) -> bool:
 
 def _route_autograd(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
     if _recording(*inputs):
-        return _Route.apply(program, *inputs)  # type: ignore[no-any-return]
+        return _Route.apply(program, *inputs)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moec.route.default(inputs, program)  # type: ignore[no-any-return]
+        return torch.ops.moec.route.default(inputs, program)
 
 
 def _experts_autograd(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], program: str) -> Tensor:
     if _recording(x, weights, *params):
-        return _Experts.apply(program, x, ids, weights, *params)  # type: ignore[no-any-return]
+        return _Experts.apply(program, x, ids, weights, *params)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moec.experts.default(x, ids, weights, params, program)  # type: ignore[no-any-return]
+        return torch.ops.moec.experts.default(x, ids, weights, params, program)
 
 
 def _below(op: Any, keyset: Any, *args: Any) -> list[Tensor]:
@@ -278,7 +282,8 @@ def _route_backward_autograd(
 ) -> list[Tensor]:
     op = torch.ops.moec.route_backward.default
     if _recording(grad, *inputs):
-        return list(_Once.apply(lambda: _below(op, keyset, grad, inputs, needs, program), grad, *inputs))
+        call = lambda: _below(op, keyset, grad, inputs, needs, program)  # noqa: E731
+        return list(_Once.apply(call, grad, *inputs))  # type: ignore[no-untyped-call]
     return _below(op, keyset, grad, inputs, needs, program)
 
 
@@ -295,7 +300,8 @@ def _experts_backward_autograd(
     op = torch.ops.moec.experts_backward.default
     args = (grad, x, ids, weights, params, needs, program)
     if _recording(grad, x, weights, *params):
-        return list(_Once.apply(lambda: _below(op, keyset, *args), grad, x, weights, *params))
+        call = lambda: _below(op, keyset, *args)  # noqa: E731
+        return list(_Once.apply(call, grad, x, weights, *params))  # type: ignore[no-untyped-call]
     return _below(op, keyset, *args)
 
 

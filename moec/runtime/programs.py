@@ -23,7 +23,7 @@ from moec.backends.base import Backend, Kernel, program_op
 from moec.backends.registry import get_backend
 from moec.cache import cache_dir, write_atomic
 from moec.ir.attributes import ListAttr
-from moec.ir.core import Graph, Op
+from moec.ir.core import Graph, Op, Value
 from moec.ir.errors import MoecError
 from moec.ir.opdef import op_def
 from moec.ir.types import SymType, TensorType, Type, as_dim
@@ -84,7 +84,7 @@ def program_graph(op: Op) -> Graph:
     ``T``; if it is a plain number, it becomes ``T`` in the operands and results where it is known to be that number.
     """
     copy = Graph("program")
-    args = []
+    args: list[Value] = []
     for group, size in zip(op_def(op.name).operands, op.groups, strict=False):
         start = len(args)
         for i in range(size):
@@ -133,8 +133,8 @@ def _generalise_tokens(graph: Graph, op: Op) -> None:
                 value.type = value.type.with_(shape=(general, *value.type.shape[1:]))
 
 
-def _values(graph: Graph) -> list[Any]:
-    found: list[Any] = list(graph.args)
+def _values(graph: Graph) -> list[Value]:
+    found: list[Value] = list(graph.args)
     for op in graph.walk():
         found += op.results
         for region in op.regions:
@@ -171,6 +171,11 @@ def _replace_symbol(graph: Graph, old: sympy.Expr, new: sympy.Expr) -> None:
         op.attrs = sub(op.attrs)
 
 
+def _program(key: str, graph: Graph, fields: dict[str, str], text: str) -> Program:
+    backend, target, label, checks = (fields[name] for name in _FIELDS[1:])
+    return Program(key, graph, backend, target, label, checks, text, program_op(graph))
+
+
 def _body(fields: dict[str, str], text: str) -> str:
     head = "".join(f"{_HEADER}{name}: {fields[name]}\n" for name in _FIELDS)
     return head + text.rstrip("\n") + "\n"
@@ -201,7 +206,7 @@ def register(graph: Graph, backend: str | Backend, target: str = "cpu", label: s
     key = _key(body)
     with _LOCK:
         if key not in _PROGRAMS:
-            _PROGRAMS[key] = Program(key, canonical, name, target, label, checks, text, program_op(canonical))
+            _PROGRAMS[key] = _program(key, canonical, fields, text)
         program = _PROGRAMS[key]
     _persist(key, body)
     return program
@@ -239,7 +244,8 @@ def _read(key: str) -> Program:
         raise ProgramError(f"program {key} is unknown to this process and {where}", hint=again)
     body = path.read_bytes().decode(errors="replace")
     if _key(body) != key:
-        raise ProgramError(f"the file of program {key} was changed: its content has another hash", hint="delete it; " + again)
+        message = f"the file of program {key} was changed: its content has another hash"
+        raise ProgramError(message, hint="delete it; " + again)
     fields: dict[str, str] = {}
     lines = body.splitlines(keepends=True)
     for name, line in zip(_FIELDS, lines, strict=False):
@@ -251,12 +257,7 @@ def _read(key: str) -> Program:
     text = "".join(lines[len(_FIELDS) :])
     graph = parse_graph(text)
     with _LOCK:
-        return _PROGRAMS.setdefault(
-            key,
-            Program(
-                key, graph, fields["backend"], fields["target"], fields["label"], fields["checks"], text, program_op(graph)
-            ),
-        )
+        return _PROGRAMS.setdefault(key, _program(key, graph, fields, text))
 
 
 def _load_kernel(program: Program) -> Kernel:

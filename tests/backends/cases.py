@@ -161,8 +161,8 @@ class ExpertsCase:
         out = [torch.randn(tokens, self.hidden).to(dt), self.ids(tokens, skew), torch.rand(tokens, self.top_k).to(wdt)]
         for name, shapes in self.shapes().items():
             for shape in shapes:
-                t = torch.randn(shape) if "bias" in name or "captures" in name else torch.randn(shape) / shape[-1] ** 0.5
-                out.append(t.to(dt))
+                matrix = name in ("up", "down")
+                out.append((torch.randn(shape) / (shape[-1] ** 0.5 if matrix else 1.0)).to(dt))
         return out
 
 
@@ -220,7 +220,12 @@ def loop_experts(case: ExpertsCase, inputs: list[Tensor]) -> Tensor:
 
 
 def route_graph(
-    experts: int, tokens_dtype: str = "f32", bias: bool = False, result: str = "f32", region: Graph | None = None, **attrs: object
+    experts: int,
+    tokens_dtype: str = "f32",
+    bias: bool = False,
+    result: str = "f32",
+    region: Graph | None = None,
+    **attrs: object,
 ) -> Graph:
     """A ``moe.route`` program."""
     g = Graph("case")
