@@ -19,5 +19,7 @@ def olmoe() -> tuple[torch.nn.Module, tuple[()], dict[str, Any]]:
         num_attention_heads=4,
         num_experts=8,
         num_experts_per_tok=2,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return OlmoeForCausalLM(config), (), {"input_ids": torch.arange(16)[None], "use_cache": False}

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import warnings
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moec.cli.console import emit, err, out
 from moec.ir.errors import MoecError
 
+if TYPE_CHECKING:
+    from moec.cli.model import LoadedModel
+    from moec.report import Report
+
 
 class NoMoEError(MoecError):
     """The model has no MoE block."""
 
     code = "no-moe"
+
+
+def _explain(loaded: LoadedModel, text: str) -> Report:
+    """The report; where the model itself cannot run on its example input, an error that says so."""
+    import torch
+
+    from moec.api import explain as explain_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")  # Dynamo's advice to authors of the model
+        try:
+            return explain_model(loaded.model, loaded.args, loaded.kwargs)
+        except MoecError:
+            raise
+        except Exception:
+            try:
+                with torch.no_grad():
+                    loaded.model(*loaded.args, **loaded.kwargs)
+            except Exception as e:
+                raise MoecError(
+                    f"{text} cannot be run on its example input, compiled or not: {type(e).__name__}: {e}",
+                    hint="run again with --traceback to see where; a factory may return (module, args, kwargs)",
+                ) from e
+            raise
 
 
 def explain(
@@ -34,11 +63,10 @@ def explain(
     show_ir: Annotated[bool, typer.Option("--ir", help="Also print the IR of the first fused block.")] = False,
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
-    from moec.api import explain as explain_model
     from moec.cli.model import load_model
 
     loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, random_weights=random_weights)
-    report = explain_model(loaded.model, loaded.args, loaded.kwargs)
+    report = _explain(loaded, model)
     if as_json:
         emit(report.to_json())
     elif report.layers:

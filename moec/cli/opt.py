@@ -37,16 +37,18 @@ def opt(
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Parse and verify, print nothing.")] = False,
 ) -> None:
     """Run passes over IR text."""
+    from moec.backends.registry import all_backends
     from moec.ir.parser import parse
     from moec.ir.printer import print_graph
     from moec.ir.verifier import verify
     from moec.passes import instruments as watch
     from moec.passes.base import PassContext
     from moec.passes.manager import PassManager
-    from moec.passes.registry import parse_pipeline
+    from moec.passes.registry import all_passes, parse_pipeline
     from moec.targets import parse_target
 
     # Everything the user wrote is checked before anything runs.
+    all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
     passes = parse_pipeline(pipeline)
     ctx = PassContext(target=parse_target(target))
     text, filename = _read(source)
