@@ -11,7 +11,8 @@ import torch
 from moec.backends.base import Backend, Kernel, program_op
 from moec.backends.reference import run_graph
 from moec.backends.registry import all_backends
-from moec.ir.core import Graph
+from moec.ir.core import Graph, Op
+from moec.ir.types import PlanType, TensorType
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, case_id, relative_error, route_graph
 
 TOKENS = (0, 1, 2, 31, 33)
@@ -133,9 +134,6 @@ def test_status_names_the_three_stages(backend: Backend) -> None:
 
 
 def test_an_op_it_does_not_know_is_refused_with_a_reason(backend: Backend) -> None:
-    from moec.ir.core import Op
-    from moec.ir.types import PlanType, TensorType
-
     g = Graph("g")
     x, ids = g.add_arg(TensorType.of("f32", "T", 4)), g.add_arg(TensorType.of("i64", "T", 2))
     op = g.append(Op("moe.dispatch", [x, ids], [x.type, PlanType(4)], attrs={"experts": 4}))
