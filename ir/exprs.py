@@ -344,6 +344,8 @@ def _node(name: str, args: list[sympy.Basic]) -> sympy.Basic:
 def _power(base: sympy.Basic, exponent: sympy.Basic) -> sympy.Basic:
     if not (isinstance(exponent, sympy.Integer) and isinstance(base, sympy.Expr)):
         return sympy.Pow(base, exponent, evaluate=False)
+    if exponent.is_negative and base.is_zero:
+        raise ZeroDivisionError("division by zero")
     times = abs(int(exponent))
     coefficient = base.as_coeff_Mul()[0]
     if times > MAX_EXPONENT:

@@ -109,8 +109,9 @@ class _Parser:
             if not lx.accept(",") and not lx.is_punct(")"):
                 lx.fail(f"expected ',' or ')' after an argument, found {lx.found()}")
         lx.advance()
+        declares = lx.accept("->")
         header_at = lx.start
-        header = self.header_types() if lx.accept("->") else None
+        header = self.header_types() if declares else None
         if lx.kind == "name" and lx.text == "attrs":
             lx.advance()
             graph.attrs = parse_dict(lx)
@@ -296,7 +297,6 @@ class _Parser:
         values: list[Value] = []
         groups: list[int] = []
         comma = True  # nothing read yet, or a comma read that asks for more
-        asked = -1
         for group in definition.operands:
             before = len(values)
             if comma and self.starts(group):
@@ -312,15 +312,14 @@ class _Parser:
                     lx.advance()
                 else:
                     values.append(self.use(scope))
-                asked = lx.start
                 comma = lx.accept(",")
             elif group.arity == "one":
                 want = ", ".join(_form(g) for g in definition.operands)
                 lx.fail(f"{definition.name} is missing its operand {group.name!r}; it takes {want}")
             groups.append(len(values) - before)
-        if comma and asked >= 0:
+        if comma and values:
             want = ", ".join(_form(g) for g in definition.operands)
-            lx.fail(f"too many or wrong operands; {definition.name} takes {want}", asked)
+            lx.fail(f"too many or wrong operands; {definition.name} takes {want}")
         return values, groups
 
     def starts(self, group: OperandDef) -> bool:

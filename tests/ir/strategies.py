@@ -23,9 +23,13 @@ from moec.ir.types import (
 )
 
 # Torch's own symbols are positive; the parser's are only integers. Both must print and compare alike.
-SYMBOLS = [sympy.Symbol(n, integer=True, positive=True) for n in ("s0", "s77", "T")] + [sympy.Symbol("u0", integer=True)]
+SYMBOLS = [sympy.Symbol(n, integer=True, positive=True) for n in ("s0", "s77", "T")] + [
+    sympy.Symbol("u0", integer=True)
+]
 TEXT = st.text(max_size=8)  # any character, lone surrogates excepted; they are added where they matter
-WILD_TEXT = st.one_of(TEXT, st.text(st.characters(), max_size=4), st.sampled_from(["\ud800", "\0", '"', "\\", "é\n", ""]))
+WILD_TEXT = st.one_of(
+    TEXT, st.text(st.characters(), max_size=4), st.sampled_from(["\ud800", "\0", '"', "\\", "é\n", ""])
+)
 NAMES = st.one_of(st.sampled_from(["x", "x_1", "0", "", "a b", "%", "self", "f32", "return"]), TEXT)
 
 
@@ -44,7 +48,7 @@ def _grow(inner: st.SearchStrategy[sympy.Expr]) -> st.SearchStrategy[sympy.Expr]
         pairs.map(_binary(tf.Min)),
         by_number.map(_binary(tf.FloorDiv)),
         by_number.map(_binary(tf.PythonMod)),
-        by_number.map(_binary(tf.Mod)),
+        st.tuples(st.sampled_from(SYMBOLS[:3]), st.integers(2, 9).map(sympy.Integer)).map(_binary(tf.Mod)),
         by_number.map(_binary(tf.CleanDiv)),
         by_number.map(_binary(tf.IntTrueDiv)).map(tf.CeilToInt),
         by_number.map(_binary(lambda a, n: tf.ModularIndexing(a, sympy.Integer(2), n))),
@@ -92,7 +96,9 @@ SCALARS = st.one_of(
 
 def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     items = st.lists(inner, max_size=3)
-    return st.one_of(items.map(tuple), items.map(lambda v: ListAttr(tuple(v))), st.dictionaries(NAMES, inner, max_size=2))
+    return st.one_of(
+        items.map(tuple), items.map(lambda v: ListAttr(tuple(v))), st.dictionaries(NAMES, inner, max_size=2)
+    )
 
 
 ATTRS = st.recursive(SCALARS, _containers, max_leaves=5)

@@ -127,12 +127,14 @@ def test_nested_text_does_not_depend_on_what_surrounds_it() -> None:
 
 
 def test_operand_groups_in_text() -> None:
-    body = 'return %w }'
+    body = "return %w }"
     for call in ("moe.route %l {k = 2}", "moe.route %l, bias = %b {k = 2}", "moe.route %l, [%b, %b] {k = 2}",
                  "moe.route %l, bias = %b, [%b] {k = 2}"):  # fmt: skip
         g = parse_graph(f"graph @g(%l: f32[T, 8], %b: f32[8]) {{ %w, %i = {call} : f32[T, 2], i64[T, 2] {body}")
         assert call in print_op(g.ops[0])
-    g = parse_graph("graph @g(%x: f32[2, 4], %p: !moe.plan<0>) { %y = moe.grouped_gemm %x, [], %p, [%x] : f32[2, 4] return }")
+    g = parse_graph(
+        "graph @g(%x: f32[2, 4], %p: !moe.plan<0>) { %y = moe.grouped_gemm %x, [], %p, [%x] : f32[2, 4] return }"
+    )
     assert g.ops[0].groups == (1, 0, 1, 1)
     assert print_op(g.ops[0]).startswith("%y = moe.grouped_gemm %x, [], %p, [%x_1]".replace("%x_1", "%x"))
 
@@ -160,7 +162,7 @@ def test_what_is_no_attribute(value: Any) -> None:
 def test_differences_are_found() -> None:
     text = (
         "graph @g(%x: f32[T, 8], %y: f32[T, 8]) -> f32[T, 8] {\n"
-        '  %a = torch.call @aten.add.Tensor(%x, %y, alpha = 2) : f32[T, 8]\n'
+        "  %a = torch.call @aten.add.Tensor(%x, %y, alpha = 2) : f32[T, 8]\n"
         '  %b = moe.activation [%a] {layout = "single"} {\n    (%h: f32[R, 8]) -> f32[R, 8] {\n      return %h\n    }\n'
         "  } : f32[T, 8]\n  return %b\n}\n"
     )
