@@ -18,12 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.capture.origin import FX_META, ORIGIN, Origin
 from moec.emit.arguments import decode
 from moec.emit.errors import EmitError
 from moec.emit.modules import ModuleStore
-from moec.emit.values import carry_value, record_value
+from moec.emit.values import carry_value, mode_of, record_value
 from moec.ir.core import Graph, Op, Value
 from moec.ir.ops.torch_opaque import callee_of
 from moec.ir.torch_bridge import resolve_target
@@ -34,13 +35,20 @@ of its flat operands. Returns one node per result, or None if it does not take t
 
 
 def emit_module(
-    graph: Graph, *, lower_op: LowerOp | None, root: torch.nn.Module | None, value_key: str
+    graph: Graph,
+    *,
+    lower_op: LowerOp | None,
+    root: torch.nn.Module | None,
+    value_key: str,
+    values: Sequence[Any] | None = None,
 ) -> torch.fx.GraphModule:
     """``graph`` as a GraphModule of its own; see :func:`moec.emit.graph_to_fx`."""
     fx_graph = torch.fx.Graph()
     module = torch.nn.Module()
     store = ModuleStore(module, root)
     inputs = [_placeholder(fx_graph, a, i) for i, a in enumerate(graph.args)]
+    for node, value in zip(inputs, values or (), strict=values is not None):
+        node.meta.setdefault(value_key, value)
     emitter = Emitter(fx_graph, store, lower_op, value_key)
     emitter.emit(graph, inputs, terminate=True)
     if "codegen" in graph.meta:
@@ -75,6 +83,7 @@ class Emitter:
         self.lower_op = lower_op
         self.value_key = value_key
         self.env: dict[Value, Any] = {}
+        self.mode: FakeTensorMode | None = None
         self.tuples: dict[Op, torch.fx.Node] = {}
         self.bodies: dict[Graph, torch.fx.Node] = {}
         self.body_nodes: dict[tuple[int, str], torch.fx.Node] = {}
@@ -84,6 +93,7 @@ class Emitter:
     def emit(self, graph: Graph, inputs: list[Any], *, terminate: bool) -> Any:
         """Emit ``graph`` with ``inputs`` for its arguments; ``terminate`` emits the output node too."""
         self.env.update(zip(graph.args, inputs, strict=True))
+        self.mode = mode_of(inputs)
         for op in graph.ops:
             for region in op.regions:
                 if op.dialect == "torch" and ORIGIN in region.meta:
@@ -132,7 +142,7 @@ class Emitter:
         else:
             if "stack_trace" in source.meta:
                 node.meta["stack_trace"] = source.meta["stack_trace"]
-            record_value(node, self.value_key)
+            record_value(node, self.value_key, self.mode)
         self.env[value] = node
         return node
 
@@ -206,7 +216,7 @@ class Emitter:
             return
         if op.loc.stack:
             node.meta["stack_trace"] = op.loc.stack
-        record_value(node, self.value_key)
+        record_value(node, self.value_key, self.mode)
 
     def _body(self, op: Op, region: Graph) -> torch.fx.Node:
         """The ``get_attr`` node of a nested graph; equal bodies captured by one node share it."""
@@ -249,7 +259,7 @@ class Emitter:
         for value, node in zip(op.results, nodes, strict=True):
             self.env[value] = node
             if isinstance(node, torch.fx.Node):
-                record_value(node, self.value_key)
+                record_value(node, self.value_key, self.mode)
                 if op.loc.stack:
                     node.meta.setdefault("stack_trace", op.loc.stack)
 

@@ -20,6 +20,8 @@ from moec.emit.errors import EmitError
 from moec.emit.fx import graph_to_fx
 from moec.ir.core import Graph
 
+_FIXED_FORM = "a pass may not add or drop arguments or outputs of an exported graph"
+
 
 def to_exported(graph: Graph, program: ExportedProgram, *, lower_op: LowerOp | None = None) -> ExportedProgram:
     """Emit ``graph`` with the state, signature and shape ranges of ``program``.
@@ -33,12 +35,25 @@ def to_exported(graph: Graph, program: ExportedProgram, *, lower_op: LowerOp | N
         A new program. Tensor constants that passes added are lifted to inputs, as export itself does.
 
     Raises:
-        EmitError: The number of inputs or outputs changed, or an op cannot be emitted.
+        EmitError: The number of inputs or outputs changed, an op cannot be emitted, or the value of a call with
+            nested graphs is not known because the graph was read from text.
     """
-    gm = graph_to_fx(graph, lower_op=lower_op, root=program.graph_module)
+    inputs = program.graph.find_nodes(op="placeholder")
+    if len(inputs) != len(graph.args):
+        raise EmitError(
+            f"the exported program has {len(inputs)} inputs, the graph now has {len(graph.args)}", hint=_FIXED_FORM
+        )
+    values = [node.meta.get("val") for node in inputs]
+    gm = graph_to_fx(graph, lower_op=lower_op, root=program.graph_module, values=values)
     signature = _signature(gm, program.graph_signature)
     constants = dict(program.constants)
     _lift_constants(gm, signature, constants)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise EmitError(
+                f"the value of {node.format_node()} is not known, and an exported program must record it",
+                hint="calls with nested graphs keep their values only in the process that captured them",
+            )
     gm.graph.lint()
     gm.recompile()
     return ExportedProgram(
@@ -60,12 +75,11 @@ def _signature(gm: torch.fx.GraphModule, old: ExportGraphSignature) -> ExportGra
     outputs = gm.graph.output_node().args[0]
     if not isinstance(outputs, (tuple, list)):
         raise EmitError("an exported program returns a tuple", hint="keep the return's form when rewriting the graph")
-    for what, now, specs in (("inputs", placeholders, old.input_specs), ("outputs", outputs, old.output_specs)):
-        if len(now) != len(specs):
-            raise EmitError(
-                f"the exported program has {len(specs)} {what}, the graph now has {len(now)}",
-                hint="a pass may not add or drop arguments or outputs of an exported graph",
-            )
+    if len(outputs) != len(old.output_specs):
+        raise EmitError(
+            f"the exported program has {len(old.output_specs)} outputs, the graph now has {len(outputs)}",
+            hint=_FIXED_FORM,
+        )
     renamed = {spec.arg.name: node.name for spec, node in zip(old.input_specs, placeholders, strict=True)}
     new = copy.deepcopy(old)
     renaming: list[InputSpec | OutputSpec] = [*new.input_specs, *new.output_specs]

@@ -19,6 +19,7 @@ def graph_to_fx(
     lower_op: LowerOp | None = None,
     root: torch.nn.Module | None = None,
     value_key: str = "val",
+    values: Sequence[Any] | None = None,
 ) -> torch.fx.GraphModule:
     """Emit ``graph`` as a GraphModule of its own.
 
@@ -27,11 +28,12 @@ def graph_to_fx(
         lower_op: Emits ops that are not of the torch dialect.
         root: Where constants are looked up that the graph names but does not hold (a graph read from text).
         value_key: ``"val"`` for an ATen graph, ``"example_value"`` for a torch-level one.
+        values: Value (fake tensor, SymInt) of each argument, for arguments that remember none (read from text).
 
     Raises:
         EmitError: An op has no torch form and ``lower_op`` did not take it, or a constant is missing.
     """
-    return emit_module(graph, lower_op=lower_op, root=root, value_key=value_key)
+    return emit_module(graph, lower_op=lower_op, root=root, value_key=value_key, values=values)
 
 
 def emit_into(
