@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.backends.aten.forward import Group, down_gemm, up_gemms
+from moec.backends.aten import forward
+from moec.backends.aten.forward import Group, down_gemm, gemms, up_gemms
 from moec.backends.aten.region import RegionFn
 from moec.backends.aten.slots import Slots, sort_slots
 from moec.backends.aten.spec import Params, Spec
@@ -114,7 +115,8 @@ def _rows_backward(
         if d_a is not None:
             d_leaves = act.gradients(d_a, g.captures)
             if need_h:
-                _up_backward(spec, d_leaves, leaves, rows, group, params, g, x_rows, start)
+                into = None if x_rows is None else x_rows[start:stop]
+                _up_backward(spec, d_leaves, leaves, rows, group, params, g, into)
     if g.weights is not None and w_grad is not None:
         g.weights.copy_(w_grad.view(g.weights.shape))
     return x_rows
@@ -166,20 +168,20 @@ def _down_backward(
 
     ``d_down`` is the gradient of the down GEMM's output. With ``dy`` None it already holds all; else d_down = w·dy.
     """
-    base = group[0][1]
-    d_a = a.new_empty(a.shape) if need_a or need_w else None
+    experts, counts = [e for e, _, _ in group], [stop - start for _, start, stop in group]
+    d_pieces = d_down.split(counts)
+    _weight_grads(spec, g.down, experts, 0, d_pieces, a.split(counts), spec.down_nk)
+    _bias_grads(spec, g.down_bias, experts, 0, d_pieces)
     wide = torch.promote_types(a.dtype, torch.float32)
     dot = a.new_zeros(a.shape[0], dtype=wide) if need_w else None
-    for expert, start, stop in group:
-        cut = slice(start - base, stop - base)
-        weight = spec.pick(params.down, expert)
-        _weight_grad(spec, g.down, expert, 0, d_down[cut], a[cut], spec.down_nk)
-        _bias_grad(spec, g.down_bias, expert, 0, d_down[cut])
-        if d_a is not None:
-            source = d_down if dy is None or not need_w else dy
-            torch.mm(source[cut], weight if spec.down_nk else weight.t(), out=d_a[cut])
-        if dot is not None and dy is not None and params.down_bias:
-            dot[cut] = dy[cut].to(dot.dtype) @ spec.pick(params.down_bias, expert).to(dot.dtype)
+    d_a = a.new_empty(a.shape) if need_a or need_w else None
+    if d_a is not None:
+        source = d_pieces if dy is None or not need_w else dy.split(counts)
+        gemms(source, spec.matrices(params.down, experts, not spec.down_nk), [], d_a.split(counts))
+    if dot is not None and dy is not None and params.down_bias:
+        biases = spec.vectors(params.down_bias, experts)
+        for piece, d, bias in zip(dot.split(counts), dy.split(counts), biases, strict=True):
+            torch.mv(d.to(wide), bias.to(wide), out=piece)
     if dot is not None and d_a is not None:
         dot += (d_a.to(dot.dtype) * a).sum(dim=1)
         d_a = (d_a * w).to(a.dtype)
@@ -194,52 +196,60 @@ def _up_backward(
     group: Group,
     params: Params,
     g: Gradients,
-    x_rows: Tensor | None,
-    first: int,
+    into: Tensor | None,
 ) -> None:
-    """Up weights, biases and the rows of x's gradient from the gradients of the activation's row inputs."""
-    base = group[0][1]
+    """Up weights, biases and (``into``) the rows of x's gradient from the gradients of the activation's row inputs."""
     parts = [torch.zeros_like(leaf) if d is None else d for d, leaf in zip(d_leaves, leaves, strict=True)]
     if spec.layout == "concat":
         parts = [torch.cat(parts, dim=1)]
     elif spec.layout == "interleaved":
         parts = [torch.stack(parts, dim=-1).flatten(1)]
-    for expert, start, stop in group:
-        cut = slice(start - base, stop - base)
-        for part, d_h in enumerate(parts):
-            weight = spec.pick(params.up, expert, part)
-            _weight_grad(spec, g.up, expert, part, d_h[cut], rows[cut], spec.up_nk)
-            _bias_grad(spec, g.up_bias, expert, part, d_h[cut])
-            if x_rows is None:
-                continue
-            into = x_rows[start:stop]
-            if part == 0:
-                torch.mm(d_h[cut], weight if spec.up_nk else weight.t(), out=into)
-            else:
-                into.add_(torch.mm(d_h[cut], weight if spec.up_nk else weight.t()))
+    experts, counts = [e for e, _, _ in group], [stop - start for _, start, stop in group]
+    pieces = rows.split(counts)
+    for part, d_h in enumerate(parts):
+        d_pieces = d_h.split(counts)
+        _weight_grads(spec, g.up, experts, part, d_pieces, pieces, spec.up_nk)
+        _bias_grads(spec, g.up_bias, experts, part, d_pieces)
+        if into is not None:
+            share = into if part == 0 else torch.empty_like(into)
+            gemms(d_pieces, spec.matrices(params.up, experts, not spec.up_nk, part), [], share.split(counts))
+            if share is not into:
+                into.add_(share)
 
 
-def _weight_grad(
-    spec: Spec, buffers: list[Tensor | None], expert: int, part: int, d_out: Tensor, rows: Tensor, nk: bool
+def _weight_grads(
+    spec: Spec,
+    buffers: list[Tensor | None],
+    experts: list[int],
+    part: int,
+    d_out: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    nk: bool,
 ) -> None:
-    buffer = buffers[part if spec.stacked else part * spec.experts + expert]
-    if buffer is not None:
-        left, right = (d_out, rows) if nk else (rows, d_out)
-        torch.mm(left.t(), right, out=buffer[expert] if spec.stacked else buffer)
+    for expert, d, r in zip(experts, d_out, rows, strict=True):
+        buffer = buffers[part if spec.stacked else part * spec.experts + expert]
+        if buffer is not None:
+            left, right = (d, r) if nk else (r, d)
+            torch.mm(left.t(), right, out=buffer[expert] if spec.stacked else buffer)
 
 
-def _bias_grad(spec: Spec, buffers: list[Tensor | None], expert: int, part: int, d_out: Tensor) -> None:
-    if not buffers:
-        return
-    buffer = buffers[part if spec.stacked else part * spec.experts + expert]
-    if buffer is not None:
-        torch.sum(d_out, dim=0, out=buffer[expert] if spec.stacked else buffer)
+def _bias_grads(
+    spec: Spec, buffers: list[Tensor | None], experts: list[int], part: int, d_out: Sequence[Tensor]
+) -> None:
+    for expert, d in zip(experts, d_out, strict=True) if buffers else ():
+        buffer = buffers[part if spec.stacked else part * spec.experts + expert]
+        if buffer is not None:
+            torch.sum(d, dim=0, out=buffer[expert] if spec.stacked else buffer)
 
 
 def _sum_slots(rows: Tensor, slots: Slots, out: Tensor) -> None:
-    """``out[t] = Σ_k rows[slot(t, k)]`` in order of k."""
-    picked = rows.index_select(0, slots.inverse())
-    dead = slots.dead()
-    if dead is not None:
-        picked.masked_fill_(dead[:, None], 0)
-    torch.sum(picked.view(out.shape[0], -1, out.shape[1]), dim=1, out=out)
+    """``out[t] = Σ_k rows[slot(t, k)]`` in order of k, a few tokens at a time."""
+    inverse, dead = slots.inverse(), slots.dead()
+    top_k = slots.total // out.shape[0]
+    step = max(1, forward.COMBINE_BYTES // max(1, top_k * rows.shape[1] * rows.element_size()))
+    for start in range(0, out.shape[0], step):
+        cut = slice(start * top_k, (start + step) * top_k)
+        picked = rows.index_select(0, inverse[cut])
+        if dead is not None:
+            picked.masked_fill_(dead[cut, None], 0)
+        torch.sum(picked.view(-1, top_k, rows.shape[1]), dim=1, out=out[start : start + step])

@@ -6,6 +6,8 @@ up GEMM and the activation. No weight is copied; GEMMs read the expert's slice w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,32 +67,33 @@ def expert_rows(spec: Spec, x: Tensor, slots: Slots, params: Params) -> Tensor:
 
 def up_gemms(spec: Spec, rows: Tensor, group: Group, params: Params) -> list[Tensor]:
     """The up GEMMs of a group: one [rows, N] tensor, or gate and up where they are separate."""
-    base, width = group[0][1], spec.up_width(params.up)
+    experts, counts = [e for e, _, _ in group], [stop - start for _, start, stop in group]
+    pieces = rows.split(counts)
     out = []
     for part in range(spec.parts):
-        h = rows.new_empty((rows.shape[0], width))
-        for expert, start, stop in group:
-            w = spec.pick(params.up, expert, part)
-            piece = h[start - base : stop - base]
-            torch.mm(rows[start - base : stop - base], w.t() if spec.up_nk else w, out=piece)
-            if params.up_bias:
-                piece.add_(spec.pick(params.up_bias, expert, part))
+        h = rows.new_empty((rows.shape[0], spec.up_width(params.up)))
+        bias = spec.vectors(params.up_bias, experts, part) if params.up_bias else []
+        gemms(pieces, spec.matrices(params.up, experts, spec.up_nk, part), bias, h.split(counts))
         out.append(h)
     return out
 
 
 def down_gemm(spec: Spec, a: Tensor, group: Group, params: Params, out: Tensor | None) -> Tensor:
     """The down GEMMs of a group, into ``out`` [rows, H] if given."""
-    base = group[0][1]
+    experts, counts = [e for e, _, _ in group], [stop - start for _, start, stop in group]
     if out is None:
         out = a.new_empty((a.shape[0], spec.down_width(params.down)))
-    for expert, start, stop in group:
-        w = spec.pick(params.down, expert)
-        piece = out[start - base : stop - base]
-        torch.mm(a[start - base : stop - base], w.t() if spec.down_nk else w, out=piece)
-        if params.down_bias:
-            piece.add_(spec.pick(params.down_bias, expert))
+    bias = spec.vectors(params.down_bias, experts) if params.down_bias else []
+    gemms(a.split(counts), spec.matrices(params.down, experts, spec.down_nk), bias, out.split(counts))
     return out
+
+
+def gemms(rows: Sequence[Tensor], weights: Sequence[Tensor], bias: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """``out[i] = rows[i] @ weights[i] + bias[i]``, the bias added in the output's type."""
+    for r, w, o in zip(rows, weights, out, strict=True):
+        torch.mm(r, w, out=o)
+    for o, b in zip(out, bias, strict=False):
+        o.add_(b)
 
 
 def combine(rows: Tensor, weights: Tensor, slots: Slots, out_dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 2 << 20
 """Working rows of one group of experts. Larger groups call fewer ops, smaller ones keep their rows in the cache."""
 
 

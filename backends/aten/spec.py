@@ -25,6 +25,14 @@ class Params:
     post_captures: list[Tensor]
 
 
+def _take(stack: Tensor, experts: list[int]) -> list[Tensor]:
+    # One unbind makes all views for the price of a few selects; with few experts among many it is the dearer way.
+    if 4 * len(experts) >= stack.shape[0]:
+        views = stack.unbind(0)
+        return [views[e] for e in experts]
+    return [stack.select(0, e) for e in experts]
+
+
 @dataclass(frozen=True)
 class Spec:
     """Attributes, operand sizes and compiled regions of a ``moe.experts`` op.
@@ -78,9 +86,19 @@ class Spec:
         b = self.bounds
         return Params(*(inputs[b[i] : b[i + 1]] for i in range(2, 8)))
 
-    def pick(self, tensors: list[Tensor], expert: int, part: int = 0) -> Tensor:
-        """One expert's matrix or bias."""
-        return tensors[part][expert] if self.stacked else tensors[part * self.experts + expert]
+    def matrices(self, tensors: list[Tensor], experts: list[int], nk: bool, part: int = 0) -> list[Tensor]:
+        """The experts' weights as ``[K, N]`` views, ready to stand right of their rows in a GEMM."""
+        if not self.stacked:
+            found = [tensors[part * self.experts + e] for e in experts]
+            return [w.t() for w in found] if nk else found
+        stack = tensors[part].transpose(1, 2) if nk else tensors[part]
+        return _take(stack, experts)
+
+    def vectors(self, tensors: list[Tensor], experts: list[int], part: int = 0) -> list[Tensor]:
+        """The experts' biases."""
+        if not self.stacked:
+            return [tensors[part * self.experts + e] for e in experts]
+        return _take(tensors[part], experts)
 
     def up_width(self, up: list[Tensor]) -> int:
         """Columns of one up GEMM's output."""

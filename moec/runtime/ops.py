@@ -107,9 +107,9 @@ def _gradients(
         if grad is None or grad.shape != like.shape:
             got = "no gradient" if grad is None else f"a gradient of shape {tuple(grad.shape)}"
             raise OpError(f"backend {prog.backend!r} gave {got} for input {i} of shape {tuple(like.shape)}")
-        want = _gradient_like(like)
-        if grad.dtype != want.dtype or grad.stride() != want.stride() or _alias(grad, like):
-            grad = want.copy_(grad)
+        strides = torch.empty_like(like, device="meta").stride()  # no memory: a weight may be large
+        if grad.dtype != like.dtype or grad.stride() != strides or _alias(grad, like):
+            grad = _gradient_like(like).copy_(grad)
         out.append(grad)
     return out
 
