@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 
 
 class MoecError(Exception):
@@ -75,14 +76,20 @@ class ParseError(IRError):
 
     def __str__(self) -> str:
         shift = max(0, self.column - 1 - _WINDOW // 2) if len(self.text_line) > _WINDOW else 0
-        line = "".join(c if c.isprintable() else " " if c == "\t" else "?" for c in self.text_line[shift:][:_WINDOW])
+        line = self.text_line[shift : shift + _WINDOW]
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else " " if c == "\t" else "?" for c in line)
         caret = " " * (self.column - 1 - shift) + "^"
         return f"{self.filename}:{self.line}:{self.column}: {self.message}\n  {line}\n  {caret}"
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """``"did you mean 'x' or 'y'?"`` for a misspelt name, or the list of known names when nothing is near."""
-    known = sorted(known)
+    return _nearest(name, tuple(sorted(known)), limit)
+
+
+@lru_cache(maxsize=256)
+def _nearest(name: str, known: tuple[str, ...], limit: int) -> str:
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -76,7 +76,7 @@ def expert_weight(weights: Sequence[Tensor], expert: int, experts: int, stacked:
 def grouped_gemm(
     rows: Tensor, weights: Sequence[Tensor], bias: Sequence[Tensor], plan: Plan, form: str, stacked: bool
 ) -> Tensor:
-    """``out[r] = rows[r] @ W[e(r)]ᵀ + b[e(r)]`` for form ``nk``; without the transposition for ``kn``. Rows of no expert are 0."""
+    """``out[r] = rows[r] @ W[e(r)]ᵀ + b[e(r)]`` for form ``nk``; untransposed for ``kn``. Rows of no expert are 0."""
     experts = len(plan.counts)
     first = expert_weight(weights, 0, experts, stacked)
     width = first.shape[0] if form == "nk" else first.shape[1]

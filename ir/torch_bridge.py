@@ -37,7 +37,8 @@ def resolve_target(target: str) -> Any:
         packet, _, overload = rest.rpartition(".")
         return getattr(getattr(getattr(torch.ops, head), packet), overload)
     except (AttributeError, ImportError):
-        hint = f"import the library that registers {head!r} first" if head not in ("aten", "prims", "py", "hop") else None
+        own = head in ("aten", "prims", "py", "hop")
+        hint = None if own else f"import the library that registers {head!r} first"
         near = ""
         if head == "aten":
             near = "; " + nearest(rest.split(".")[0], [n for n in dir(torch.ops.aten) if not n.startswith("_")])

@@ -61,7 +61,9 @@ class Experts(OpDef):
         if not all(isinstance(t, TensorType) and t.rank == 2 for t in (x, ids, w)):
             self.fail(op, "x, ids and weights must be matrices [T, H], [T, k], [T, k]")
             return
-        assert isinstance(x, TensorType) and isinstance(ids, TensorType) and isinstance(w, TensorType)
+        assert isinstance(x, TensorType)
+        assert isinstance(ids, TensorType)
+        assert isinstance(w, TensorType)
         if ids.shape != w.shape or x.shape[0] != ids.shape[0]:
             self.fail(op, f"x is {x.shape}, ids {ids.shape}, weights {w.shape}: tokens and k must agree")
         per_part = 1 if self.attr(op, "stacked") else self.attr(op, "experts")

@@ -6,127 +6,42 @@ import random
 from collections.abc import Iterator
 
 SEEDS = (
-    "graph @g(%x: bf16[T, 4], %i: i64[T, 2]) -> (bf16[2*T, 4], !moe.plan<8>) {\n"
-    "  %r, %p = moe.dispatch %x, %i {experts = 8} : bf16[2*T, 4], !moe.plan<8>\n  return %r, %p\n}\n",
-    'graph @h(%x: f32[s0, 8]) -> f32[s0, 8] {\n  %a = moe.activation [%x] {layout = "single"} {\n'
-    "    (%h: f32[R, 8]) -> f32[R, 8] {\n      %s = torch.call @aten.relu.default(%h) : f32[R, 8]\n      return %s\n"
-    "    }\n  } : f32[s0, 8]\n  return %a\n}\n",
-    "graph @k(%x: f32[s0//2, Max(s0, 4)]@cuda:0) {\n  // a comment\n  %0 = torch.call @aten.topk.default(%x, 2, -1.5e3, "
-    '[true, None], #device<"cpu">, dtype = bf16, "é\\u00ff" = (1,)) : sym_bool<s0 < 4>\n  return template (%x, [%0])\n}\n',
-    "graph @m(%l: f32[T, 8], %b: f32[8]) {\n  %w, %i = moe.route %l, bias = %b {k = 2, scale = 2.5, score_dtype = f64}"
-    " : f32[T, 2], i64[T, 2]\n  return %w, %i\n}\n",
+    """graph @g(%x: bf16[T, 4], %i: i64[T, 2]) -> (bf16[2*T, 4], !moe.plan<8>) {
+  %r, %p = moe.dispatch %x, %i {experts = 8} : bf16[2*T, 4], !moe.plan<8>
+  return %r, %p
+}
+""",
+    """graph @h(%x: f32[s0, 8]) -> f32[s0, 8] {
+  %a = moe.activation [%x] {layout = "single"} {
+    (%h: f32[R, 8]) -> f32[R, 8] {
+      %s = torch.call @aten.relu.default(%h) : f32[R, 8]
+      return %s
+    }
+  } : f32[s0, 8]
+  return %a
+}
+""",
+    """graph @k(%x: f32[s0//2, Max(s0, 4)]@cuda:0) {
+  // a comment
+  %0 = torch.call @a.topk.b(%x, -1.5e3, [true, None], #device<"cpu">, t = bf16, "é\\u00ff" = (1,)) : sym_bool<s0 < 4>
+  return template (%x, [%0])
+}
+""",
+    """graph @m(%l: f32[T, 8], %b: f32[8]) {
+  %w, %i = moe.route %l, bias = %b {k = 2, scale = 2.5, score_dtype = f64} : f32[T, 2], i64[T, 2]
+  return %w, %i
+}
+""",
 )
-TOKENS = [
-    "graph",
-    "return",
-    "template",
-    "attrs",
-    "torch.call",
-    "moe.dispatch",
-    "moe.route",
-    "moe.activation",
-    "moe.experts",
-    "moe.combine",
-    "mo.route",
-    "@g",
-    "@aten.add.Tensor",
-    "@0",
-    "@",
-    "%x",
-    "%y",
-    "%0",
-    "%",
-    "(",
-    ")",
-    "{",
-    "}",
-    "[",
-    "]",
-    "<",
-    ">",
-    ",",
-    ":",
-    "=",
-    "->",
-    "-",
-    "+",
-    "*",
-    "**",
-    "/",
-    "//",
-    "==",
-    "<=",
-    ">=",
-    "!",
-    "#",
-    "$",
-    "$0",
-    "$9",
-    "0",
-    "1",
-    "8",
-    "4096",
-    "-1",
-    "1e5",
-    "1e999",
-    "1.5",
-    "00",
-    "99999999999999999999",
-    "f32",
-    "bf16",
-    "f32[",
-    "f32[]",
-    "bf16[T,",
-    "i64[T,2]",
-    "f33",
-    "none",
-    "None",
-    "true",
-    "false",
-    "inf",
-    "nan",
-    "sym_int<",
-    "sym_bool<s0<4>",
-    "sym_int<s0*4>",
-    "!moe.plan<8>",
-    "!moe.plan",
-    "!comm.token",
-    '!torch.opaque<"a">',
-    '"text"',
-    '"',
-    "\\",
-    '"\\q"',
-    '"\\ud800"',
-    '#device<"cpu">',
-    "#expr<T//0>",
-    "#expr<2**99999>",
-    "#expr<1/0>",
-    "Max(",
-    "Mod(T,0)",
-    "FloorDiv(T)",
-    "T",
-    "s0",
-    "bias",
-    "experts",
-    "k",
-    "layout",
-    "\n",
-    "//",
-    "\x00",
-    "�",
-    "é",
-    "\u2028",
-    "\r",
-    "\t",
-    ";",
-    "'",
-    "&",
-    "~",
-    "^",
-    "?",
-    "|",
-    "_",
-]
+_WORDS = r"""
+graph return template attrs torch.call moe.dispatch moe.route moe.activation moe.experts moe.combine
+mo.route @g @aten.add.Tensor @0 @ %x %y %0 % ( ) { } [ ] < > , : = -> - + * ** / // == <= >= ! # $ $0 $9
+0 1 8 4096 -1 1e5 1e999 1.5 00 99999999999999999999 f32 bf16 f32[ f32[] bf16[T, i64[T,2] f33 none None
+true false inf nan sym_int< sym_bool<s0<4> sym_int<s0*4> !moe.plan<8> !moe.plan !comm.token Max( T s0
+!torch.opaque<"a"> "text" " \ "\q" "\ud800" #device<"cpu"> #expr<T//0> #expr<2**99999> #expr<1/0>
+Mod(T,0) FloorDiv(T) bias experts k layout ; ' & ~ ^ ? | _ é
+"""
+TOKENS = [*_WORDS.split(), "\n", "//", "\0", "\ud800", "\u2028", "\r", "\t"]
 
 
 def mutate(rng: random.Random, text: str) -> str:

@@ -167,9 +167,8 @@ def _activation(draw: st.DrawFn, x: Value, values: list[Value], depth: int) -> O
     args = [body.add_arg(TensorType.of("bf16", "R", 8), draw(NAMES))]
     args += [body.add_arg(c.type, draw(NAMES)) for c in captures]
     body.append(Op("return", [draw(st.sampled_from(args))]))
-    op = Op("moe.activation", [x, *captures], [x.type], attrs={"layout": "single"}, regions=[body],
-            groups=(1, len(captures)))  # fmt: skip
-    return op
+    groups = (1, len(captures))
+    return Op("moe.activation", [x, *captures], [x.type], attrs={"layout": "single"}, regions=[body], groups=groups)
 
 
 def _call(draw: st.DrawFn, values: list[Value], depth: int) -> Op:

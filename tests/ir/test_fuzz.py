@@ -19,7 +19,6 @@ def survive(text: str) -> bool:
         for graph in graphs:
             verify(graph)
     except MoecError as e:
-        assert str(e)
         str(e).encode()  # no lone surrogate reaches a terminal
         return False
     for graph in graphs:

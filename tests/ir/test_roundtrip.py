@@ -170,7 +170,8 @@ def test_differences_are_found() -> None:
         ("@g", "@h", "called"), ("alpha = 2", "alpha = 2.0", "kwargs"), ("(%x, %y, a", "(%y, %x, a", "operand 0"),
         ("add", "sub", "target"), ("R, 8", "R, 9", "argument 0"), ("return %b", "return %a", "returns|operand"),
         (" : f32[T, 8]\n  %b", " : f32[T, 9]\n  %b", "result 0"), ('"single"', '"rows"', "layout"),
-        ("return %b", "%c = torch.call @z() : none\n  return %b", "torch.call"), ("%y: f32[T, 8]", "%y: f64[T, 8]", "argument 1"),
+        ("return %b", "%c = torch.call @z() : none\n  return %b", "torch.call"),
+        ("%y: f32[T, 8]", "%y: f64[T, 8]", "argument 1"),
     ]:  # fmt: skip
         assert old in text
         difference = structurally_equal(parse_graph(text), parse_graph(text.replace(old, new)))
