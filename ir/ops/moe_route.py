@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Route(OpDef):
         if op.regions:
             return run(op.regions[0], inputs)
         logits, bias = inputs[0], inputs[1] if op.groups[1] else None
-        get = lambda name: self.attr(op, name)  # noqa: E731
+        get = partial(self.attr, op)
         logits = logits.to(torch_dtype(get("score_dtype").name))
         k = get("k")
         if get("order") == "topk_first":

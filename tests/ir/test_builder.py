@@ -35,7 +35,10 @@ def test_infers_types_and_groups() -> None:
 
 def test_places() -> None:
     graph, b, x, _ = start()
-    call = lambda name: b.call(name, [x], None, [X])  # noqa: E731
+
+    def call(name: str) -> Op:
+        return b.call(name, [x], None, [X])
+
     first, last = call("f.first.x"), b.ret(x)
     call("f.end.x")
     b.insert_before(first)

@@ -10,9 +10,10 @@ def test_reference_is_complete() -> None:
     text = reference_markdown()
     for name, definition in all_op_defs().items():
         section = text.split(f"### {name}\n")[1].split("\n### ")[0]
-        for part in (*definition.operands, *definition.attrs, *definition.regions):
-            assert f"`{part.name}`" in section, f"{name} lacks {part.name}"
-            assert not part.doc or part.doc.replace("|", "\\|") in section
+        parts = [(p.name, p.doc) for p in definition.operands] + [(p.name, p.doc) for p in definition.attrs]
+        for part, doc in parts + [(p.name, p.doc) for p in definition.regions]:
+            assert f"`{part}`" in section, f"{name} lacks {part}"
+            assert doc.replace("|", "\\|") in section
     assert '| `scoring` | `"softmax"` or `"sigmoid"` or' in text
     assert "| `group_fill` | float | `-inf` |" in text
     assert "| `experts` | int | required |" in text
