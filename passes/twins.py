@@ -104,7 +104,7 @@ def result_dtype(target: str, op: Op) -> DType | str:
         free = sorted(expr.free_symbols, key=str)
         for s in free:
             sizes.setdefault(s, _TRIAL_STEP * (len(sizes) + 1))
-        value = expr.subs({s: sizes[s] for s in free})
+        value = expr.xreplace({s: sympy.Integer(sizes[s]) for s in free})
         return int(value) if value.is_Integer else float(value)
 
     values: list[Any] = []
