@@ -9,9 +9,10 @@ from torch import Tensor
 
 from moec.backends.aten.backward import experts_backward
 from moec.backends.aten.forward import experts_forward
+from moec.backends.aten.region import compile_region
 from moec.backends.aten.spec import Spec
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op, tensors_only
-from moec.backends.reference import ReferenceKernel
+from moec.backends.reference import AutogradKernel
 from moec.backends.registry import register_backend
 from moec.ir.core import Op
 from moec.ir.types import TensorType
@@ -61,8 +62,11 @@ class AtenBackend(Backend):
 
     def load(self, artifact: Artifact) -> Kernel:
         op = program_op(artifact.graph)
-        # A router is a handful of small ops: its definition is its kernel.
-        return ExpertsKernel(op) if op.name == "moe.experts" else ReferenceKernel(artifact.graph)
+        if op.name == "moe.experts":
+            return ExpertsKernel(op)
+        # A router is a handful of small ops: its region, or its definition, is its kernel.
+        router = compile_region(op.regions[0] if op.regions else artifact.graph)
+        return AutogradKernel(lambda inputs: router(*inputs))
 
     def status(self) -> list[StatusLine]:
         return [

@@ -82,9 +82,3 @@ def _call(op: Op, operands: list[str], constant: Callable[[Any], str]) -> str:
     parts = [text(a) for a in op.attrs.get("args", ())]
     parts += [f"{key}={text(value)}" for key, value in op.attrs.get("kwargs", {}).items()]
     return f"{constant(resolve_target(op.attrs['target']))}({', '.join(parts)})"
-
-
-def output_dtype_name(graph: Graph) -> str:
-    """The element type of a region's only output."""
-    type = graph.outputs[0].type
-    return str(getattr(type, "dtype", ""))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,27 +11,27 @@ from torch import Tensor
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, tensors_only
 from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import register_backend
-from moec.ir.core import Graph, Op
+from moec.ir.core import Op
 from moec.ir.opdef import OpDef, op_def
 
-__all__ = ["ReferenceBackend", "run_graph"]
+__all__ = ["AutogradKernel", "ReferenceBackend", "run_graph"]
 
 
-class ReferenceKernel(Kernel):
-    """Runs the program graph; its backward is autograd through the interpreter."""
+class AutogradKernel(Kernel):
+    """Runs a function of the flat operands; its backward is torch's autograd through that function, run again."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, run: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        self.run = run
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        return run_graph(self.graph, inputs)
+        return self.run(inputs)
 
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
         with torch.enable_grad():
-            outputs = run_graph(self.graph, leaves)
+            outputs = self.run(leaves)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         wanted = [t for t, n in zip(leaves, needs, strict=True) if n]
         if not pairs or not wanted:
@@ -58,7 +59,7 @@ class ReferenceBackend(Backend):
         return tensors_only(op)
 
     def load(self, artifact: Artifact) -> Kernel:
-        return ReferenceKernel(artifact.graph)
+        return AutogradKernel(partial(run_graph, artifact.graph))
 
     def status(self) -> list[StatusLine]:
         return [

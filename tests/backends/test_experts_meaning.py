@@ -117,6 +117,23 @@ def test_groups_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
             assert relative_error(a, b) <= TOLERANCE["f64"]
 
 
+def test_the_working_set_is_the_rows_and_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither weights nor the gathered tokens nor the up GEMM's rows are ever held whole."""
+    case = ExpertsCase(experts=16, top_k=4, hidden=64, inner=64)
+    kernel, inputs = aten(case.graph()), case.inputs(512)
+    block = 64 << 10
+    monkeypatch.setattr(aten_slots, "GROUP_BYTES", block)
+    monkeypatch.setattr(aten_forward, "COMBINE_BYTES", block)
+    row_bytes = (2 * case.hidden + 2 * case.up_width) * 4
+    largest = int(inputs[1].flatten().bincount().max()) * row_bytes
+    rows, result, indices = 512 * 4 * case.hidden * 4, 512 * case.hidden * 4, 6 * 512 * 4 * 8
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        kernel.forward(inputs)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    held = list(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    assert rows < max(held) < rows + result + indices + max(largest, block) + 2 * block
+
+
 def test_gradients_of_untouched_experts_are_zero() -> None:
     case = ExpertsCase()
     inputs = case.inputs(9, "half_empty")
