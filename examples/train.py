@@ -21,7 +21,7 @@ def train(steps: int = 5, inner: str = "inductor") -> list[float]:
         loss = compiled(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from moec.cli.app import main
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., list[tuple[int, str, str]]]
 
 RELU = """graph @f(%x: f32[T, 4]) -> f32[T, 4] {
   %r = torch.call @aten.relu.default(%x) : f32[T, 4]
@@ -28,18 +30,40 @@ USED_TWICE = """graph @f(%x: f32[T, 4]) -> (f32[T, 4], f32[T, 4]) {
   return %y, %r
 }
 """
+# Importing torch takes seconds: one process runs several command lines, as the script would.
+DRIVER = """
+import contextlib, io, json, sys
+from moec.cli.app import main
+answers = []
+for arguments, text in json.load(sys.stdin):
+    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            answers.append((stop.code or 0, out.getvalue(), err.getvalue()))
+json.dump(answers, sys.stdout)
+"""
 EXPLAIN = """
-import json, moec.api
+import json, moec
 from examples.factory import olmoe
 model, args, kwargs = olmoe()
-report = moec.api.explain(model, args, kwargs, backends=["loops", "aten"])
+report = moec.explain(model, args, kwargs, backends=["loops", "aten"])
 print(json.dumps([b.backend for b in report.layers]))
 """
 
 
+def python(code: str, path: list[Path], text: str = "") -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+    made = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs Python with the package installed in a folder of its own."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the package is installed into."""
     folder = tmp_path_factory.mktemp("plugin")
     shutil.copytree(HERE / "plugin_package", folder / "source")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
@@ -47,45 +71,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         [*pip, "--target", str(folder / "site"), str(folder / "source")], capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
-    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    return folder / "site"
 
-    def call(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOEC_CACHE_DIR": str(folder / "cache")}
-        return subprocess.run([sys.executable, *args], input=text, capture_output=True, text=True, env=env, cwd=ROOT)
+
+@pytest.fixture(scope="module")
+def run(site: Path) -> Run:
+    """Runs ``moec`` command lines, each (arguments, stdin), where the package is installed."""
+
+    def call(*commands: tuple[list[str], str]) -> list[tuple[int, str, str]]:
+        return [tuple(answer) for answer in json.loads(python(DRIVER, [site, ROOT], json.dumps(commands)))]
 
     return call
 
 
-def test_it_is_listed(run: Run) -> None:
-    listed = run("-m", "moec", "passes")
-    assert "fuse-square-relu" in listed.stdout, listed.stderr
-    assert "loops" in run("-m", "moec", "backends").stdout
+def test_op_and_pass(run: Run) -> None:
+    opt = ["opt", "-", "-p", "fuse-square-relu", "--remarks"]
+    passes, backends, fused, refused = run((["passes"], ""), (["backends"], ""), (opt, RELU), (opt, USED_TWICE))
+    assert "fuse-square-relu" in passes[1]
+    assert "loops" in backends[1]
+    assert "%y = square.relu %x : f32[T, 4]" in fused[1], fused[2]
+    assert "aten.relu" not in fused[1]
+    assert "square.relu" not in refused[1]
+    assert "the relu is used elsewhere too" in refused[2]
+    ((code, text, problems),) = run((["opt", "-"], fused[1]))  # its op is read without its pass being asked for
+    assert (code, text) == (0, fused[1]), problems
 
 
-def test_the_pass_runs_and_its_op_is_printed_and_parsed(run: Run) -> None:
-    made = run("-m", "moec", "opt", "-", "-p", "fuse-square-relu", text=RELU)
-    assert "%y = square.relu %x : f32[T, 4]" in made.stdout, made.stderr
-    assert "aten.relu" not in made.stdout
-    again = run("-m", "moec", "opt", "-", text=made.stdout)
-    assert again.stdout == made.stdout, again.stderr
+def test_backend(site: Path) -> None:
+    assert json.loads(python(EXPLAIN, [site, ROOT]).splitlines()[-1]) == ["loops", "loops"]
 
 
-def test_the_pass_refuses_with_a_reason(run: Run) -> None:
-    made = run("-m", "moec", "opt", "-", "-p", "fuse-square-relu", "--remarks", text=USED_TWICE)
-    assert "square.relu" not in made.stdout
-    assert "the relu is used elsewhere too" in made.stderr
-
-
-def test_the_backend_claims_experts(run: Run) -> None:
-    made = run("-c", EXPLAIN)
-    assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout.splitlines()[-1]) == ["loops", "loops"]
-
-
-def test_without_it_nothing_of_it_is_known() -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    made = subprocess.run(
-        [sys.executable, "-m", "moec", "passes", "fuse-square-relu"], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-    assert made.returncode == 2
-    assert "unknown pass 'fuse-square-relu'" in made.stderr
+def test_without_the_package_nothing_of_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["passes", "fuse-square-relu"])
+    assert "unknown pass 'fuse-square-relu'" in capsys.readouterr().err
