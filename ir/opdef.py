@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from moec.ir.attributes import ListAttr, Operand, Region
 from moec.ir.errors import IRError, VerifyError, nearest
@@ -111,7 +111,7 @@ class OpDef:
         """Execute on torch tensors (flat operand values). ``run`` executes a nested graph. One entry per result."""
         raise NotImplementedError(f"{self.name} has no executable meaning")
 
-    def fail(self, op: Op, message: str) -> None:
+    def fail(self, op: Op, message: str) -> NoReturn:
         raise VerifyError(f"{self.name}: {message}", op=repr(op), source=op.loc.source or None)
 
 

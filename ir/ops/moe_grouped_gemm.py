@@ -43,16 +43,20 @@ class GroupedGemm(OpDef):
         rows, plan = op.operands[0].type, op.group("plan")[0].type
         if not isinstance(plan, PlanType):
             self.fail(op, "plan must come from moe.dispatch")
+        if not isinstance(rows, TensorType) or rows.rank != 2:
+            self.fail(op, "rows must be a matrix [R, K]")
         weights = op.group("weights")
         stacked = self.attr(op, "stacked")
         if len(weights) != (1 if stacked else plan.experts):
             self.fail(op, f"{len(weights)} weights do not fit stacked = {stacked} with {plan.experts} experts")
+        if len(op.group("bias")) not in (0, len(weights)):
+            self.fail(op, f"{len(op.group('bias'))} biases do not fit {len(weights)} weights")
         for w in weights:
             t = w.type
             if not isinstance(t, TensorType) or t.rank != (3 if stacked else 2):
                 self.fail(op, f"weight {w!r} must be a tensor of rank {3 if stacked else 2}")
             k = t.shape[-1] if self.attr(op, "form") == "nk" else t.shape[-2]
-            if not isinstance(rows, TensorType) or k != rows.shape[1]:
+            if k != rows.shape[1]:
                 self.fail(op, f"weight {w!r} reduces over {k}, the rows are {rows.shape[1]} wide")
             if t.dtype != rows.dtype:
                 self.fail(op, f"rows are {rows.dtype}, weight {w!r} is {t.dtype}")

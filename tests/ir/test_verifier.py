@@ -174,6 +174,17 @@ def own_check(g: Graph) -> None:
     g.ops[1].attrs["form"] = "kn"
 
 
+def bias_count(g: Graph) -> None:
+    text = TEXT.replace("[%w13], %plan", "[%w13], %plan, [%w, %w]")
+    g.args, g.ops = (broken := parse_graph(text)).args, broken.ops
+    for v in [*g.args, *g.ops]:
+        setattr(v, "owner" if isinstance(v, Value) else "parent", g)
+
+
+def rows_rank(g: Graph) -> None:
+    g.ops[1].set_operand(0, g.args[3])
+
+
 def template_range(g: Graph) -> None:
     g.ops[2].regions[0].ops[0].attrs["args"] = (Operand(0), Operand(1), Operand(2))
 
@@ -243,6 +254,8 @@ BREAKERS: list[tuple[Callable[[Graph], None], str]] = [
     (result_type, "result %plan is !moe.plan<5>, its operands make it !moe.plan<4>"),
     (result_shape, "result %h is bf16[2, 6], its operands make it bf16[2*T, 6]"),
     (own_check, "weight %w13 reduces over 6, the rows are 8 wide"),
+    (bias_count, "2 biases do not fit 1 weights"),
+    (rows_rank, "rows must be a matrix [R, K]"),
     (template_range, "the template names operand 2, there are 2"),
     (template_region, "the template names region 0, there are 0"),
     (template_unused, "operand 1 has no place in the template"),
