@@ -49,7 +49,7 @@ def to_exported(graph: Graph, program: ExportedProgram, *, lower_op: LowerOp | N
     constants = dict(program.constants)
     _lift_constants(gm, signature, constants)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        if node.op == "call_function" and node.users and "val" not in node.meta:
             raise EmitError(
                 f"the value of {node.format_node()} is not known, and an exported program must record it",
                 hint="calls with nested graphs keep their values only in the process that captured them",

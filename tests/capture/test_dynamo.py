@@ -200,6 +200,7 @@ def test_auto_functionalized() -> None:
         assert "hop.auto_functionalized_v2" in check(f, rows(grad=False)).calls("forward")
 
 
+@pytest.mark.slow
 def test_a_training_model_with_checkpointing() -> None:
     model = build("mixtral", train=True, layers=1)
     model.activation_checkpointing_enable({"use_reentrant": False})

@@ -19,19 +19,18 @@ from moec.ir.types import TensorType
 from tests.capture.same import assert_same
 from tests.support.models import build, inputs
 
-MODELS = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe", "olmoe", "qwen3_moe"]
-DYNAMIC = ["mixtral", "gpt_oss"]
-DECOMPOSED = [("mixtral", True), ("deepseek_v3", False)]
+STATIC = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"]
+FAMILIES = [*STATIC, "glm4_moe", "olmoe", "qwen3_moe", "qwen3_next"]
+KEYWORDS_ONLY = "granitemoe"  # its forward hides input_ids in **kwargs, and dynamic shapes then go under that name
 
 
 def captured(family: str, dynamic: bool, layers: int = 1) -> tuple[ExportedProgram, dict[str, torch.Tensor]]:
     model = build(family, layers=layers)
     args = inputs(family, 2, 12)
-    shapes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}} if dynamic else None
-    if shapes and family == "granitemoe":
-        shapes = None  # its forward takes **kwargs only
+    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
+    shapes = {"kwargs": {"input_ids": sizes}} if family == KEYWORDS_ONLY else {"input_ids": sizes}
     with torch.no_grad():
-        return export(model, (), args, dynamic_shapes=shapes, strict=False), args
+        return export(model, (), args, dynamic_shapes=shapes if dynamic else None, strict=False), args
 
 
 def check(program: ExportedProgram, args: dict[str, torch.Tensor]) -> None:
@@ -50,27 +49,30 @@ def check(program: ExportedProgram, args: dict[str, torch.Tensor]) -> None:
         assert torch.equal(read.module()(**args).logits, want)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", STATIC)
 def test_static(family: str) -> None:
     check(*captured(family, dynamic=False))
 
 
-def test_static_with_linear_attention() -> None:
-    check(*captured("qwen3_next", dynamic=False, layers=2))
-
-
-@pytest.mark.parametrize("family", DYNAMIC)
-def test_dynamic(family: str) -> None:
-    program, _ = captured(family, dynamic=True)
-    check(program, inputs(family, 3, 7))
+def test_dynamic() -> None:
+    program, _ = captured("mixtral", dynamic=True)
+    check(program, inputs("mixtral", 3, 7))
     ids = from_exported(program).args[-1].type
     assert isinstance(ids, TensorType)
     assert all(d.is_Symbol for d in ids.shape)
 
 
-@pytest.mark.parametrize(("family", "dynamic"), DECOMPOSED)
-def test_decomposed(family: str, dynamic: bool) -> None:
-    program, args = captured(family, dynamic)
+def test_decomposed() -> None:
+    program, args = captured("deepseek_v3", dynamic=False)
+    check(program.run_decompositions(), args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, dynamic: bool) -> None:
+    program, args = captured(family, dynamic, layers=2)
+    check(program, args)
     check(program.run_decompositions(), args)
 
 

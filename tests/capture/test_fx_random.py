@@ -20,7 +20,7 @@ from tests.capture.same import assert_same
 
 aten = torch.ops.aten
 ROWS, COLUMNS = 6, 4
-QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40, derandomize=True)
+QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25, derandomize=True)
 
 Tensors = list[torch.Tensor]
 STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Tensors]] = {
