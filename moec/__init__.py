@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moec.api import compile as compile
     from moec.api import explain as explain
     from moec.ir.errors import MoecError as MoecError
-    from moec.prepare import prepare as prepare
+    from moec.readiness import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
     from moec.session import recording as recording
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "moec.api",
     "explain": "moec.api",
-    "prepare": "moec.prepare",
+    "prepare": "moec.readiness",
     "recording": "moec.session",
     "MoecError": "moec.ir.errors",
     "MoecWarning": "moec.runtime.checks",

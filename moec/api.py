@@ -46,7 +46,7 @@ def compile(
     given = {**options, **({"target": target} if target else {}), **({"passes": passes} if passes else {})}
     CompileOptions.from_dict(given)  # a bad option is told now, not at the first call
     if prepare:
-        from moec.prepare import prepare as ready
+        from moec.readiness import prepare as ready
 
         ready(model)
     compiled = torch.compile(model, backend="moec", dynamic=dynamic, fullgraph=fullgraph, options=given)

@@ -1,0 +1,100 @@
+"""``moec.prepare``: set a model up so that its experts can be captured and its depth costs no compile time."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Literal
+
+import torch
+
+from moec.ir.errors import MoecError
+from moec.readiness.experts import ImplementationChange, followers, lookalikes
+from moec.readiness.regions import RegionChange
+from moec.readiness.report import PrepareReport
+
+DEFAULT_IMPLEMENTATION = "grouped_mm"
+
+
+class PrepareError(MoecError):
+    """Arguments that ``moec.prepare`` cannot act on."""
+
+    code = "prepare"
+
+
+class _Changes:
+    """What was done to one model, to be undone in reverse."""
+
+    def __init__(self, implementation: ImplementationChange, regions: RegionChange | None) -> None:
+        self.implementation, self.regions = implementation, regions
+
+    def undo(self) -> None:
+        if self.regions is not None:
+            self.regions.undo()
+        self.implementation.undo()
+
+
+_prepared: weakref.WeakKeyDictionary[torch.nn.Module, _Changes] = weakref.WeakKeyDictionary()
+
+
+def prepare(
+    model: torch.nn.Module,
+    *,
+    implementation: str | None = DEFAULT_IMPLEMENTATION,
+    regions: bool | Literal["auto"] = "auto",
+) -> PrepareReport:
+    """Ready a model for capture, in place; its outputs stay what they were.
+
+    Two things are done. Every experts module that follows transformers' experts interface is set to one
+    implementation (the default eager loop of some models cannot be traced); modules that run experts but ignore the
+    interface are named. And decoder layers that are alike are marked, so that torch.compile traces and compiles one of
+    them and reuses it for the others: the whole layer in inference without a cache, its MoE block where a cache is
+    passed, nothing where gradients are on. Outside torch.compile the marks do nothing.
+
+    Preparing again starts afresh from the unprepared model, so that ``prepare(model).undo()`` always leaves the model
+    as it was before the first call. A model without transformers' experts is left alone, and a note says so.
+
+    Args:
+        model: Any module.
+        implementation: Name in transformers' experts interface; None leaves it as it is.
+        regions: ``"auto"`` marks groups of at least four alike layers, True of at least two, False none.
+
+    Returns:
+        What was done and what was left, with ``undo()``.
+
+    Raises:
+        MoecError: The model is no module, ``regions`` is none of the three, or no interface in the model knows the
+            implementation.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise PrepareError(f"prepare takes a torch.nn.Module, not {type(model).__name__}")
+    if regions not in ("auto", True, False):
+        raise PrepareError(f"regions is {regions!r}", hint="use 'auto', True or False")
+    if model in _prepared:
+        _prepared.pop(model).undo()
+    report = PrepareReport(type(model).__name__, implementation)
+    experts = followers(model)
+    report.ignored = lookalikes(model)
+    if not experts:
+        report.notes.append(_nothing_to_do(report))
+        return report
+    change = _Changes(ImplementationChange(experts, implementation), None)
+    report.experts = change.implementation.sites
+    if regions:
+        change.regions = RegionChange(model, experts, regions)
+        report.regions, report.left_out = change.regions.groups, change.regions.left_out
+    _prepared[model] = change
+    reference = weakref.ref(model)
+
+    def undo() -> None:
+        alive = reference()
+        if alive is not None and _prepared.get(alive) is change:
+            _prepared.pop(alive).undo()
+
+    report._undo = undo
+    return report
+
+
+def _nothing_to_do(report: PrepareReport) -> str:
+    if report.ignored:
+        return "no module follows transformers' experts interface: nothing was changed"
+    return "the model has no experts: nothing was changed"

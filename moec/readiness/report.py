@@ -1,0 +1,159 @@
+"""What ``moec.prepare`` did to a model, what it left alone and why."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+_TEXT_WIDTH = 140  # of a report turned into text where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class ExpertsSite:
+    """One experts module that asks transformers' experts interface how to run.
+
+    Attributes:
+        name: Dotted path in the model.
+        kind: Its class.
+        before: Implementation that it would have used.
+        after: Implementation that it uses now.
+        reason: Why ``after`` isn't the one asked for; None where it is.
+    """
+
+    name: str
+    kind: str
+    before: str | None
+    after: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A module that was left as it was, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RegionGroup:
+    """Layers that are alike, so that one compiled region serves them all.
+
+    Attributes:
+        kind: Class of the layers.
+        layers: Dotted paths of the layers.
+        blocks: Dotted paths of their MoE blocks, which are regions of their own where the whole layer cannot be one.
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+
+
+@dataclass
+class PrepareReport:
+    """The whole answer of ``moec.prepare``. Printing it with rich shows tables; ``str`` gives the same as text.
+
+    Attributes:
+        model: Class of the model.
+        implementation: The experts implementation asked for; None where none was to be set.
+        experts: Modules that follow the experts interface.
+        ignored: Modules that look like experts and do not follow it.
+        regions: Groups of layers that share a compiled region.
+        left_out: Layers that are compiled one by one.
+        notes: What concerns the whole model.
+    """
+
+    model: str
+    implementation: str | None
+    experts: list[ExpertsSite] = field(default_factory=list)
+    ignored: list[LeftOut] = field(default_factory=list)
+    regions: list[RegionGroup] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def found(self) -> int:
+        """How many modules run experts, whether they follow the interface or not."""
+        return len(self.experts) + len(self.ignored)
+
+    @property
+    def will_use(self) -> int:
+        """How many of them use the implementation that was asked for; all that follow, if none was."""
+        return sum(self.implementation in (None, site.after) for site in self.experts)
+
+    def undo(self) -> None:
+        """Put the model back as it was before it was first prepared. Calling it twice does nothing more."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types, with the counts."""
+        names = ("experts", "ignored", "regions", "left_out")
+        return {
+            "model": self.model,
+            "implementation": self.implementation,
+            "found": self.found,
+            "will_use": self.will_use,
+            **{name: [asdict(item) for item in getattr(self, name)] for name in names},
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        used = self.implementation or "what they had"
+        yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}")
+        if self.regions:
+            yield _table("one compiled region each", ("layers", "count", "kind"), self._region_rows())
+        left = [*_unfollowed(self.experts), *self.ignored, *self.left_out]
+        if left:
+            yield _table("left as they are", ("module", "kind", "why"), _merged(left))
+        for note in self.notes:
+            yield Text(f"note: {note}")
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_TEXT_WIDTH, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+    def _region_rows(self) -> Iterator[tuple[str, ...]]:
+        for group in self.regions:
+            yield f"{group.layers[0]} … {group.layers[-1]}", str(len(group.layers)), group.kind
+
+
+def _unfollowed(sites: Iterable[ExpertsSite]) -> Iterator[LeftOut]:
+    for site in sites:
+        if site.reason:
+            yield LeftOut(site.name, site.kind, site.reason)
+
+
+def _merged(items: Iterable[LeftOut]) -> Iterator[tuple[str, ...]]:
+    """One row for all modules of one kind with one reason: 48 equal lines hide the odd one."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        rows.setdefault((item.kind, item.reason), []).append(item.name)
+    for (kind, reason), names in rows.items():
+        yield names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})", kind, reason
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
