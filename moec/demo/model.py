@@ -46,7 +46,8 @@ def build(shape: Shape, progress: Callable[[str, int], None] | None = None) -> A
     except ImportError as e:
         raise MoecError("the demo needs transformers", hint="pip install 'moec[hf]'") from e
     transformers.logging.set_verbosity_error()
-    config = transformers.Qwen3MoeConfig(
+    make_config: Any = transformers.Qwen3MoeConfig  # its fields are not known to type checkers
+    config = make_config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=3 * shape.hidden,

@@ -38,9 +38,8 @@ class Decode:
         from transformers import StaticCache
 
         length = input_ids.shape[1]
-        self.cache = StaticCache(config=model.config, max_cache_len=length + 16)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=length + 16)
         model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.layers = [(layer.keys.clone(), layer.values.clone()) for layer in self.cache.layers]
         self.position = torch.tensor([[length]])
         self.token = input_ids[:, -1:].clone()
         self.length = length
