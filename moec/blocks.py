@@ -280,7 +280,8 @@ def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: 
         return [fx_graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
 
     out = piece.outputs[0]
-    with gm.graph.inserting_before(out.next):
+    # no_grad: the user's saved-tensor hooks must not see the fake tensors that record the new nodes' values
+    with gm.graph.inserting_before(out.next), torch.no_grad():
         results = emit_into(graph, gm.graph, piece.inputs, lower_op=lower, root=gm, value_key="example_value")
     inside = set(piece.nodes)
     for old, new in zip(piece.outputs, results, strict=True):

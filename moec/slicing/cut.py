@@ -152,7 +152,7 @@ def _check(view: _View, chosen: set[Node], out: Node) -> None:
                 raise _Refused(f"{written.name}, which comes from outside the block, is overwritten inside it")
         if nodes.has_effect(node):
             raise _Refused(f"{nodes.name(node)} inside the block has an effect that must keep its place")
-        if view.order[node] > last:
+        if view.order[node] > last and node.users:
             raise _Refused(f"{node.name} of the block comes after its output")
         for user in node.users:
             if user in chosen or node is out:
@@ -176,6 +176,7 @@ def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
     if not block <= chosen:
         raise _Refused("the sum per token does not depend on all of the block's expert GEMMs")
     _drop_numbers(view, chosen)
+    chosen |= {u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"}  # dead in nested graphs
     _check(view, chosen, out)
     ordered = sorted(chosen, key=view.order.__getitem__)
     inputs = list(dict.fromkeys(a for n in ordered for a in n.all_input_nodes if a not in chosen))
