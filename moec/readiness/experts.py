@@ -74,11 +74,7 @@ def _looks_like_experts(module: torch.nn.Module) -> str | None:
     if count is not None and count > 1 and any(p.shape[0] == count for p in stacked):
         return "holds weights stacked by expert"
     for child_name, child in zip(module._modules, children, strict=True):
-        if (
-            isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict)
-            and "expert" in child_name
-            and len(child) > 1
-        ):
+        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) and "expert" in child_name and len(child) > 1:
             return f"holds a list of experts ({child_name})"
     return None
 
@@ -94,14 +90,14 @@ class ImplementationChange:
             raise ImplementationError(
                 f"unknown experts implementation {implementation!r}", hint=nearest(implementation, known)
             )
-        before = {name: module.config._experts_implementation for name, module in modules.items()}
+        before = {name: _config(module)._experts_implementation for name, module in modules.items()}
         for name, module in modules.items():
             reason = self._set(module, implementation) if implementation is not None else None
-            after = module.config._experts_implementation
+            after = _config(module)._experts_implementation
             self.sites.append(ExpertsSite(name, type(module).__name__, before[name], after, reason))
 
     def _set(self, module: torch.nn.Module, implementation: str) -> str | None:
-        config: Any = module.config
+        config = _config(module)
         current = config._experts_implementation
         if current == implementation:
             return None
@@ -118,6 +114,11 @@ class ImplementationChange:
         for config, value in reversed(self._before):
             config._experts_implementation_internal = value
         self._before.clear()
+
+
+def _config(module: torch.nn.Module) -> Any:
+    """The config that the module asks; a plain attribute, and transformers need not be importable to say its type."""
+    return vars(module)["config"]
 
 
 def _known(module: torch.nn.Module) -> Iterator[str]:
