@@ -98,10 +98,6 @@ class BlockCompiler:
 
     def _compile_new(self, piece: Slice, name: str) -> _Compiled:
         report = BlockReport(name)
-        device = _device(piece)
-        if torch.is_autocast_enabled(device):
-            report.reason = f"autocast is on for {device}: the block's types are decided call by call"
-            return _Compiled(None, Claims(), report)
         try:
             graph = graph_from_fx(retrace(piece), "block")
             passes = parse_pipeline(self.options.passes)
@@ -151,7 +147,11 @@ class _AfterRaise(Instrument):
 
 
 def retrace(piece: Slice) -> GraphModule:
-    """The slice as a graph of pre-dispatch ATen calls, on the fake values that Dynamo recorded."""
+    """The slice as a graph of ATen calls, on the fake values that Dynamo recorded.
+
+    The calls are those before dispatch, as ``torch.export`` has them. Under autocast they are those after it: the casts
+    that it inserts are part of the block.
+    """
     graph = torch.fx.Graph()
     env: dict[Node, Node] = {}
     values = []
@@ -170,7 +170,7 @@ def retrace(piece: Slice) -> GraphModule:
     with mode, torch.no_grad():
         traced: GraphModule = make_fx(
             lambda *args: torch.fx.Interpreter(piece_module).run(*args),
-            pre_dispatch=True,
+            pre_dispatch=not torch.is_autocast_enabled(_device(piece)),
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*values)
