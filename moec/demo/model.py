@@ -31,7 +31,7 @@ class Shape:
 
 
 #: Qwen3-30B-A3B's own layer sizes (its config.json); it has 48 such layers.
-FULL = Shape("Qwen3-30B-A3B-shaped", 2048, 768, 128, 8, 32, 4, 128, 151936, 1024)
+FULL = Shape("Qwen3-30B-A3B-shaped", 2048, 768, 128, 8, 32, 4, 128, 151936, 512)
 SMALL = Shape("narrow Qwen3-MoE", 256, 96, 16, 4, 8, 2, 32, 4096, 256)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 LOGITS_KEPT = 64  # of the last tokens of a prefill: enough to check, and the head does not drown the layers
-_PREFILL_RUNS = 3
-_DECODE_RUNS = 10
+_FEWEST_RUNS = 2
+_MOST_RUNS = 15
+_ENOUGH_S = 6.0  # of measuring one thing: a slow machine should not pay for precision
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,25 @@ def prefill(model: Any, input_ids: Tensor) -> Tensor:
 
 
 class Decode:
-    """One decode step after ``input_ids``, over and over: same cache, same position, the same work every time."""
+    """One decode step after ``input_ids``, over and over: same cache, same position, the same work every time.
+
+    Attributes:
+        router_logits: Of the prefill that filled the cache, one [T, E] tensor a layer.
+    """
 
     def __init__(self, model: Any, input_ids: Tensor) -> None:
         from transformers import StaticCache
 
         length = input_ids.shape[1]
         self.cache: Any = StaticCache(config=model.config, max_cache_len=length + 16)
-        model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=input_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_router_logits=True,
+        )
+        self.router_logits: tuple[Tensor, ...] = out.router_logits
         self.position = torch.tensor([[length]])
         self.token = input_ids[:, -1:].clone()
         self.length = length
@@ -69,15 +81,15 @@ def measure(name: str, model: Any, input_ids: Tensor, decode: Decode) -> tuple[T
     logits = prefill(model, input_ids)
     decode(model)
     first = time.perf_counter() - start
-    prefill_s = _median(lambda: prefill(model, input_ids), _PREFILL_RUNS)
+    prefill_s = _median(lambda: prefill(model, input_ids))
     decode(model)  # the second length may compile once more
-    decode_s = _median(lambda: decode(model), _DECODE_RUNS)
+    decode_s = _median(lambda: decode(model))
     return Times(name, first, prefill_s, decode_s), logits
 
 
-def _median(call: Callable[[], object], runs: int) -> float:
-    seconds = []
-    for _ in range(runs):
+def _median(call: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    while len(seconds) < _FEWEST_RUNS or (len(seconds) < _MOST_RUNS and sum(seconds) < _ENOUGH_S):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
