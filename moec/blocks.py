@@ -8,9 +8,8 @@ The contract:
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,14 +24,11 @@ from moec.describe import fill_experts, route_text
 from moec.emit import emit_into
 from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
+from moec.lowering import block_name, lowering
 from moec.options import CompileOptions
-from moec.passes.base import Pass, PassContext
-from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
-from moec.passes.manager import PassManager
-from moec.passes.registry import parse_pipeline
+from moec.passes.base import PassContext
+from moec.pipeline import run_pipeline
 from moec.report import BlockReport
-from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
-from moec.runtime.programs import program_graph, register
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
 
@@ -67,17 +63,22 @@ class BlockCompiler:
     reports: list[BlockReport] = field(default_factory=list)
     _seen: dict[Any, _Compiled] = field(default_factory=dict)
 
-    def run(self, gm: GraphModule) -> bool:
-        """Replace the blocks of one graph (not of its sub-graphs). True if anything changed."""
+    def run(self, gm: GraphModule, instances: int = 1) -> bool:
+        """Replace the blocks of one graph (not of its sub-graphs). True if anything changed.
+
+        Args:
+            gm: The graph.
+            instances: How often the whole program calls it.
+        """
         changed = False
         for piece in find_slices(gm.graph):
             loc = location_of(piece.anchor.meta)
-            name = _block_name(loc.module, len(self.reports))
+            name = block_name(loc.module, len(self.reports))
             if isinstance(piece, NotSliced):
-                self._tell(BlockReport(name, reason=piece.reason), name, loc.source)
+                self._tell(BlockReport(name, reason=piece.reason, instances=instances), name, loc.source)
                 continue
             compiled = self._compile(piece, name)
-            self._tell(compiled.report, name, loc.source)
+            self._tell(replace(compiled.report, instances=instances), name, loc.source)
             if compiled.graph is not None:
                 _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
                 changed = True
@@ -88,7 +89,7 @@ class BlockCompiler:
         return changed
 
     def _tell(self, report: BlockReport, name: str, source: str) -> None:
-        self.reports.append(_copy(report, name, source))
+        self.reports.append(replace(report, name=name, source=source or None, remarks=list(report.remarks)))
 
     def _compile(self, piece: Slice, name: str) -> _Compiled:
         key = _key(piece)
@@ -100,50 +101,16 @@ class BlockCompiler:
         report = BlockReport(name)
         try:
             graph = graph_from_fx(retrace(piece), "block")
-            passes = parse_pipeline(self.options.passes)
-            ctx = PassContext(target=self.options.target_description)
-            report.ir_before = self._run(graph, passes, ctx)
+            ctx, report.ir_before = run_pipeline(graph, self.options)
         except MoecError as error:
             report.reason = str(error).replace("\n", "; ")
             return _Compiled(None, Claims(), report)
         report.remarks = [str(r) for r in ctx.remarks]
         report.ir_after = str(graph)
         claims = claim(graph, self.options.backends, self.options.target)
-        report.reason = _unfinished(graph, claims, ctx)
-        _fill(report, graph, claims)
+        report.reason = unfinished(graph, claims, ctx)
+        fill_report(report, graph.ops, claims)
         return _Compiled(None if report.reason else graph, claims, report)
-
-    def _run(self, graph: Graph, passes: list[Pass], ctx: PassContext) -> str:
-        """Run the pipeline; gives the text of the block as raised, before fusion."""
-        o = self.options
-        raised = _AfterRaise()
-        instruments: list[Instrument] = [raised]
-        if o.print_ir_after_all:
-            instruments.append(PrintAfterAll())
-        if o.dump_dir is not None:
-            instruments.append(DumpDir(Path(o.dump_dir)))
-        if o.time_passes:
-            instruments.append(Timing())
-        if o.stats:
-            instruments.append(Stats())
-        repro = Path(o.dump_dir) / "repro.moe" if o.dump_dir is not None else None
-        PassManager(passes, instruments=instruments, verify=o.verify, fuel=o.fuel, repro=repro).run(graph, ctx)
-        return raised.text
-
-
-class _AfterRaise(Instrument):
-    """Keeps the graph's text as it is after ``raise-moe``."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def after_pass(self, graph: Graph, pass_: Pass, result: Any, seconds: float) -> None:
-        if pass_.name == "raise-moe":
-            from moec.passes.dce import DeadCodeElimination
-
-            shown = graph.clone()
-            DeadCodeElimination().run(shown, PassContext())
-            self.text = str(shown)
 
 
 def retrace(piece: Slice) -> GraphModule:
@@ -167,13 +134,16 @@ def retrace(piece: Slice) -> GraphModule:
     if mode is None:
         raise MoecError("the graph has no fake values to retrace the block with", op=piece.anchor.format_node())
     values = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
-    with mode, torch.no_grad():
-        traced: GraphModule = make_fx(
-            lambda *args: torch.fx.Interpreter(piece_module).run(*args),
-            pre_dispatch=not torch.is_autocast_enabled(_device(piece)),
-            tracing_mode="real",
-            _allow_non_fake_inputs=True,
-        )(*values)
+    try:
+        with mode, torch.no_grad():
+            traced: GraphModule = make_fx(
+                lambda *args: torch.fx.Interpreter(piece_module).run(*args),
+                pre_dispatch=not torch.is_autocast_enabled(_device(piece)),
+                tracing_mode="real",
+                _allow_non_fake_inputs=True,
+            )(*values)
+    except Exception as error:  # whatever torch cannot trace here, it can still run: the block stays as it is
+        raise MoecError(f"the block could not be retraced: {type(error).__name__}: {error}") from error
     for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
         placeholder.name = _short(node.name)
     _locate(traced, piece)
@@ -205,11 +175,6 @@ def _device(piece: Slice) -> str:
     return "cpu"
 
 
-def _block_name(module: str, number: int) -> str:
-    path = module.removesuffix(".experts")
-    return path or f"block{number}"
-
-
 def _key(piece: Slice) -> Any:
     """What makes two slices the same piece of program: calls, arguments, sizes, types, strides."""
     number = {n: i for i, n in enumerate([*piece.inputs, *piece.nodes])}
@@ -229,11 +194,13 @@ def _key(piece: Slice) -> Any:
             return (str(v.dtype), str(v.device), str(tuple(v.shape)), str(v.stride()))
         return str(v)
 
-    calls = tuple((n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes)
+    calls = tuple(
+        (n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes
+    )
     return (calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
 
 
-def _unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
+def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     """Why the block cannot go to the runtime ops, or None if it can."""
     experts = [op for op in graph.ops if op.name == "moe.experts"]
     left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
@@ -246,8 +213,9 @@ def _unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     return None
 
 
-def _fill(report: BlockReport, graph: Graph, claims: Claims) -> None:
-    for op in graph.ops:
+def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
+    """Fill in what the moe ops of one block say."""
+    for op in ops:
         if op.name == "moe.route":
             report.router = route_text(op)
         elif op.name == "moe.experts":
@@ -261,28 +229,15 @@ def _fill(report: BlockReport, graph: Graph, claims: Claims) -> None:
         report.router = "PyTorch"
 
 
-def _copy(report: BlockReport, name: str, source: str) -> BlockReport:
-    fields = {**vars(report), "name": name, "source": source or None, "remarks": list(report.remarks)}
-    return BlockReport(**fields)
-
-
 def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: str, options: CompileOptions) -> None:
     """Write the optimized graph in place of the slice."""
-
-    def lower(op: Op, fx_graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
-        if op not in claims:
-            return None
-        program = register(program_graph(op), claims[op], options.target, name, options.checks)
-        if op.name == "moe.experts":
-            call = torch.ops.moec.experts.default
-            return [fx_graph.call_function(call, (*args[:3], args[3:], program.key))]
-        routed = fx_graph.call_function(torch.ops.moec.route.default, (args, program.key))
-        return [fx_graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
 
     out = piece.outputs[0]
     # no_grad: the user's saved-tensor hooks must not see the fake tensors that record the new nodes' values
     with gm.graph.inserting_before(out.next), torch.no_grad():
-        results = emit_into(graph, gm.graph, piece.inputs, lower_op=lower, root=gm, value_key="example_value")
+        results = emit_into(
+            graph, gm.graph, piece.inputs, lower_op=lowering(claims, options, name), root=gm, value_key="example_value"
+        )
     inside = set(piece.nodes)
     for old, new in zip(piece.outputs, results, strict=True):
         for user in list(old.users):

@@ -32,7 +32,9 @@ def route_text(op: Op) -> str:
 
 def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
     """A region as a formula over its arguments (``silu(g)*u``), cut at ``limit`` characters."""
-    text: dict[object, str] = {a: names[i] if i < len(names) else f"c{i - len(names)}" for i, a in enumerate(graph.args)}
+    text: dict[object, str] = {
+        a: names[i] if i < len(names) else f"c{i - len(names)}" for i, a in enumerate(graph.args)
+    }
     for op in graph.ops[:-1]:
         name = function(op)
         shown = [text.get(v, "?") for v in op.operands]

@@ -39,14 +39,28 @@ def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
         What was found, one entry per block.
     """
     compiler = BlockCompiler(options)
+    calls = count_calls(gm)
     for module in list(gm.modules()):
         if isinstance(module, GraphModule):
-            compiler.run(module)
+            compiler.run(module, calls.get(module, 1))
     report = Report(layers=compiler.reports, graphs=1)
     if not report.layers:
         report.remarks.append("no MoE block was found in the graph; PyTorch compiles all of it")
     _tell(report, options)
     return report
+
+
+def count_calls(gm: GraphModule) -> dict[GraphModule, int]:
+    """How often each nested graph of ``gm`` is called by the graph that owns it."""
+    calls: dict[GraphModule, int] = {}
+    for owner in gm.modules():
+        if not isinstance(owner, GraphModule):
+            continue
+        for node in owner.graph.find_nodes(op="get_attr"):
+            body = getattr(owner, str(node.target), None)
+            if isinstance(body, GraphModule):
+                calls[body] = calls.get(body, 0) + len(node.users)
+    return calls
 
 
 def _tell(report: Report, options: CompileOptions) -> None:
@@ -65,12 +79,16 @@ def _tell(report: Report, options: CompileOptions) -> None:
         return
     for b in left:
         where = f" ({b.source})" if b.source else ""
-        warnings.warn(f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}", MoecWarning, stacklevel=2)
+        warnings.warn(
+            f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}", MoecWarning, stacklevel=2
+        )
     if not report.layers:
         warnings.warn(report.remarks[0], MoecWarning, stacklevel=2)
 
 
-def _inner(gm: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, mode: str | None) -> Callable[..., Any]:
+def _inner(
+    gm: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, mode: str | None
+) -> Callable[..., Any]:
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":

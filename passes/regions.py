@@ -99,4 +99,3 @@ def extract(
         graph.append(copy)
     graph.append(Op("return", [lookup(v) for v in outputs], groups=[len(outputs)]))
     return graph, captures
-

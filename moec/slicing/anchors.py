@@ -23,7 +23,11 @@ class Anchor:
 def _indexed_weight(operand: Any) -> bool:
     """True for ``W[ids]`` with a 3-D ``W`` and one index per row, seen through views and transpositions."""
     picked = nodes.peel(operand, nodes.VIEWS | nodes.TRANSPOSES | nodes.CASTS)
-    if not isinstance(picked, Node) or not nodes.is_gather(picked) or nodes.name(picked) not in ("getitem", "index", "index_select"):
+    if (
+        not isinstance(picked, Node)
+        or not nodes.is_gather(picked)
+        or nodes.name(picked) not in ("getitem", "index", "index_select")
+    ):
         return False
     index = picked.args[2] if nodes.name(picked) == "index_select" else picked.args[1]
     if isinstance(index, (tuple, list)):

@@ -65,7 +65,11 @@ class _View:
     @cached_property
     def modes(self) -> list[tuple[int, str]]:
         """Positions at which grad mode or autocast changes."""
-        return [(i, nodes.name(n)) for n, i in self.order.items() if nodes.name(n).startswith(("_set_grad", "_enter", "_exit"))]
+        return [
+            (i, nodes.name(n))
+            for n, i in self.order.items()
+            if nodes.name(n).startswith(("_set_grad", "_enter", "_exit"))
+        ]
 
 
 def _reduction(view: _View, down: Node) -> Node:
@@ -176,7 +180,9 @@ def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
     if not block <= chosen:
         raise _Refused("the sum per token does not depend on all of the block's expert GEMMs")
     _drop_numbers(view, chosen)
-    chosen |= {u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"}  # dead in nested graphs
+    chosen |= {
+        u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"
+    }  # dead in nested graphs
     _check(view, chosen, out)
     ordered = sorted(chosen, key=view.order.__getitem__)
     inputs = list(dict.fromkeys(a for n in ordered for a in n.all_input_nodes if a not in chosen))

@@ -14,7 +14,20 @@ from torch.fx import Node
 
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, n)
-    for n in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow", "imod", "setitem", "imatmul")
+    for n in (
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "iand",
+        "ior",
+        "ixor",
+        "ipow",
+        "imod",
+        "setitem",
+        "imatmul",
+    )
 )
 VIEWS = frozenset({"view", "reshape", "unsqueeze", "squeeze", "contiguous", "flatten", "_unsafe_view", "alias"})
 CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double"})

@@ -64,7 +64,9 @@ def _check_row_wise(op: Op) -> None:
     elif name in _ROW_DIM_AT:
         dim = arg(op, _ROW_DIM_AT[name], "dim", None)
     else:
-        raise Refusal(f"{op.attrs.get('target', op.name)} between the expert GEMMs may mix rows of different tokens", op)
+        raise Refusal(
+            f"{op.attrs.get('target', op.name)} between the expert GEMMs may mix rows of different tokens", op
+        )
     if not last_dim(source, dim):
         raise Refusal(f"{op.attrs['target']} between the expert GEMMs works along dimension {dim}, across rows", op)
 
@@ -78,7 +80,11 @@ def _halves(h: Value) -> tuple[str, list[Value]] | None:
     width = int(t.shape[1])
     if len(users) == 1 and function(users[0]) in ("chunk", "split", "split_with_sizes"):
         op = users[0]
-        if len(op.results) == 2 and last_dim(h, arg(op, 2, "dim", 0)) and tensor(op.results[0]) == tensor(op.results[1]):
+        if (
+            len(op.results) == 2
+            and last_dim(h, arg(op, 2, "dim", 0))
+            and tensor(op.results[0]) == tensor(op.results[1])
+        ):
             return "concat", list(op.results)
         return None
     pieces: dict[tuple[int, int, int], Value] = {}
@@ -162,4 +168,3 @@ def split_bias(out: Value, row_ids: Collection[Value]) -> tuple[Value, Value | N
         if picked is not None and picked[1] in row_ids and rank(picked[0]) == 2:
             return op.results[0], picked[0]
     return out, None
-

@@ -6,7 +6,19 @@ from collections import deque
 from dataclasses import dataclass
 
 from moec.ir.core import Op, Value
-from moec.passes.matching import CASTS, VIEWS, arg, function, maker, peel, peel_views, rank, same_dim, single_index, tensor
+from moec.passes.matching import (
+    CASTS,
+    VIEWS,
+    arg,
+    function,
+    maker,
+    peel,
+    peel_views,
+    rank,
+    same_dim,
+    single_index,
+    tensor,
+)
 from moec.passes.raise_moe.dispatch import DispatchPlan
 from moec.passes.raise_moe.refusal import Refusal
 
@@ -35,7 +47,11 @@ def _find_sum(rows: Value) -> Op:
             if user in seen or user.name != "torch.call":
                 continue
             seen.add(user)
-            if function(user) == "sum" and rank(arg(user, 0, "self")) == 3 and arg(user, 1, "dim") in ([1], 1, [-2], -2):
+            if (
+                function(user) == "sum"
+                and rank(arg(user, 0, "self")) == 3
+                and arg(user, 1, "dim") in ([1], 1, [-2], -2)
+            ):
                 return user
             queue.extend(user.results)
     raise Refusal("the expert rows are not added per token by a sum over k", rows.op)

@@ -112,7 +112,7 @@ def _repeated(rows: Value) -> tuple[Value, int] | None:
     assert wide_type is not None
     if x_type is None or x_type.rank != 3 or x_type.shape[1] != 1 or not wide_type.shape[1].is_Integer:
         return None
-    source = peel_views(x)
+    source = peel(x, ("unsqueeze",))
     return (source, int(wide_type.shape[1])) if rank(source) == 2 else None
 
 
@@ -137,5 +137,7 @@ def read_dispatch(gemm: Gemm) -> DispatchPlan:
     shape_ok = (ids.rank == 2 and ids.shape[1] == plan.top_k) or ids.rank == 1
     slots = ids.shape[0] * (ids.shape[1] if ids.rank == 2 else 1)
     if not shape_ok or not same_dim(slots, x.shape[0] * plan.top_k):
-        raise Refusal(f"expert ids of shape {list(ids.shape)} do not give each of {x.shape[0]} tokens {plan.top_k}", gemm.op)
+        raise Refusal(
+            f"expert ids of shape {list(ids.shape)} do not give each of {x.shape[0]} tokens {plan.top_k}", gemm.op
+        )
     return plan

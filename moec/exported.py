@@ -1,0 +1,68 @@
+"""The export door: a ``torch.export`` program in, the same program with its MoE blocks as moec's ops out.
+
+Unlike the torch.compile door, where only the blocks are captured, the whole program becomes one IR graph here, so that
+passes may look across blocks. What no pass touches comes back as it was.
+"""
+
+from __future__ import annotations
+
+from torch.export import ExportedProgram
+
+from moec.backends.partition import Claims, claim
+from moec.blocks import fill_report
+from moec.capture import from_exported
+from moec.emit import to_exported
+from moec.ir.core import Graph
+from moec.lowering import block_name, lowering
+from moec.options import CompileOptions
+from moec.passes.base import PassContext
+from moec.pipeline import run_pipeline
+from moec.report import BlockReport, Report
+from moec.session import publish
+
+
+def optimize(program: ExportedProgram, **options: object) -> ExportedProgram:
+    """Run moec's passes over a whole exported program.
+
+    Args:
+        program: From ``torch.export.export``; it is not changed, and the result shares its parameters.
+        **options: Fields of :class:`moec.options.CompileOptions` (``passes``, ``backends``, ...).
+
+    Returns:
+        The program with ``moec::route`` and ``moec::experts`` where its blocks were. It runs where moec is imported.
+        A program with a block that the pipeline leaves half fused comes back unchanged, with remarks.
+
+    Raises:
+        MoecError: Bad options, or a pass failed.
+    """
+    chosen = CompileOptions.from_dict(options)
+    graph = from_exported(program)
+    ctx, raised = run_pipeline(graph, chosen)
+    claims = claim(graph, chosen.backends, chosen.target)
+    report = _report(graph, claims, ctx, raised)
+    publish(report)
+    if chosen.report is not None:
+        chosen.report(report)
+    if any(op.dialect == "moe" and op not in claims for op in graph.ops):
+        return program
+    return to_exported(graph, program, lower_op=lowering(claims, chosen))
+
+
+def _report(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Report:
+    report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
+    routes = {op.results[1]: op for op in graph.ops if op.name == "moe.route"}
+    for op in graph.ops:
+        if op.name == "moe.experts":
+            block = BlockReport(block_name(op.loc.module, len(report.layers)), source=op.loc.source or None)
+            if op not in claims:
+                block.reason = f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
+            route = routes.get(op.operands[1])
+            fill_report(block, [op] if route is None else [route, op], claims)
+            block.ir_before = raised
+            report.layers.append(block)
+        elif op.name == "moe.combine":
+            name = block_name(op.loc.module, len(report.layers))
+            report.layers.append(BlockReport(name, recognised=True, reason="the pipeline leaves it unfused"))
+    if not report.layers:
+        report.remarks.append("no MoE block was found in the program")
+    return report

@@ -1,0 +1,42 @@
+"""From claimed ops of the moe dialect to nodes of an fx graph that call moec's runtime ops."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from moec.backends.partition import Claims
+from moec.emit import LowerOp
+from moec.ir.core import Op
+from moec.options import CompileOptions
+from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
+from moec.runtime.programs import program_graph, register
+
+
+def block_name(module: str, number: int) -> str:
+    """The name of a block from the path of the module its expert GEMM ran in."""
+    return module.removesuffix(".experts") or f"block{number}"
+
+
+def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerOp:
+    """The ``lower_op`` of ``moec.emit`` for the ops in ``claims``.
+
+    Args:
+        claims: Which backend takes which op.
+        options: The caller's options.
+        label: Name of the block for messages and counters; by default the module path of each op.
+    """
+
+    def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+        if op not in claims:
+            return None
+        name = label or block_name(op.loc.module, 0)
+        program = register(program_graph(op), claims[op], options.target, name, options.checks)
+        if op.name == "moe.experts":
+            return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]
+        routed = graph.call_function(torch.ops.moec.route.default, (args, program.key))
+        return [graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
+
+    return lower

@@ -1,0 +1,54 @@
+"""Running a pipeline of passes as the compile options say: passes, instruments, verification, fuel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moec.ir.core import Graph
+from moec.options import CompileOptions
+from moec.passes.base import Pass, PassContext, PassResult
+from moec.passes.dce import DeadCodeElimination
+from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
+from moec.passes.manager import REPRO, PassManager
+from moec.passes.registry import parse_pipeline
+
+
+class _AfterRaise(Instrument):
+    """Keeps the graph's text as it is after ``raise-moe``."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def after_pass(self, graph: Graph, pass_: Pass, result: PassResult, seconds: float) -> None:
+        if pass_.name == "raise-moe":
+            shown = graph.clone()
+            DeadCodeElimination().run(shown, PassContext())
+            self.text = str(shown)
+
+
+def run_pipeline(graph: Graph, options: CompileOptions) -> tuple[PassContext, str]:
+    """Run ``options.passes`` on ``graph`` in place.
+
+    Returns:
+        The context with all remarks, and the graph's text as raised, before anything was fused.
+
+    Raises:
+        MoecError: A pass failed; the graph is as it was before that pass.
+    """
+    ctx = PassContext(target=options.target_description)
+    raised = _AfterRaise()
+    instruments: list[Instrument] = [raised]
+    if options.print_ir_after_all:
+        instruments.append(PrintAfterAll())
+    if options.dump_dir is not None:
+        instruments.append(DumpDir(options.dump_dir))
+    if options.time_passes:
+        instruments.append(Timing())
+    if options.stats:
+        instruments.append(Stats())
+    repro = Path(options.dump_dir) / REPRO if options.dump_dir is not None else None
+    manager = PassManager(
+        parse_pipeline(options.passes), instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro
+    )
+    manager.run(graph, ctx)
+    return ctx, raised.text
