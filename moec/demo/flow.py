@@ -74,6 +74,14 @@ def run(*, small: bool = False, tokens: int | None = None) -> None:
         )
 
 
+def _inductor(model: Any) -> Any:
+    return torch.compile(model)
+
+
+def _moec(model: Any) -> Any:
+    return moec_compile(model)
+
+
 def _build(shape: Shape) -> Any:
     console = err()
     start = time.perf_counter()
@@ -115,11 +123,11 @@ def _time(
         times.append(eager)
     with _step("compile and time torch.compile (Inductor)"):
         torch._dynamo.reset()
-        inductor, other = timing.measure("inductor", torch.compile(twin(model)), input_ids, decode)
+        inductor, other = timing.measure("inductor", _inductor(twin(model)), input_ids, decode)
         times.append(inductor)
     with _step("compile and time moec"):
         torch._dynamo.reset()
-        compiled, got = timing.measure("moec", moec_compile(twin(model)), input_ids, decode)
+        compiled, got = timing.measure("moec", _moec(twin(model)), input_ids, decode)
         times.append(compiled)
     return times, check.check_model(expected, got, near), check.check_model(expected, other, near)
 
