@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.hazards import write_within
 from moec.passes.registry import register_pass
 
 
@@ -70,6 +71,11 @@ def _trace(combine: Op) -> _Chain:
         raise _NoFit("gate and up lie differently")
     if _attr(ups[0], "stacked") != _attr(down, "stacked"):
         raise _NoFit("up and down weights are stacked differently")
+    chain = [dispatch, *ups, activation, down, *([post] if post else []), combine]
+    assert combine.parent is not None
+    write = write_within(combine.parent, chain)
+    if write is not None:
+        raise _NoFit(f"{write.attrs.get('target', write.name)} writes to memory of the block while it runs")
     return _Chain(dispatch, ups, activation, down, post, combine)
 
 

@@ -74,6 +74,21 @@ def peel_views(value: Any) -> Any:
     return peel(value, VIEWS)
 
 
+def as_slots(value: Any, tokens: Any, top_k: int) -> Value | None:
+    """The ``[T, k]`` (or ``[T*k]``) tensor that ``value`` is a view of, the matrix nearest to where it is made."""
+    found: Value | None = None
+    while True:
+        t = tensor(value)
+        matrix = t is not None and t.rank == 2 and t.shape[1] == top_k and same_dim(t.shape[0], tokens)
+        vector = t is not None and t.rank == 1 and same_dim(t.shape[0], tokens * top_k)
+        if matrix or (vector and rank(found) != 2):
+            found = value
+        op = maker(value, *VIEWS)
+        if op is None:
+            return found
+        value = arg(op, 0, "self")
+
+
 def single_index(value: Any) -> tuple[Value, Value] | None:
     """``(source, index)`` if ``value`` is ``source[index]`` with one index tensor on the first dimension."""
     op = maker(value, "index", "index_select")
@@ -93,7 +108,7 @@ def last_dim(value: Any, dim: Any) -> bool:
         if len(dim) != 1:
             return False
         dim = dim[0]
-    return isinstance(dim, int) and dim in (-1, rank(value) - 1)
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, rank(value) - 1)
 
 
 def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> set[Op]:

@@ -38,11 +38,12 @@ def _indexed_weight(operand: Any) -> bool:
 def _anchor(node: Node) -> Anchor | None:
     called = nodes.name(node)
     if called in GROUPED:
-        return Anchor(node, node.args[0])
+        return Anchor(node, nodes.argument(node, 0, "input"))
     if called == "bmm":
+        pair = nodes.argument(node, 0, "input"), nodes.argument(node, 1, "mat2")
         for i in (0, 1):
-            if _indexed_weight(node.args[i]):
-                return Anchor(node, node.args[1 - i])
+            if _indexed_weight(pair[i]):
+                return Anchor(node, pair[1 - i])
     return None
 
 

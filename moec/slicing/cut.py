@@ -97,9 +97,12 @@ def _reduction(view: _View, down: Node) -> Node:
 def _token_rows(up: Anchor) -> Node:
     """The tensor whose rows the up GEMM gathers."""
     gather = nodes.peel(up.rows, nodes.VIEWS | nodes.CASTS)
-    if not isinstance(gather, Node) or not nodes.is_gather(gather) or not isinstance(gather.args[0], Node):
+    if not isinstance(gather, Node):
         raise _Refused("the rows of the up GEMM are not gathered from token rows")
-    return gather.args[0]
+    source = nodes.argument(gather, 0, "input") if nodes.is_gather(gather) else gather
+    if not isinstance(source, Node):
+        raise _Refused("the rows of the up GEMM are not gathered from token rows")
+    return source
 
 
 def _ancestors(start: Node) -> set[Node]:
@@ -165,9 +168,23 @@ def _check(view: _View, chosen: set[Node], out: Node) -> None:
                 raise _Refused(f"{node.name}, inside the block, is used before the block ends")
             if any(view.order[w] > view.order[user] for w in view.writers.get(node, ())):
                 raise _Refused(f"{node.name} is read outside the block before it is overwritten inside")
+    _check_writes(view, chosen, first, last)
     for position, mode in view.modes:
         if first < position < last and any(view.order[n] > position for n in chosen):
             raise _Refused(f"{mode} is called inside the block: its parts run in different modes")
+
+
+def _check_writes(view: _View, chosen: set[Node], first: int, last: int) -> None:
+    """Refuse if memory that the slice shares with the rest is written to between its first and last node."""
+    made = {nodes.memory(n) for n in chosen if n.op in ("call_function", "call_method")}
+    given = {nodes.memory(a) for n in chosen for a in n.all_input_nodes if a not in chosen}
+    for written, writers in view.writers.items():
+        where = nodes.memory(written)
+        for writer in writers:
+            if not first <= view.order[writer] <= last or where is None:
+                continue
+            if where in given or (writer not in chosen and where in made):
+                raise _Refused(f"{written.name}, whose memory the block reads, is overwritten while the block runs")
 
 
 def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
@@ -207,7 +224,5 @@ def find_slices(graph: Graph) -> list[Slice | NotSliced]:
             found.append(_cut(view, anchor, ups))
         except _Refused as reason:
             found.append(NotSliced(anchor.node, str(reason)))
-    for node in anchors:
-        if node not in told:
-            found.append(NotSliced(node, "an expert GEMM without a second one: no up and down projection"))
-    return found
+    lone = "an expert GEMM without a second one: no up and down projection"
+    return [*found, *(NotSliced(node, lone) for node in anchors if node not in told)]

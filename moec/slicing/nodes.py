@@ -36,6 +36,28 @@ GEMMS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"
 GATHERS = frozenset({"index_select", "repeat_interleave", "index", "gather", "topk", "sort", "argsort", "expand"})
 SUMS = frozenset({"sum", "index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce"})
 
+_DRAWS = frozenset(
+    f"{n}{end}"
+    for n in ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli")
+    for end in ("", "_")
+) | frozenset(
+    ("multinomial", "poisson", "normal", "normal_", "uniform_", "exponential_", "random_", "cauchy_", "geometric_")
+    + ("log_normal_", "rrelu", "rrelu_", "gumbel_softmax")
+)
+
+
+def argument(node: Node, index: int, keyword: str, default: Any = None) -> Any:
+    """Argument ``index`` of a call, which may be given by keyword."""
+    return node.args[index] if index < len(node.args) else node.kwargs.get(keyword, default)
+
+
+def memory(node: Any) -> int | None:
+    """The memory that a node's tensor lies in, as a number that views share; None for what is no tensor."""
+    v = value(node)
+    if not isinstance(v, torch.Tensor) or v.layout is not torch.strided:
+        return None
+    return int(v.untyped_storage()._cdata)
+
 
 def name(node: Node) -> str:
     """The bare name of what a node calls (``bmm``, ``getitem``), or "" if it calls nothing."""
@@ -85,13 +107,13 @@ def is_gather(node: Node) -> bool:
 def mutated(node: Node) -> list[Node]:
     """The nodes whose memory this node writes."""
     if node.op == "call_method":
-        target = str(node.target)
-        writes = target.endswith("_") and not target.endswith("__")
+        called = str(node.target)
+        writes = (called.endswith("_") and not called.endswith("__")) or called in ("__setitem__", "set_data")
         return [a for a in node.args[:1] if isinstance(a, Node)] if writes else []
     if node.op != "call_function":
         return []
     found = [v for k, v in node.kwargs.items() if k == "out" and isinstance(v, Node)]
-    target = node.target
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         for i, a in enumerate(target._schema.arguments):
             if a.alias_info is not None and a.alias_info.is_write:
@@ -108,23 +130,15 @@ def mutated(node: Node) -> list[Node]:
 def peel(node: Any, names: frozenset[str]) -> Any:
     """``node`` with the outermost calls of ``names`` taken off."""
     while isinstance(node, Node) and name(node) in names:
-        node = node.args[0]
+        node = argument(node, 0, "input")
     return node
 
 
 def has_effect(node: Node) -> bool:
-    """True for calls that change the state of the program rather than a tensor (grad mode, autocast, random numbers)."""
+    """True for calls that change the program's state rather than a tensor (grad mode, autocast, random numbers)."""
     n = name(node)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
-    return n.startswith(("_enter", "_exit", "_set_grad", "set_", "manual_seed", "_assert")) or n in (
-        "dropout",
-        "rand",
-        "randn",
-        "rand_like",
-        "randn_like",
-        "bernoulli",
-        "multinomial",
-        "normal_",
-        "uniform_",
-    )
+    if n.endswith("dropout"):
+        return argument(node, 2, "training", True) is not False
+    return n.startswith(("_enter", "_exit", "_set_grad", "set_", "manual_seed", "_assert")) or n in _DRAWS

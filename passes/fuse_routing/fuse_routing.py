@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
+import torch
 
 from moec.ir.core import Graph, Op, Value
+from moec.ir.torch_bridge import resolve_target
 from moec.ir.types import SymType, TensorType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.effects import is_pure
 from moec.passes.fuse_routing.read import NoAttribute, read_router
-from moec.passes.matching import ancestors, function, tensor
+from moec.passes.hazards import write_within
+from moec.passes.matching import ancestors, function, rank, same_dim, tensor
 from moec.passes.raise_moe.raise_moe import erase_dead
 from moec.passes.regions import NotClosed, extract
 from moec.passes.registry import register_pass
@@ -58,6 +62,18 @@ def _stops(values: list[Value]) -> list[Value]:
     return stops
 
 
+def _has_row_per_token(value: Value, tokens: sympy.Expr) -> bool:
+    """True for ``[T, ..]``; a vector only where T is no number, else it may be one entry per expert."""
+    t = tensor(value)
+    return t is not None and t.rank > (1 if tokens.is_Integer else 0) and same_dim(t.shape[0], tokens)
+
+
+def _draws(op: Op) -> bool:
+    """True for calls that draw random numbers."""
+    target = resolve_target(op.attrs["target"])
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def _region(weights: Value, ids: Value) -> Op:
     """``moe.route`` with the router as a region.
 
@@ -72,8 +88,11 @@ def _region(weights: Value, ids: Value) -> Op:
         raise _Unknown("the expert ids come straight from outside the graph")
     inner = {r for op in ops for r in op.results}
     inputs = list(dict.fromkeys(v for op in ops for v in op.operands if v not in inner))
-    per_token = [v for v in inputs if (t := tensor(v)) is not None and t.rank == 2 and t.shape[0] == w.shape[0]]
-    if len(per_token) != 1:
+    drawing = next((op for op in ops if not is_pure(op) or _draws(op)), None)
+    if drawing is not None:
+        raise _Unknown(f"{drawing.attrs['target']} in the router draws numbers or writes memory")
+    per_token = [v for v in inputs if _has_row_per_token(v, w.shape[0])]
+    if len(per_token) != 1 or rank(per_token[0]) != 2:
         raise _Unknown(f"{len(per_token)} tensors with a row per token enter the router; one, the logits, is known")
     (logits,) = per_token
     chosen = tensor(ids)
@@ -117,6 +136,10 @@ def _insert(graph: Graph, route: Op, weights: Value, ids: Value) -> None:
     if after > before:
         route.drop_operands()
         raise _Unknown("the weights are used before all that the router needs is computed")
+    write = write_within(graph, ancestors([weights, ids], route.operands), graph.ops[before])
+    if write is not None:
+        route.drop_operands()
+        raise _Unknown(f"{write.attrs.get('target', write.name)} writes to memory of the router while it runs")
     old = [v.op for v in (weights, ids) if v.op is not None]
     graph.insert(before, route)
     for value, new in zip((weights, ids), route.results, strict=True):

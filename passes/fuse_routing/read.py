@@ -36,6 +36,11 @@ def _dtype(value: Value) -> DType:
     return t.dtype
 
 
+def _device(value: Value) -> str:
+    t = tensor(value)
+    return t.device if t is not None else ""
+
+
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
@@ -68,6 +73,8 @@ def _renormalised(weights: Value) -> tuple[Value, float | None]:
         raise NoAttribute("the weights are divided by something else than their sum")
     if not last_dim(source, arg(summed, 1, "dim")):
         raise NoAttribute("the weights are added over another dimension than k")
+    if not _dtype(source) == _dtype(total) == _dtype(weights):
+        raise NoAttribute("the sum of the weights is taken in another type")
     return source, eps
 
 
@@ -99,8 +106,8 @@ def _unscored(value: Value, axis_rank: int = 2) -> tuple[Value, str, DType]:
 def _logits(value: Value, dtype: DType) -> Value:
     """The logits before the cast to the scores' type; a narrowing cast would change the choice, so it stays outside."""
     op = maker(value, *CASTS)
-    if op is not None and rank(arg(op, 0, "self")) == 2:
-        before = arg(op, 0, "self")
+    if op is not None and rank(arg(op, 0, "self")) == 2 and _device(arg(op, 0, "self")) == _device(value):
+        before: Value = arg(op, 0, "self")
         if _dtype(before).bits <= dtype.bits and _dtype(value) == dtype and _dtype(before).is_float:
             return before
     return value
@@ -118,17 +125,26 @@ def _mask_of_groups(mask: Value) -> tuple[Value, Value]:
     wide = maker(peel(kept, _FLATTEN), "expand")
     if wide is None:
         raise NoAttribute("the mask is not spread from groups to experts")
-    spread = tensor(wide.results[0])
+    spread, narrow = tensor(wide.results[0]), tensor(arg(wide, 0, "self"))
     filled = maker(peel(arg(wide, 0, "self"), _FLATTEN), "scatter")
-    if filled is None or spread is None or spread.rank != 3 or arg(filled, 1, "dim") not in (1, -1):
+    if filled is None or spread is None or arg(filled, 1, "dim") not in (1, -1) or arg(filled, 4, "reduce") is not None:
         raise NoAttribute("the mask of groups is not scattered from the chosen groups")
+    if spread.rank != 3 or narrow is None or narrow.rank != 3 or narrow.shape[2] != 1:
+        raise NoAttribute("the mask is not spread over neighbouring experts")
     if _number(arg(filled, 3, "value", arg(filled, 3, "src"))) != 1.0:
         raise NoAttribute("the mask of groups is not scattered with ones")
     base = maker(arg(filled, 0, "self"), "zeros_like", "zeros", "new_zeros")
     chosen = maker(arg(filled, 2, "index"), "topk")
     if base is None or chosen is None or filled.operands[-1] is not chosen.results[1]:
         raise NoAttribute("the kept groups are not the top groups")
+    if not _takes_largest(chosen):
+        raise NoAttribute("the kept groups are not the top groups")
     return arg(chosen, 0, "self"), chosen.results[1]
+
+
+def _takes_largest(topk: Op) -> bool:
+    """True if a top-k takes the largest along the last dimension."""
+    return arg(topk, 3, "largest", True) is True and last_dim(arg(topk, 0, "self"), arg(topk, 2, "dim", -1))
 
 
 def _groups(choice: Value, router: Router) -> Value:
@@ -136,7 +152,8 @@ def _groups(choice: Value, router: Router) -> Value:
     op = maker(choice, "masked_fill")
     if op is None:
         return choice
-    scores, fill = arg(op, 0, "self"), _number(arg(op, 2, "value"))
+    scores: Value = arg(op, 0, "self")
+    fill = _number(arg(op, 2, "value"))
     if fill is None:
         raise NoAttribute("masked experts are filled with a tensor")
     worth, chosen = _mask_of_groups(arg(op, 1, "mask"))
@@ -145,13 +162,20 @@ def _groups(choice: Value, router: Router) -> Value:
     worth_type, chosen_type, score_type = tensor(worth), tensor(chosen), tensor(scores)
     if worth_type is None or chosen_type is None or score_type is None or worth_type.rank != 2:
         raise NoAttribute("groups are not scored per token")
+    if not (worth_type.shape[1].is_Integer and chosen_type.shape[1].is_Integer):
+        raise NoAttribute("the number of groups is computed at run time")
     groups = int(worth_type.shape[1])
     best = maker(worth, "sum", "amax", "max")
     if best is None:
         raise NoAttribute("the worth of a group is neither its maximum nor a sum of its best")
     if function(best) == "sum":
         pair = maker(arg(best, 0, "self"), "topk")
-        if pair is None or arg(pair, 1, "k") != 2 or not last_dim(arg(pair, 0, "self"), arg(best, 1, "dim")):
+        if (
+            pair is None
+            or arg(pair, 1, "k") != 2
+            or not _takes_largest(pair)
+            or not last_dim(arg(pair, 0, "self"), arg(best, 1, "dim"))
+        ):
             raise NoAttribute("the worth of a group is not the sum of its best two")
         source, how = arg(pair, 0, "self"), "top2_sum"
         if best.operands[0] is not pair.results[0]:
@@ -161,7 +185,7 @@ def _groups(choice: Value, router: Router) -> Value:
         if not last_dim(source, arg(best, 1, "dim")) or worth is not best.results[0]:
             raise NoAttribute("the worth of a group is no maximum over its experts")
     by_group = tensor(source)
-    if by_group is None or by_group.rank != 3 or int(by_group.shape[1]) != groups or peel(source, VIEWS) is not scores:
+    if by_group is None or by_group.rank != 3 or by_group.shape[1] != groups or peel(source, VIEWS) is not scores:
         raise NoAttribute("groups are not made of neighbouring experts")
     router.attrs |= {
         "groups": groups,
@@ -176,7 +200,7 @@ def _chosen(ids: Value) -> Op:
     op = maker(ids, "topk")
     if op is None or ids is not op.results[1]:
         raise NoAttribute("the expert ids are not the indices of a top-k")
-    if arg(op, 3, "largest", True) is not True or not last_dim(arg(op, 0, "self"), arg(op, 2, "dim", -1)):
+    if not _takes_largest(op):
         raise NoAttribute("the top-k does not take the largest over the experts")
     return op
 
@@ -193,6 +217,8 @@ def read_router(weights: Value, ids: Value) -> Router:
         raise NoAttribute("k is computed at run time")
     attrs: dict[str, Any] = {"k": k, "sorted": arg(topk, 4, "sorted", True)}
     cast = maker(weights, *CASTS)
+    if cast is not None and _device(cast.operands[0]) != _device(weights):
+        raise NoAttribute("the weights go to another device")
     inner, scale = _scaled(arg(cast, 0, "self") if cast is not None else weights)
     inner, eps = _renormalised(inner)
     attrs |= {"scale": scale, "renormalize": eps is not None, "renorm_eps": eps or 0.0}
@@ -200,10 +226,8 @@ def read_router(weights: Value, ids: Value) -> Router:
     source, scoring, dtype = _unscored(inner)
     if source is topk.results[0] and scoring != "identity":  # the top k of the logits, then scores of those
         logits = arg(topk, 0, "self")
-        if _dtype(logits) != dtype and _dtype(source) != dtype:
-            narrow = _dtype(logits)
-            if narrow.bits > dtype.bits:
-                raise NoAttribute("the scores are narrower than the logits")
+        if _dtype(logits) != dtype and _dtype(logits).bits >= dtype.bits:
+            raise NoAttribute("the scores are narrower than the logits")
         attrs |= {"order": "topk_first", "scoring": scoring, "score_dtype": dtype}
         router.logits = _logits(logits, dtype)
         return _checked(router)
@@ -213,14 +237,13 @@ def read_router(weights: Value, ids: Value) -> Router:
 
 def _score_first(router: Router, topk: Op, inner: Value) -> Value:
     choice: Value = arg(topk, 0, "self")
+    scores: Value | None = None
     picked = maker(inner, "gather")
     if picked is not None:
         if arg(picked, 1, "dim") not in (1, -1) or arg(picked, 2, "index") is not topk.results[1]:
             raise NoAttribute("the weights are gathered by other indices than the chosen experts")
         scores = arg(picked, 0, "self")
-    elif inner is topk.results[0]:
-        scores = None
-    else:
+    elif inner is not topk.results[0]:
         raise NoAttribute("the weights are not the scores of the chosen experts")
     biased = _groups(choice, router)
     plain = biased
@@ -230,6 +253,8 @@ def _score_first(router: Router, topk: Op, inner: Value) -> Value:
     if scores is None:
         if router.bias is not None:
             raise NoAttribute("the weights contain the selection bias")
+        if "groups" in router.attrs:
+            raise NoAttribute("the weights are the masked scores")
         scores = plain
     elif scores is not plain:
         raise NoAttribute("the weights come from other scores than the selection")

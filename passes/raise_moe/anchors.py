@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.ir.core import Graph, Op, Value
-from moec.passes.matching import VIEWS, arg, function, maker, peel, rank, single_index
+from moec.passes.matching import VIEWS, arg, function, maker, peel, rank, same_dim, single_index, tensor
 
 GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
@@ -73,7 +73,11 @@ def _squeezed(value: Value) -> Value | None:
     if len(value.users) != 1 or function(value.users[0]) not in VIEWS:
         return None
     out = value.users[0].results[0]
-    return out if rank(out) == 2 else None
+    whole, flat = tensor(value), tensor(out)
+    if whole is None or flat is None or flat.rank != 2:
+        return None
+    width = whole.shape[1] * whole.shape[2]  # one of them is 1
+    return out if same_dim(flat.shape[0], whole.shape[0]) and same_dim(flat.shape[1], width) else None
 
 
 def _batched(op: Op) -> Gemm | None:
@@ -107,8 +111,8 @@ GATHERS = frozenset({"index", "index_select", "repeat_interleave", "gather", "em
 
 
 def feeders(gemm: Gemm, anchors: dict[Op, Gemm]) -> list[Gemm]:
-    """The GEMMs whose results reach ``gemm``'s rows row by row, that is without a gather in between."""
-    found: list[Gemm] = []
+    """The GEMMs whose results reach ``gemm``'s rows row by row, that is without a gather in between; in graph order."""
+    found: set[Op] = set()
     seen: set[Op] = set()
     stack = [gemm.rows]
     while stack:
@@ -117,7 +121,7 @@ def feeders(gemm: Gemm, anchors: dict[Op, Gemm]) -> list[Gemm]:
             continue
         seen.add(op)
         if op in anchors:
-            found.append(anchors[op])
+            found.add(op)
         elif function(op) not in GATHERS and op.name == "torch.call":
             stack.extend(op.operands)
-    return found
+    return [g for op, g in anchors.items() if op in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.ir.core import Op, Value
@@ -10,10 +11,10 @@ from moec.passes.matching import (
     CASTS,
     VIEWS,
     arg,
+    as_slots,
     function,
     maker,
     peel,
-    peel_views,
     rank,
     same_dim,
     single_index,
@@ -21,6 +22,8 @@ from moec.passes.matching import (
 )
 from moec.passes.raise_moe.dispatch import DispatchPlan
 from moec.passes.raise_moe.refusal import Refusal
+
+_OVER_SLOTS = ([1], 1, [-2], -2)
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,15 @@ class CombinePlan:
     out: Value
 
 
-def _find_sum(rows: Value) -> Op:
-    """The first sum over k downstream of ``rows``."""
+def _downstream(rows: Value) -> Iterator[Op]:
+    """The torch calls that use ``rows``, nearest first."""
     queue, seen = deque([rows]), set()
     while queue:
-        value = queue.popleft()
-        for user in value.users:
-            if user in seen or user.name != "torch.call":
-                continue
-            seen.add(user)
-            if (
-                function(user) == "sum"
-                and rank(arg(user, 0, "self")) == 3
-                and arg(user, 1, "dim") in ([1], 1, [-2], -2)
-            ):
-                return user
-            queue.extend(user.results)
-    raise Refusal("the expert rows are not added per token by a sum over k", rows.op)
+        for user in queue.popleft().users:
+            if user not in seen and user.name == "torch.call":
+                seen.add(user)
+                yield user
+                queue.extend(user.results)
 
 
 def _is_inverse(index: Value, permutation: Value) -> bool:
@@ -63,16 +58,17 @@ def _is_inverse(index: Value, permutation: Value) -> bool:
     if op is None:
         return False
     if function(op) in ("argsort", "sort"):
-        return arg(op, 0, "self") is permutation and index is op.results[-1]
+        ascending = arg(op, 2, "descending", False) is False
+        return ascending and arg(op, 0, "self") is permutation and index is op.results[-1]
     if function(op) == "scatter":
         where, what = arg(op, 2, "index"), arg(op, 3, "src")
+        plain = arg(op, 4, "reduce") is None
     else:
         indices, what = arg(op, 1, "indices"), arg(op, 2, "values")
         where = indices[0] if len(indices) == 1 else None
-    if where is not permutation or arg(op, 3, "accumulate", False) is True:
-        return False
+        plain = arg(op, 3, "accumulate", False) is not True
     counting = maker(what, "arange")
-    if counting is None:
+    if where is not permutation or not plain or counting is None:
         return False
     positional = counting.attrs.get("args", ())
     if len(positional) == 1:
@@ -80,29 +76,79 @@ def _is_inverse(index: Value, permutation: Value) -> bool:
     return len(positional) >= 2 and arg(counting, 0) == 0 and arg(counting, 2, "step", 1) == 1
 
 
-def _column(value: Value) -> Value | None:
-    """The vector that ``value`` holds as a column ``[R, 1]``."""
-    t = tensor(value)
-    if t is None or t.rank != 2 or t.shape[1] != 1:
-        return None
-    return peel(value, VIEWS)
+def _factor(op: Op, permutation: Value | None) -> tuple[Value, Value]:
+    """``(rows, weights)`` of ``rows * weights[..., None]`` with one weight per slot.
 
+    Args:
+        op: The product.
+        permutation: How the rows are sorted; the weights must be sorted by it too. None: both lie in slot order.
 
-def _weighting(value: Value, plan: DispatchPlan) -> tuple[Value, Value]:
-    """``(rows, weights)`` of the product ``rows * weights[:, None]``."""
-    op = maker(value, "mul")
-    if op is None:
-        raise Refusal("the expert rows are not multiplied by router weights", value.op)
+    Raises:
+        Refusal: It is another product.
+    """
     for rows, column in ((arg(op, 0), arg(op, 1)), (arg(op, 1), arg(op, 0))):
-        vector = _column(column) if isinstance(column, Value) else None
-        if vector is None:
+        r, c = tensor(rows), tensor(column)
+        if r is None or c is None or r.rank != c.rank or c.rank < 2 or c.shape[-1] != 1:
             continue
-        if plan.permutation is None:
-            return rows, vector
-        picked = single_index(vector)
-        if picked is not None and picked[1] is plan.permutation:
-            return rows, peel_views(picked[0])
+        if not all(same_dim(a, b) for a, b in zip(r.shape[:-1], c.shape[:-1], strict=True)):
+            continue
+        if permutation is None:
+            return rows, column
+        picked = single_index(peel(column, VIEWS))
+        if picked is not None and picked[1] is permutation:
+            return rows, picked[0]
     raise Refusal("the factor on the expert rows is not the router weight of the row's slot", op)
+
+
+def _unwind(value: Value, plan: DispatchPlan) -> tuple[Value, Value]:
+    """``(rows, weights)`` behind ``value``, the weighted rows in slot order. Weighting may come before reordering.
+
+    Raises:
+        Refusal: One of the two is missing or is not what it should be.
+    """
+    weights: Value | None = None
+    order: Value | None = None  # how the rows lie at ``value``
+    while weights is None or order is not plan.permutation or rank(value) != 2:
+        op = maker(value, *VIEWS, "mul", "index", "index_select")
+        if op is None:
+            break
+        if function(op) in VIEWS:
+            value = arg(op, 0, "self")
+        elif function(op) == "mul" and weights is None:
+            value, weights = _factor(op, order)
+        else:
+            picked = single_index(value)
+            if picked is None or order is not None or plan.permutation is None:
+                break
+            if not _is_inverse(picked[1], plan.permutation):
+                raise Refusal("the expert rows are brought to an order that is not that of the slots", op)
+            value, order = picked[0], plan.permutation
+    if order is not plan.permutation:
+        raise Refusal("the expert rows are not brought back to slot order before the sum", value.op)
+    if weights is None:
+        raise Refusal("the expert rows are not multiplied by router weights", value.op)
+    return value, weights
+
+
+def _find_sum(rows: Value) -> Op | None:
+    """The first sum over k downstream of ``rows``."""
+    for op in _downstream(rows):
+        if function(op) == "sum" and rank(arg(op, 0, "self")) == 3 and arg(op, 1, "dim") in _OVER_SLOTS:
+            return op
+    return None
+
+
+def _without_sum(rows: Value, plan: DispatchPlan) -> tuple[Value, Value, Value]:
+    """``(rows, weights, out)`` of a block with one expert per token, which needs no sum."""
+    refusal = Refusal("the expert rows are not multiplied by router weights", rows.op)
+    for op in _downstream(rows):
+        if function(op) not in ("mul", "index", "index_select"):
+            continue
+        try:
+            return *_unwind(op.results[0], plan), op.results[0]
+        except Refusal as reason:
+            refusal = reason
+    raise refusal
 
 
 def read_combine(down_out: Value, plan: DispatchPlan) -> CombinePlan:
@@ -111,25 +157,40 @@ def read_combine(down_out: Value, plan: DispatchPlan) -> CombinePlan:
     Raises:
         Refusal: The rows go elsewhere, in another order, or without router weights.
     """
-    total = _find_sum(down_out)
-    slots = peel(arg(total, 0, "self"), VIEWS)
     x = tensor(plan.x)
-    shape = tensor(arg(total, 0, "self"))
-    assert x is not None and shape is not None
-    if shape.shape[1] != plan.top_k or not same_dim(shape.shape[0], x.shape[0]):
-        raise Refusal(f"the sum runs over {shape.shape[1]} slots, each token has {plan.top_k}", total)
-    if arg(total, 3, "dtype") is not None or arg(total, 2, "keepdim", False) is True:
-        raise Refusal("the sum over k changes type or keeps its dimension", total)
-    if plan.permutation is not None:
-        picked = single_index(slots)
-        if picked is None or not _is_inverse(picked[1], plan.permutation):
-            raise Refusal("the expert rows are not brought back to slot order before the sum", slots.op)
-        slots = picked[0]
-    rows, weights = _weighting(slots, plan)
-    w = tensor(weights)
-    if w is None or not ((w.rank == 2 and w.shape[1] == plan.top_k) or w.rank == 1):
-        raise Refusal("the router weights have not the shape of the expert ids", slots.op)
-    out = total.results[0]
-    if len(out.users) == 1 and function(out.users[0]) in CASTS:
-        out = out.users[0].results[0]
-    return CombinePlan(rows, weights, out)
+    assert x is not None
+    total = _find_sum(down_out)
+    if total is not None:
+        summed = tensor(arg(total, 0, "self"))
+        assert summed is not None
+        if summed.shape[1] != plan.top_k or not same_dim(summed.shape[0], x.shape[0]):
+            raise Refusal(f"the sum runs over {summed.shape[1]} slots, each token has {plan.top_k}", total)
+        if arg(total, 3, "dtype") is not None or arg(total, 2, "keepdim", False) is True:
+            raise Refusal("the sum over k changes type or keeps its dimension", total)
+        (rows, factor), out = _unwind(arg(total, 0, "self"), plan), total.results[0]
+    elif plan.top_k == 1:
+        rows, factor, out = _without_sum(down_out, plan)
+    else:
+        raise Refusal("the expert rows are not added per token by a sum over k", down_out.op)
+    weights = as_slots(factor, x.shape[0], plan.top_k)
+    row_type, out_type = tensor(rows), tensor(out)
+    assert row_type is not None and out_type is not None
+    if weights is None:
+        raise Refusal("the router weights have not the shape of the expert ids", rows.op)
+    slots = (x.shape[0] * plan.top_k, x.shape[0])
+    if out_type.rank != 2 or not all(
+        same_dim(t.shape[0], n) and same_dim(t.shape[1], out_type.shape[1])
+        for t, n in zip((row_type, out_type), slots, strict=True)
+    ):
+        raise Refusal("the sum over k does not give one row per token as wide as the expert rows", out.op)
+    return CombinePlan(rows, weights, _with_cast(out))
+
+
+def _with_cast(out: Value) -> Value:
+    """``out`` with the cast that is its only use."""
+    users = out.users
+    if len(users) != 1 or function(users[0]) not in CASTS or users[0].operands[0] is not out:
+        return out
+    before, after = tensor(out), tensor(users[0].results[0])
+    assert before is not None and after is not None
+    return users[0].results[0] if before.device == after.device else out

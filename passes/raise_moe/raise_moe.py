@@ -12,17 +12,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
+
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Location, Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import PlanType, TensorType, as_dim
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
-from moec.passes.matching import rank, tensor
+from moec.passes.hazards import write_within
+from moec.passes.matching import ancestors, between, peel_views, rank, tensor
 from moec.passes.raise_moe import anchors
 from moec.passes.raise_moe.activation import RowProgram, read_rows, split_bias
 from moec.passes.raise_moe.anchors import Gemm
 from moec.passes.raise_moe.combine import read_combine
-from moec.passes.raise_moe.dispatch import DispatchPlan, read_dispatch
+from moec.passes.raise_moe.dispatch import DispatchPlan, expert_count, read_dispatch
 from moec.passes.raise_moe.refusal import Refusal
 from moec.passes.registry import register_pass
 
@@ -50,7 +53,7 @@ class _Emitter:
         self.graph.insert_before(self.before, op)
         return op.results
 
-    def matrix(self, value: Value, rows: object, top_k: int) -> Value:
+    def matrix(self, value: Value, rows: sympy.Expr, top_k: int) -> Value:
         """``value`` as ``[T, k]``."""
         if rank(value) == 2:
             return value
@@ -59,7 +62,7 @@ class _Emitter:
         view = Op(
             "torch.call",
             [value],
-            [t.with_(shape=(as_dim(rows), as_dim(top_k)))],  # type: ignore[arg-type]
+            [t.with_(shape=(as_dim(rows), as_dim(top_k)))],
             attrs={"target": "aten.view.default", "args": (Operand(0), [-1, top_k])},
             groups=[1],
             names=[value.name],
@@ -78,27 +81,71 @@ class _Block:
     program: RowProgram | None
     down_bias: Value | None
     post: RowProgram | None
-    activated: Value
+    finished: Value
     weights: Value
     out: Value
 
 
-def _read(down: Gemm, ups: list[Gemm]) -> _Block:
-    if len(ups) != 1:
-        raise Refusal(f"{len(ups)} expert GEMMs feed one; one up GEMM (gate and up together) is known", down.op)
-    (up,) = ups
-    if up.sorted != down.sorted or up.groups is not down.groups:
+def _same_rows(ups: list[Gemm], down: Gemm) -> None:
+    """Refuse GEMMs that do not work on the same rows, grouped by the same experts."""
+    first = ups[0]
+    experts = {expert_count(g) for g in (*ups, down)}
+    if any(g.sorted != down.sorted or peel_views(g.groups) is not peel_views(down.groups) for g in ups):
         raise Refusal("the up and the down GEMM group their rows differently", down.op)
-    dispatch = read_dispatch(up)
-    per_token = {dispatch.x, dispatch.ids, up.rows, *dispatch.row_ids}
+    if len(experts) != 1:
+        raise Refusal(f"the weights hold {' and '.join(map(str, sorted(experts)))} experts", down.op)
+    if len(ups) > 2:
+        raise Refusal(f"{len(ups)} expert GEMMs feed one; gate and up, together or apart, are known", down.op)
+    if any(g.rows is not first.rows for g in ups):
+        raise Refusal("the gate and the up GEMM read different rows", down.op)
+
+
+def _read(down: Gemm, ups: list[Gemm]) -> _Block:
+    _same_rows(ups, down)
+    dispatch = read_dispatch(ups[0])
+    experts = expert_count(down)
+    per_token = {dispatch.x, dispatch.ids, ups[0].rows, *dispatch.row_ids}
     if dispatch.permutation is not None:
         per_token.add(dispatch.permutation)
-    hidden, up_bias = split_bias(up.out, dispatch.row_ids)
-    program = read_rows("activation", hidden, down.rows, per_token)
-    rows, down_bias = split_bias(down.out, dispatch.row_ids)
+    biased = [split_bias(up.out, experts, dispatch.row_ids) for up in ups]
+    program = read_rows("activation", [h for h, _ in biased], down.rows, per_token)
+    rows, down_bias = split_bias(down.out, experts, dispatch.row_ids)
     combine = read_combine(rows, dispatch)
-    post = read_rows("post", rows, combine.rows, per_token, split=False)
-    return _Block([up], down, dispatch, [up_bias], program, down_bias, post, down.rows, combine.weights, combine.out)
+    post = read_rows("post", [rows], combine.rows, per_token, split=False)
+    block = _Block(
+        ups,
+        down,
+        dispatch,
+        [b for _, b in biased],
+        program,
+        down_bias,
+        post,
+        combine.rows,
+        combine.weights,
+        combine.out,
+    )
+    _check_closed(block)
+    return block
+
+
+def _check_closed(block: _Block) -> None:
+    """Refuse a block whose inside is seen from outside, or whose operands are written to while it runs."""
+    inside = between([g.op.results[0] for g in block.ups], block.out)
+    inside |= {g.op for g in block.ups}
+    for op in inside:
+        for result in op.results:
+            if result is not block.out and any(u not in inside for u in result.users):
+                raise Refusal(f"{result!r}, inside the block, is also used elsewhere", op)
+    operands = [block.dispatch.x, block.dispatch.ids, block.weights]
+    operands += [g.weight for g in (*block.ups, block.down)]
+    operands += [b for b in (*block.up_bias, block.down_bias) if b is not None]
+    operands += [v for p in (block.program, block.post) if p is not None for v in p.captures]
+    maker = block.out.op
+    graph = block.down.op.parent
+    assert maker is not None and graph is not None
+    write = write_within(graph, ancestors([block.out], operands))
+    if write is not None:
+        raise Refusal(f"{write.attrs.get('target', write.name)} writes to memory of the block while it runs", write)
 
 
 def _gemm(gemm: Gemm, rows: Value, plan: Value, bias: Value | None, name: str) -> Op:
@@ -114,16 +161,16 @@ def _gemm(gemm: Gemm, rows: Value, plan: Value, bias: Value | None, name: str) -
     )
 
 
-def _activation(program: RowProgram, rows: Value, width: Value) -> Op:
-    r, w = tensor(rows), tensor(width)
+def _activation(program: RowProgram, rows: list[Value], width: Value) -> Op:
+    r, w = tensor(rows[0]), tensor(width)
     assert r is not None and w is not None
     return Op(
         "moe.activation",
-        [rows, *program.captures],
+        [*rows, *program.captures],
         [w.with_(shape=(r.shape[0], w.shape[1]))],
         attrs={"layout": program.layout},
         regions=[program.region],
-        groups=[1, len(program.captures)],
+        groups=[len(rows), len(program.captures)],
         names=["a"],
     )
 
@@ -140,9 +187,8 @@ def _write(graph: Graph, block: _Block) -> None:
     module = block.down.op.loc.module
     emit = _Emitter(graph, maker, Location(module, block.down.op.loc.source, block.down.op.loc.stack))
     d = block.dispatch
-    x, weight = tensor(d.x), tensor(block.ups[0].weight)
-    assert x is not None and weight is not None
-    experts = int(weight.shape[0])
+    x, experts = tensor(d.x), expert_count(block.down)
+    assert x is not None
     ids = emit.matrix(d.ids, x.shape[0], d.top_k)
     weights = emit.matrix(block.weights, x.shape[0], d.top_k)
     slots = x.shape[0] * d.top_k
@@ -155,11 +201,15 @@ def _write(graph: Graph, block: _Block) -> None:
             names=["rows", "plan"],
         )
     )
-    (h,) = emit.add(_gemm(block.ups[0], rows, plan, block.up_bias[0], "h"))
-    (a,) = emit.add(_activation(block.program or _identity(h), h, block.activated))
+    names = ("h",) if len(block.ups) == 1 else ("g", "u")
+    h = [
+        emit.add(_gemm(up, rows, plan, bias, name))[0]
+        for up, bias, name in zip(block.ups, block.up_bias, names, strict=True)
+    ]
+    (a,) = emit.add(_activation(block.program or _identity(h[0]), h, block.down.rows))
     (o,) = emit.add(_gemm(block.down, a, plan, block.down_bias, "o"))
     if block.post is not None:
-        (o,) = emit.add(_activation(block.post, o, o))
+        (o,) = emit.add(_activation(block.post, [o], block.finished))
     assert isinstance(block.out.type, TensorType)
     combine = Op("moe.combine", [o, weights, plan], [block.out.type], names=[block.out.name])
     combine.results[0].meta = dict(block.out.meta)
