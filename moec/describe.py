@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.passes.matching import arg, function
 from moec.report import BlockReport
 
+
+def _attr(op: Op, name: str) -> Any:
+    return op_def(op.name).attr(op, name)
+
+
 _INFIX = {"mul": "*", "add": "+", "sub": "-", "div": "/"}
 
 
 def route_text(op: Op) -> str:
     """``"softmax top-8 renorm"``, ``"sigmoid+bias 4/8 groups top-8 renorm x2.5"``, or ``"custom top-2"``."""
-    get = lambda name: op_def("moe.route").attr(op, name)  # noqa: E731
     if op.regions:
-        return f"custom top-{get('k')} (region)"
-    score = get("scoring") + ("+bias" if op.operand("bias") is not None else "")
+        return f"custom top-{_attr(op, 'k')} (region)"
+    score = _attr(op, "scoring") + ("+bias" if op.operand("bias") is not None else "")
     parts = [score]
-    if get("groups"):
-        parts.append(f"{get('top_groups')}/{get('groups')} groups")
-    parts.append(f"top-{get('k')}")
-    if get("order") == "topk_first":
-        parts = [f"top-{get('k')}", "then", score]
-    if get("renormalize"):
+    if _attr(op, "groups"):
+        parts.append(f"{_attr(op, 'top_groups')}/{_attr(op, 'groups')} groups")
+    parts.append(f"top-{_attr(op, 'k')}")
+    if _attr(op, "order") == "topk_first":
+        parts = [f"top-{_attr(op, 'k')}", "then", score]
+    if _attr(op, "renormalize"):
         parts.append("renorm")
-    if get("scale") != 1.0:
-        parts.append(f"x{get('scale'):g}")
+    if _attr(op, "scale") != 1.0:
+        parts.append(f"x{_attr(op, 'scale'):g}")
     return " ".join(parts)
 
 
@@ -53,18 +59,17 @@ def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
 
 def fill_experts(report: BlockReport, op: Op) -> None:
     """Sizes and text of a ``moe.experts`` op."""
-    get = lambda name: op_def("moe.experts").attr(op, name)  # noqa: E731
     x, down, ids = op.operands[0].type, op.group("down")[0].type, op.operands[1].type
     assert isinstance(x, TensorType) and isinstance(down, TensorType) and isinstance(ids, TensorType)
-    report.num_experts = get("experts")
+    report.num_experts = _attr(op, "experts")
     report.top_k = int(ids.shape[1]) if ids.shape[1].is_Integer else None
     report.hidden = int(x.shape[1]) if x.shape[1].is_Integer else None
-    inner = down.shape[-1] if get("down_form") == "nk" else down.shape[-2]
+    inner = down.shape[-1] if _attr(op, "down_form") == "nk" else down.shape[-2]
     report.intermediate = int(inner) if inner.is_Integer else None
     report.dtype = x.dtype.name
-    names = ("x",) if get("layout") in ("single", "rows") else ("g", "u")
+    names = ("x",) if _attr(op, "layout") in ("single", "rows") else ("g", "u")
     extras = [w for w, there in (("bias", op.group("up_bias")), ("post-norm", len(op.regions) > 1)) if there]
-    if get("layout") == "interleaved":
+    if _attr(op, "layout") == "interleaved":
         extras.append("interleaved")
     formula = region_text(op.regions[0], names)
     report.experts = ", ".join([f"{report.num_experts} x {report.intermediate}", formula, *extras])

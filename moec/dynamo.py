@@ -94,7 +94,7 @@ def _inner(
     if options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot_eager(gm, list(example_inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -24,7 +24,8 @@ def module_path(stack: Any) -> str:
     entry = _innermost(stack)
     if not entry or str(entry[0]).startswith("_empty_nn_module_stack"):  # export's mark for code outside any module
         return ""
-    path = _ROOTS.sub("", str(entry[0]), count=1)
+    # A layer that runs as a compiled region is called through its bound method.
+    path = _ROOTS.sub("", str(entry[0]), count=1).replace(".forward.__self__", "")
     return _INDEXED.sub(r".\1", path).strip(".")
 
 
