@@ -1,0 +1,73 @@
+"""The eight families through bare ``torch.compile``: one graph, every block fused, nothing of the experts left outside."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+import transformers
+
+import moec
+from moec.runtime import counters
+from tests.compile.watch import Watch, moec_compile
+from tests.support.models import FAMILIES, build, inputs
+from tests.support.routing import compare_logits, near_tie_tokens
+
+SAME_CALLS_AROUND = 1e-6  # inner="eager" in fp32: only the sums inside the experts may be taken in another order
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@lru_cache(maxsize=1)
+def model_of(family: str, dtype: torch.dtype, implementation: str | None, layers: int) -> transformers.PreTrainedModel:
+    return build(family, dtype=dtype, implementation=implementation, layers=layers)
+
+
+def block_names(model: torch.nn.Module) -> list[str]:
+    return [name.removesuffix(".experts") for name, _ in model.named_modules() if name.endswith(".experts")]
+
+
+@pytest.mark.parametrize("implementation", [None, "batched_mm"], ids=["default", "batched_mm"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_one_graph_every_block_fused(family: str, dtype: torch.dtype, implementation: str | None) -> None:
+    both_kinds = family == "qwen3_next" or (dtype, implementation) == (torch.float32, None)
+    model = model_of(family, dtype, implementation, layers=2 if both_kinds else 1)
+    batch = inputs(family, 2, 12)
+    blocks = block_names(model)
+    seen = Watch(model)
+    with moec.recording() as report:
+        got = moec_compile(model, watch=seen)(**batch).logits
+
+    assert report.graphs == 1
+    assert [b.name for b in report.layers] == blocks
+    assert all(b.recognised and b.fused and b.reason is None and b.backend == "aten" for b in report.layers), report
+    assert all((b.num_experts, b.top_k, b.hidden, b.intermediate) == (8, 2, 64, 48) for b in report.layers)
+    assert not seen.expert_reads
+    assert seen.ops["moec::experts"] == seen.ops["moec::route"] == len(blocks)
+    assert counters.snapshot().by_label == {b: {"moec::experts": 1, "moec::route": 1} for b in blocks}
+
+    with Watch(model) as eager:
+        want = model(**batch).logits
+    assert eager.expert_reads, "the watch is blind: eager PyTorch reads experts and it sees nothing"
+    tolerance = SAME_CALLS_AROUND if dtype == torch.float32 else None
+    compare_logits(got, want, ties=near_tie_tokens(model, **batch), tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3_moe", torch.float32), pytest.param("deepseek_v3", torch.bfloat16, marks=pytest.mark.slow)],
+)
+@torch.no_grad()
+def test_inductor_compiles_what_is_around(family: str, dtype: torch.dtype) -> None:
+    model = model_of(family, dtype, None, layers=1)
+    batch = inputs(family, 2, 12)
+    seen = Watch(model)
+    with moec.recording() as report:
+        got = moec_compile(model, inner="inductor", watch=seen)(**batch).logits
+    assert report.graphs == len(report.layers) == 1
+    assert report.all_fused
+    assert not seen.expert_reads
+    assert seen.ops["moec::experts"] == seen.ops["moec::route"] == 1
+    compare_logits(got, model(**batch).logits, ties=near_tie_tokens(model, **batch))
