@@ -85,12 +85,26 @@ def _reduction(view: _View, down: Node) -> Node:
                 sums.append(user)
             elif not nodes.is_number(user) and nodes.name(user) not in nodes.GEMMS:
                 queue.append(user)
-    if not sums:
-        raise _Refused("the expert rows are not added per token")
-    out = min(sums, key=view.order.__getitem__)
+    out = min(sums, key=view.order.__getitem__) if sums else _last_of_rows(down)
     users = list(out.users)
     if len(users) == 1 and nodes.name(users[0]) in nodes.CASTS:
         out = users[0]
+    return out
+
+
+def _last_of_rows(down: Node) -> Node:
+    """Where one expert per token needs no sum: the last product or reordering of the down GEMM's rows."""
+    node, out = down, None
+    while len(node.users) == 1:
+        (user,) = node.users
+        reorders = nodes.is_gather(user) and nodes.argument(user, 0, "input") is node
+        if not reorders and nodes.name(user) not in nodes.VIEWS | nodes.CASTS | {"mul"}:
+            break
+        node = user
+        if nodes.dims(node) == 2 and (reorders or nodes.name(node) == "mul"):
+            out = node
+    if out is None:
+        raise _Refused("the expert rows are not added per token")
     return out
 
 

@@ -36,13 +36,14 @@ GEMMS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"
 GATHERS = frozenset({"index_select", "repeat_interleave", "index", "gather", "topk", "sort", "argsort", "expand"})
 SUMS = frozenset({"sum", "index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce"})
 
-_DRAWS = frozenset(
-    f"{n}{end}"
-    for n in ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli")
-    for end in ("", "_")
-) | frozenset(
-    ("multinomial", "poisson", "normal", "normal_", "uniform_", "exponential_", "random_", "cauchy_", "geometric_")
-    + ("log_normal_", "rrelu", "rrelu_", "gumbel_softmax")
+_DRAWS = (
+    frozenset(
+        ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_")
+    )
+    | frozenset(
+        ("multinomial", "poisson", "normal", "normal_", "uniform_", "exponential_", "random_", "cauchy_", "geometric_")
+    )
+    | frozenset(("log_normal_", "rrelu", "rrelu_", "gumbel_softmax"))
 )
 
 

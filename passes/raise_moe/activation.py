@@ -147,7 +147,7 @@ def _halves(h: Value) -> tuple[str, list[Value]] | None:
 
 def _check_captures(captures: list[Value], per_token: Collection[Value]) -> None:
     for value in captures:
-        if value in per_token or any(op.results and set(op.results) & set(per_token) for op in ancestors([value])):
+        if value in per_token or any(v in per_token for op in ancestors([value]) for v in op.operands):
             raise Refusal(
                 f"the experts' program uses {value!r}, which is computed from the tokens or their ids", value.op
             )

@@ -23,6 +23,7 @@ from moec.passes.matching import (
 from moec.passes.raise_moe.dispatch import DispatchPlan
 from moec.passes.raise_moe.refusal import Refusal
 
+_OTHER_SUMS = frozenset({"index_add", "scatter_add", "index_put", "einsum", "bmm", "matmul", "scatter_reduce"})
 _OVER_SLOTS = ([1], 1, [-2], -2)
 
 
@@ -171,7 +172,9 @@ def read_combine(down_out: Value, plan: DispatchPlan) -> CombinePlan:
     elif plan.top_k == 1:
         rows, factor, out = _without_sum(down_out, plan)
     else:
-        raise Refusal("the expert rows are not added per token by a sum over k", down_out.op)
+        other = next((function(op) for op in _downstream(down_out) if function(op) in _OTHER_SUMS), None)
+        how = f"; they are added by {other}" if other else ""
+        raise Refusal(f"the expert rows are not added per token by a sum over k{how}", down_out.op)
     weights = as_slots(factor, x.shape[0], plan.top_k)
     row_type, out_type = tensor(rows), tensor(out)
     assert row_type is not None and out_type is not None
