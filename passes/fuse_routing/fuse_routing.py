@@ -87,7 +87,8 @@ def _region(weights: Value, ids: Value) -> Op:
     if not ops or any(op.name != "torch.call" for op in ops):
         raise _Unknown("the expert ids come straight from outside the graph")
     inner = {r for op in ops for r in op.results}
-    inputs = list(dict.fromkeys(v for op in ops for v in op.operands if v not in inner))
+    used = [v for op in ops for v in op.operands]
+    inputs = list(dict.fromkeys(v for v in (*used, weights, ids) if v not in inner))
     drawing = next((op for op in ops if not is_pure(op) or _draws(op)), None)
     if drawing is not None:
         raise _Unknown(f"{drawing.attrs['target']} in the router draws numbers or writes memory")
@@ -95,6 +96,9 @@ def _region(weights: Value, ids: Value) -> Op:
     if len(per_token) != 1 or rank(per_token[0]) != 2:
         raise _Unknown(f"{len(per_token)} tensors with a row per token enter the router; one, the logits, is known")
     (logits,) = per_token
+    scored = tensor(logits)
+    if scored is None or not scored.dtype.is_float:
+        raise _Unknown("what enters the router with a row per token is no tensor of logits")
     chosen = tensor(ids)
     assert chosen is not None
     try:
