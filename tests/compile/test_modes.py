@@ -72,7 +72,9 @@ def test_router_logits_and_auxiliary_loss(family: str, inner: str) -> None:
         same(ours, theirs)
     assert gradients.keys() == want_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, want_gradients[name], rtol=0, atol=GRADIENTS, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, want_gradients[name], rtol=0, atol=GRADIENTS, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

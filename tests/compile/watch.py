@@ -21,6 +21,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         ops: Executions by qualified name (``"moec::experts"``).
         ids: What every ``moec::experts`` was given as expert ids, ``[T, k]`` each.
+        params: Addresses of all tensors that any ``moec::experts`` was given as weights.
         expert_reads: Executions of grouped GEMMs, and for picks of rows of a 3-D parameter.
     """
 
@@ -28,6 +29,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.ops: Counter[str] = Counter()
         self.ids: list[torch.Tensor] = []
+        self.params: set[int] = set()
         self.expert_reads: Counter[str] = Counter()
         self._stacked = {p.untyped_storage().data_ptr() for p in model.parameters() if p.dim() == 3}
 
@@ -40,6 +42,7 @@ class Watch(TorchDispatchMode):
             self.expert_reads[name] += 1
         if name == "moec::experts":
             self.ids.append(args[1])
+            self.params |= {p.data_ptr() for p in args[3]}
         return func(*args, **(kwargs or {}))
 
 
