@@ -73,9 +73,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[door] = json.loads(done.stdout.splitlines()[-1])
     weights = found["eager"]["weights"]
-    print(
-        f"weights {weights / MEGABYTE:.0f} MB; peak above them while running, MB (and in % of the weights beyond eager's)"
-    )
+    print(f"weights {weights / MEGABYTE:.0f} MB; peak above them in MB (beyond eager's, in % of the weights)")
     for name in ("prefill", "decode"):
         cells = [
             f"{d} {found[d][name] / MEGABYTE:.0f} ({(found[d][name] - found['eager'][name]) / weights * 100:+.1f} %)"
