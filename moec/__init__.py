@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec.api import compile as compile
     from moec.api import explain as explain
+    from moec.exported import optimize as optimize
     from moec.ir.errors import MoecError as MoecError
     from moec.readiness import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
@@ -23,12 +24,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "moec.api",
     "explain": "moec.api",
+    "optimize": "moec.exported",
     "prepare": "moec.readiness",
     "recording": "moec.session",
     "MoecError": "moec.ir.errors",
     "MoecWarning": "moec.runtime.checks",
 }
-__all__ = ["MoecError", "MoecWarning", "__version__", "compile", "explain", "prepare", "recording"]
+__all__ = ["MoecError", "MoecWarning", "__version__", "compile", "explain", "optimize", "prepare", "recording"]
 
 
 def __getattr__(name: str) -> Any:

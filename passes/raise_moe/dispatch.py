@@ -160,11 +160,11 @@ def _repeated(rows: Value) -> tuple[Value, int] | None:
     narrow = tensor(x)
     if narrow is None or spread is None or flat is None or narrow.rank != 3 or narrow.shape[1] != 1:
         return None
-    if not spread.shape[1].is_Integer or narrow.with_(shape=(*spread.shape[:1], *narrow.shape[1:])) != narrow:
+    if not spread.shape[1].is_Integer or not same_dim(spread.shape[0], narrow.shape[0]):
         return None
     if not same_dim(spread.shape[2], narrow.shape[2]) or not same_dim(flat.shape[-1], narrow.shape[2]):
         return None
-    source = peel_views(x)
+    source = peel(x, ("unsqueeze",))  # no further: a view of the tokens may lie behind
     source_type = tensor(source)
     if source_type is None or source_type.rank != 2 or not same_dim(source_type.shape[1], narrow.shape[2]):
         return None
