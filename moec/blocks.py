@@ -138,7 +138,7 @@ def retrace(piece: Slice) -> GraphModule:
         with mode, torch.no_grad():
             traced: GraphModule = make_fx(
                 lambda *args: torch.fx.Interpreter(piece_module).run(*args),
-                pre_dispatch=not torch.is_autocast_enabled(_device(piece)),
+                pre_dispatch=not _autocast(_device(piece)),
                 tracing_mode="real",
                 _allow_non_fake_inputs=True,
             )(*values)
@@ -173,6 +173,10 @@ def _device(piece: Slice) -> str:
         if isinstance(v, torch.Tensor):
             return v.device.type
     return "cpu"
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _key(piece: Slice) -> Any:

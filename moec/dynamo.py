@@ -82,8 +82,14 @@ def _tell(report: Report, options: CompileOptions) -> None:
         warnings.warn(
             f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}", MoecWarning, stacklevel=2
         )
-    if not report.layers:
+    if not report.layers and _first_compile():
         warnings.warn(report.remarks[0], MoecWarning, stacklevel=2)
+
+
+def _first_compile() -> bool:
+    """False while Dynamo compiles a function again for other sizes: that it holds no MoE block has been told."""
+    now = torch._guards.CompileContext.current_compile_id()
+    return now is None or not now.frame_compile_id
 
 
 def _inner(

@@ -28,7 +28,7 @@ ENVIRONMENT: dict[str, tuple[str, str]] = {
     "MOEC_STATS": ("stats", "`1` prints what every pass changed to stderr"),
     "MOEC_FUEL": ("fuel", "number of rewrites allowed in all; the rest is left undone (for bisecting)"),
     "MOEC_VERIFY": ("verify", "`0` skips the verifier between passes"),
-    "MOEC_CHECKS": ("checks", "`warn`, `strict` or `off`: what a block that is not fused is to the user"),
+    "MOEC_CHECKS": ("checks", "`warn`, `strict` or `off`: what unfused blocks and NaN router logits are to the user"),
 }
 
 
@@ -47,7 +47,9 @@ class CompileOptions:
         passes: Pipeline text (``"fuse-routing,fuse-experts"``), or the name of a pipeline.
         backends: Names of the backends that may claim MoE ops, in order.
         target: What to compile for, as text: ``"cpu"``, ``"cpu:avx512"``, ``"cuda:sm90,ranks=8"``.
-        checks: What a block that stays unfused is: a warning, an error (``"strict"``) or nothing (``"off"``).
+        checks: What happens where PyTorch would go on in silence, that is where a block is left unfused (told when
+            compiling) or router logits hold NaN (told when running): a warning (``"warn"``), an error (``"strict"``)
+            or nothing (``"off"``). Expert ids out of range and operands that do not fit together are always errors.
         dump_dir: Folder for the IR after every pass.
         print_ir_after_all: Print the IR after every pass to stderr.
         time_passes: Print the time of every pass to stderr.

@@ -55,9 +55,13 @@ class AtenBackend(Backend):
         if op.name not in ("moe.route", "moe.experts"):
             return Support.no(f"there is no kernel for {op.name}")
         if op.name == "moe.experts":
-            for value in (op.operands[0], *op.group("up"), *op.group("down")):
+            gemms = (op.operands[0], *op.group("up"), *op.group("down"))
+            for value in gemms:
                 if isinstance(value.type, TensorType) and value.type.dtype.name not in FLOATS:
                     return Support.no(f"GEMMs in {value.type.dtype} ({value!r}); supported are {', '.join(FLOATS)}")
+            types = {v.type.dtype.name for v in gemms if isinstance(v.type, TensorType)}
+            if len(types) > 1:
+                return Support.no(f"GEMMs of mixed types: tokens and weights are {', '.join(sorted(types))}")
         return tensors_only(op)
 
     def load(self, artifact: Artifact) -> Kernel:

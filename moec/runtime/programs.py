@@ -21,7 +21,7 @@ import sympy
 from moec import __version__
 from moec.backends.base import Backend, Kernel, program_op
 from moec.backends.registry import get_backend
-from moec.cache import cache_dir, write_atomic
+from moec.cache import cache_dir, store
 from moec.ir.attributes import ListAttr
 from moec.ir.core import Graph, Op, Value
 from moec.ir.errors import MoecError
@@ -221,7 +221,7 @@ def program_file(key: str) -> Path | None:
 def _persist(key: str, body: str) -> None:
     path = program_file(key)
     if path is not None and not path.exists():
-        write_atomic(path, body.encode())
+        store(f"programs/{key}.moe", body)
 
 
 def lookup(key: str) -> Program:

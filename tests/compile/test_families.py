@@ -1,4 +1,4 @@
-"""The eight families through bare ``torch.compile``: one graph, every block fused, nothing of the experts left outside."""
+"""The eight families through bare ``torch.compile``: one graph, every block fused, no expert GEMM left outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``generate()``: the tokens that eager PyTorch gives, one graph for decoding, and a cache that is written where it lies."""
+"""``generate()``: eager PyTorch's tokens, one graph for decoding, and a cache that is written where it lies."""
 
 from __future__ import annotations
 
