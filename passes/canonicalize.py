@@ -225,6 +225,31 @@ class DoubleTranspose(Rewrite[tuple[Op, Value]]):
             rewriter.erase_unused(inner)
 
 
+class SqueezedUnsqueeze(Rewrite[tuple[Op, Value]]):
+    """A squeeze of exactly the dimension that an unsqueeze added is the tensor itself: both are pure views."""
+
+    name = "squeezed-unsqueeze"
+
+    def pattern(self, op: Op) -> tuple[Op, Value] | None:
+        inner = op.operands[0].op if is_call(op, "aten.squeeze.dim", "aten.squeeze.dims") else None
+        if inner is None or not is_call(inner, "aten.unsqueeze.default"):
+            return None
+        source, between = _tensors(inner) or (None, None)
+        if source is None or between is None or source != op.result.type:
+            return None
+        taken, added = bound_args(op)["dim"], bound_args(inner)["dim"]
+        dims = taken.items if isinstance(taken, ListAttr) else (taken,)
+        same = len(dims) == 1 and isinstance(dims[0], int) and dims[0] % between.rank == added % between.rank
+        return (op, inner.operands[0]) if same else None
+
+    def rewrite(self, match: tuple[Op, Value], rewriter: Rewriter) -> None:
+        op, source = match
+        inner = op.operands[0].op
+        rewriter.replace(op, [source])
+        if inner is not None and is_call(inner, "aten.unsqueeze.default"):
+            rewriter.erase_unused(inner)
+
+
 def _permutation(op: Op) -> list[int] | None:
     """Which dimension of the operand each dimension of the result is, for calls that only permute dimensions."""
     types = _tensors(op) if is_call(op, *_TRANSPOSES) else None
@@ -255,6 +280,7 @@ REWRITES: tuple[Rewrite[Any], ...] = (
     DropReshape(),
     DropFullSlice(),
     DoubleTranspose(),
+    SqueezedUnsqueeze(),
 )
 
 
@@ -264,8 +290,8 @@ class Canonicalize(Pass):
     """Brings casts, views, slices and transposes into one form and drops those that do nothing.
 
     Casts within one device become ``to.dtype``; casts to the type that is there, views to the shape that is there,
-    full slices, ``alias``, pairs of transposes and asserts of what types already say disappear. ``detach``, ``clone``,
-    ``contiguous`` and casts that ask for a copy stay.
+    full slices, ``alias``, pairs of transposes, squeezes of what was unsqueezed and asserts of what types already say
+    disappear. ``detach``, ``clone``, ``contiguous`` and casts that ask for a copy stay.
     """
 
     name = "canonicalize"
