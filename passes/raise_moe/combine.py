@@ -124,10 +124,10 @@ def _unwind(value: Value, plan: DispatchPlan) -> tuple[Value, Value]:
             if not _is_inverse(picked[1], plan.permutation):
                 raise Refusal("the expert rows are brought to an order that is not that of the slots", op)
             value, order = picked[0], plan.permutation
-    if order is not plan.permutation:
-        raise Refusal("the expert rows are not brought back to slot order before the sum", value.op)
     if weights is None:
         raise Refusal("the expert rows are not multiplied by router weights", value.op)
+    if order is not plan.permutation:
+        raise Refusal("the expert rows are not brought back to slot order before the sum", value.op)
     return value, weights
 
 

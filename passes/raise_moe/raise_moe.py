@@ -105,6 +105,7 @@ def _read(down: Gemm, ups: list[Gemm]) -> _Block:
     dispatch = read_dispatch(ups[0])
     experts = expert_count(down)
     per_token = {dispatch.x, dispatch.ids, ups[0].rows, *dispatch.row_ids}
+    per_token |= {peel_views(v) for v in (dispatch.x, dispatch.ids)}
     if dispatch.permutation is not None:
         per_token.add(dispatch.permutation)
     biased = [split_bias(up.out, experts, dispatch.row_ids) for up in ups]
