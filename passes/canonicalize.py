@@ -59,6 +59,15 @@ class DropAlias(_HandOn):
         return op if is_call(op, "aten.alias.default") else None
 
 
+class DropDropout(_HandOn):
+    """``dropout`` outside of training is its input, handed on as it is."""
+
+    name = "drop-dropout"
+
+    def pattern(self, op: Op) -> Op | None:
+        return op if is_call(op, "aten.dropout.default") and bound_args(op).get("train") is False else None
+
+
 class DropMetadataAssert(Rewrite[Op]):
     """``_assert_tensor_metadata`` of what the operand's type already says can never fire."""
 
@@ -273,6 +282,7 @@ def _permutation(op: Op) -> list[int] | None:
 
 REWRITES: tuple[Rewrite[Any], ...] = (
     DropAlias(),
+    DropDropout(),
     DropMetadataAssert(),
     OneCastForm(),
     DropCast(),

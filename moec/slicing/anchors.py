@@ -23,16 +23,15 @@ class Anchor:
 def _indexed_weight(operand: Any) -> bool:
     """True for ``W[ids]`` with a 3-D ``W`` and one index per row, seen through views and transpositions."""
     picked = nodes.peel(operand, nodes.VIEWS | nodes.TRANSPOSES | nodes.CASTS)
-    if (
-        not isinstance(picked, Node)
-        or not nodes.is_gather(picked)
-        or nodes.name(picked) not in ("getitem", "index", "index_select")
-    ):
+    if not isinstance(picked, Node) or not nodes.is_gather(picked):
         return False
-    index = picked.args[2] if nodes.name(picked) == "index_select" else picked.args[1]
+    if nodes.name(picked) not in ("getitem", "__getitem__", "index", "index_select"):
+        return False
+    by_select = nodes.name(picked) == "index_select"
+    index = nodes.argument(picked, 2, "index") if by_select else nodes.argument(picked, 1, "indices")
     if isinstance(index, (tuple, list)):
         index = index[0] if len(index) == 1 else None
-    return nodes.dims(picked.args[0]) == 3 and nodes.dims(index) == 1 and nodes.is_index(index)
+    return nodes.dims(nodes.argument(picked, 0, "input")) == 3 and nodes.dims(index) == 1 and nodes.is_index(index)
 
 
 def _anchor(node: Node) -> Anchor | None:

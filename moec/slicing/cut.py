@@ -45,7 +45,15 @@ class NotSliced:
 
 
 class _Refused(Exception):
-    pass
+    """The block cannot be cut; ``str`` is the reason."""
+
+
+class _UsedEarly(_Refused):
+    """A value of the block is used outside before the block ends."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(f"{node.name}, inside the block, is used before the block ends")
+        self.node = node
 
 
 @dataclass
@@ -114,6 +122,7 @@ def _token_rows(up: Anchor) -> Node:
     if not isinstance(gather, Node):
         raise _Refused("the rows of the up GEMM are not gathered from token rows")
     source = nodes.argument(gather, 0, "input") if nodes.is_gather(gather) else gather
+    source = nodes.peel(source, frozenset({"unsqueeze"}))
     if not isinstance(source, Node):
         raise _Refused("the rows of the up GEMM are not gathered from token rows")
     return source
@@ -136,6 +145,8 @@ def _is_border(node: Node, block: set[Node], outside: set[Node]) -> bool:
         return False
     if node.op in ("placeholder", "get_attr") or node in outside:
         return True
+    if nodes.name(node) == "getitem" and nodes.is_bundle(node.args[0]):
+        return _is_border(node.args[0], block, outside)  # type: ignore[arg-type]
     return nodes.name(node) in nodes.GEMMS or nodes.has_effect(node)
 
 
@@ -179,7 +190,7 @@ def _check(view: _View, chosen: set[Node], out: Node) -> None:
             if user in chosen or node is out:
                 continue
             if view.order[user] < last and user.op != "output":
-                raise _Refused(f"{node.name}, inside the block, is used before the block ends")
+                raise _UsedEarly(node)
             if any(view.order[w] > view.order[user] for w in view.writers.get(node, ())):
                 raise _Refused(f"{node.name} is read outside the block before it is overwritten inside")
     _check_writes(view, chosen, first, last)
@@ -201,22 +212,42 @@ def _check_writes(view: _View, chosen: set[Node], first: int, last: int) -> None
                 raise _Refused(f"{written.name}, whose memory the block reads, is overwritten while the block runs")
 
 
+def _broken(down: Node, out: Node, block: set[Node]) -> str:
+    """Why the closure of ``out`` does not hold all GEMMs: something between them stays where it is."""
+    for node in _ancestors(out):
+        if node not in block and nodes.has_effect(node) and _ancestors(node) & block:
+            return f"{nodes.name(node)} inside the block has an effect that must keep its place"
+    return f"the sum per token does not depend on all of the block's expert GEMMs, such as {down.name}"
+
+
 def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
     out = _reduction(view, down.node)
     block = {down.node, *(u.node for u in ups)}
     outside: set[Node] = set()
     for up in ups:
         outside |= _ancestors(_token_rows(up))
-    chosen = _closure(view, out, block, outside)
-    if not block <= chosen:
-        raise _Refused("the sum per token does not depend on all of the block's expert GEMMs")
-    _drop_numbers(view, chosen)
-    chosen |= {
-        u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"
-    }  # dead in nested graphs
-    _check(view, chosen, out)
+    while True:
+        chosen = _closure(view, out, block, outside)
+        if not block <= chosen:
+            raise _Refused(_broken(down.node, out, block))
+        _drop_numbers(view, chosen)
+        chosen |= {
+            u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"
+        }  # nested: dead ones
+        try:
+            _check(view, chosen, out)
+        except _UsedEarly as early:
+            before = _ancestors(early.node)
+            if before & block:
+                raise
+            outside |= before  # part of the router: the block begins after it
+            continue
+        break
     ordered = sorted(chosen, key=view.order.__getitem__)
     inputs = list(dict.fromkeys(a for n in ordered for a in n.all_input_nodes if a not in chosen))
+    bundle = next((n for n in inputs if nodes.is_bundle(n)), None)
+    if bundle is not None:
+        raise _Refused(f"{bundle.name}, a tuple of tensors, enters the block as a whole")
     outputs = [out, *(n for n in ordered if n is not out and any(u not in chosen for u in n.users))]
     return Slice(down.node, ordered, inputs, outputs)
 

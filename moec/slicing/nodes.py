@@ -95,6 +95,11 @@ def is_number(node: Node) -> bool:
     return isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
 
 
+def is_bundle(node: Any) -> bool:
+    """True for a tuple or list of tensors, which cannot enter a block; its parts can."""
+    return isinstance(value(node), (tuple, list))
+
+
 def is_gather(node: Node) -> bool:
     """True if rows are picked: from here on backward, rows are no longer the experts' rows."""
     n = name(node)
@@ -128,9 +133,18 @@ def mutated(node: Node) -> list[Node]:
     return found
 
 
+def _adds_dimensions(node: Node) -> bool:
+    """True for ``x[:, None, :]``: an index of whole slices and None."""
+    if name(node) not in ("getitem", "__getitem__"):
+        return False
+    index = argument(node, 1, "key")
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    return all(p is None or p is Ellipsis or (isinstance(p, slice) and p == slice(None)) for p in parts)
+
+
 def peel(node: Any, names: frozenset[str]) -> Any:
-    """``node`` with the outermost calls of ``names`` taken off."""
-    while isinstance(node, Node) and name(node) in names:
+    """``node`` with the outermost calls of ``names`` taken off; ``x[:, None]`` counts as ``unsqueeze``."""
+    while isinstance(node, Node) and (name(node) in names or ("unsqueeze" in names and _adds_dimensions(node))):
         node = argument(node, 0, "input")
     return node
 
