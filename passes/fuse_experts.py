@@ -138,7 +138,10 @@ class FuseExperts(Pass):
             except _NoFit as reason:
                 ctx.remark("missed", self.name, str(reason), op)
                 continue
-            ctx.remark("applied", self.name, f"{_attr(chain.dispatch, 'experts')} experts in one op", op)
+            what = f"{_attr(chain.dispatch, 'experts')} experts in one op"
+            if not ctx.take_fuel(self.name, what, op):
+                break
+            ctx.remark("applied", self.name, what, op)
             _fuse(graph, chain)
             fused += 1
         return PassResult(fused > 0, {"fused": fused})

@@ -175,12 +175,16 @@ class FuseRouting(Pass):
                 continue
             try:
                 route = self._route(weights, ids, user, ctx)
+                what = f"router of top {route.attrs['k']} in one op"
+                if not ctx.take_fuel(self.name, what, user):
+                    route.drop_operands()
+                    break
                 _insert(graph, route, weights, ids)
             except _Unknown as reason:
                 ctx.remark("missed", self.name, str(reason), user)
                 continue
             stats["regions" if route.regions else "attributes"] += 1
-            ctx.remark("applied", self.name, f"router of top {route.attrs['k']} in one op", user)
+            ctx.remark("applied", self.name, what, user)
         return PassResult(any(stats.values()), stats)
 
     def _route(self, weights: Value, ids: Value, user: Op, ctx: PassContext) -> Op:

@@ -242,7 +242,10 @@ class RaiseMoe(Pass):
             except Refusal as refusal:
                 ctx.remark("missed", self.name, str(refusal), refusal.op or down.op)
                 continue
-            ctx.remark("applied", self.name, f"block of {block.dispatch.top_k} experts per token", down.op)
+            what = f"block of {block.dispatch.top_k} experts per token"
+            if not ctx.take_fuel(self.name, what, down.op):
+                break
+            ctx.remark("applied", self.name, what, down.op)
             _write(graph, block)
             raised += 1
         for op in gemms:
