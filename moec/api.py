@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moec.missed import add_missed
 from moec.options import CompileOptions
 from moec.report import Report
 from moec.session import recording
@@ -64,7 +65,8 @@ def explain(
 ) -> Report:
     """Say what moec finds in a model and does with it, without compiling what is not MoE.
 
-    The model is traced as ``torch.compile`` would trace it and run once, in eager mode around the MoE blocks.
+    The model is traced as ``torch.compile`` would trace it and run once, in eager mode around the MoE blocks. Experts
+    modules that no traced graph shows are listed too, with the reason.
 
     Args:
         model: Any module.
@@ -84,4 +86,5 @@ def explain(
     with recording() as report, torch.no_grad():
         torch.compile(model, backend="moec", options=given)(*args, **dict(kwargs or {}))
     torch._dynamo.reset()
+    add_missed(report, model)
     return report

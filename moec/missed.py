@@ -1,0 +1,50 @@
+"""MoE modules that no captured graph showed: found by looking at the model, so that nothing is missed silently."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from moec.lowering import block_name
+from moec.readiness.experts import followers, lookalikes
+from moec.report import BlockReport, Report
+
+_LOOP = (
+    "its experts implementation 'eager' loops over the experts in Python, which no graph can hold; "
+    "moec.prepare(model) sets one that can be captured"
+)
+
+
+def add_missed(report: Report, model: torch.nn.Module) -> None:
+    """Append a block to ``report`` for every experts module of ``model`` that is not in it yet.
+
+    Args:
+        report: What a compile of ``model`` found.
+        model: The model that was compiled; names in the report are paths of its modules.
+    """
+    seen = {block.name for block in report.layers}
+    for name, reason in {**_following(model), **{m.name: m.reason for m in lookalikes(model)}}.items():
+        block = block_name(name, 0) if name else type(model).__name__
+        if not any(s == block or s.startswith(f"{block}.") or not name for s in seen):
+            module = model.get_submodule(name)
+            report.layers.append(BlockReport(block, reason=reason, source=_source(module)))
+
+
+def _following(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that follow transformers' experts interface, with why they may be missing."""
+    found = {}
+    for name, module in followers(model).items():
+        chosen = vars(module)["config"]._experts_implementation
+        other = f"no captured graph shows its expert GEMMs (experts implementation {chosen!r})"
+        found[name] = _LOOP if chosen == "eager" else other
+    return found
+
+
+def _source(module: torch.nn.Module) -> str | None:
+    """``file:line: class Name`` of the module's class."""
+    try:
+        _, line = inspect.getsourcelines(type(module))
+        return f"{inspect.getsourcefile(type(module))}:{line}: class {type(module).__name__}"
+    except (OSError, TypeError):
+        return None
