@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -26,7 +28,7 @@ layers = st.builds(
     norm=st.booleans(),
     top_k=st.sampled_from([1, 2, 4]),
 )
-few = settings(max_examples=8, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+few = settings(max_examples=5, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
 
 
 def args_of(layer: Layer, tokens: int) -> list[torch.Tensor]:
@@ -38,6 +40,11 @@ def args_of(layer: Layer, tokens: int) -> list[torch.Tensor]:
 def raised(layer: Layer) -> Graph:
     graph = capture(layer.forward, args_of(layer, TRACED_TOKENS), (0, 1))
     return PassManager(parse_pipeline("functionalize,canonicalize,raise-moe,dce"), repro=None).run(graph, PassContext())
+
+
+@cache
+def _plain() -> Graph:
+    return raised(Layer(bias=True))
 
 
 def fuse(graph: Graph) -> tuple[Graph, list[str]]:
@@ -57,7 +64,7 @@ def test_one_op_is_the_chain_bit_for_bit(layer: Layer) -> None:
     graph = raised(layer)
     fused, missed = fuse(graph)
     assert moe_ops(fused) == ["moe.experts"] and not missed
-    for tokens in (0, 1, 9):
+    for tokens in (0, 9):
         args = args_of(layer, tokens)
         with torch.no_grad():
             (want,), (got,) = run_graph(graph, args), run_graph(fused, args)
@@ -98,7 +105,7 @@ def _overwritten(graph: Graph, name: str) -> None:
     [(_seen, "also used elsewhere"), (_between, ""), (_overwritten, "aten.zero_.default writes to memory")],
 )
 def test_a_chain_that_is_not_closed_stays(spoil: object, reason: str, name: str) -> None:
-    graph = raised(Layer(bias=True))
+    graph = _plain().clone()
     spoil(graph, name)  # type: ignore[operator]
     before = str(graph)
     fused, missed = fuse(graph)
@@ -107,7 +114,7 @@ def test_a_chain_that_is_not_closed_stays(spoil: object, reason: str, name: str)
 
 
 def test_an_overwritten_token_after_the_combine_is_no_obstacle() -> None:
-    graph = raised(Layer())
+    graph = _plain().clone()
     _overwritten(graph, "moe.combine")
     fused, missed = fuse(graph)
     assert moe_ops(fused) == ["moe.experts"] and not missed

@@ -334,7 +334,7 @@ def routers(draw: Any) -> Router:
 
 
 @given(routers(), st.booleans(), st.booleans())
-@settings(max_examples=12, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
 def test_whatever_it_becomes_it_is_the_same(router: Router, narrow: bool, ties: bool) -> None:
     dtype = torch.bfloat16 if narrow else torch.float32
     graph, fused, _ = routed(router, dtype)

@@ -55,7 +55,7 @@ layers = st.builds(
     router=st.sampled_from(ROUTERS),
 )
 quick = settings(
-    max_examples=12,
+    max_examples=9,
     phases=[Phase.explicit, Phase.generate],
     deadline=None,
     derandomize=True,
