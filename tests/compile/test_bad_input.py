@@ -41,7 +41,7 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
 # --- models and blocks that moec leaves alone ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_model_without_moe_compiles_and_says_so_once(inner: str) -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     compiled = moec_compile(model, inner=inner)

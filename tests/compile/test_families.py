@@ -15,7 +15,6 @@ from tests.support.models import FAMILIES, build, inputs
 from tests.support.routing import compare_logits, near_tie_tokens
 
 SAME_CALLS_AROUND = 1e-6  # inner="eager" in fp32: only the sums inside the experts may be taken in another order
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @lru_cache(maxsize=1)
@@ -27,8 +26,15 @@ def block_names(model: torch.nn.Module) -> list[str]:
     return [name.removesuffix(".experts") for name, _ in model.named_modules() if name.endswith(".experts")]
 
 
-@pytest.mark.parametrize("implementation", [None, "batched_mm"], ids=["default", "batched_mm"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [
+        pytest.param(torch.float32, None, id="fp32"),
+        pytest.param(torch.bfloat16, None, id="bf16"),
+        pytest.param(torch.float32, "batched_mm", id="fp32-batched_mm"),
+        pytest.param(torch.bfloat16, "batched_mm", id="bf16-batched_mm", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_one_graph_every_block_fused(family: str, dtype: torch.dtype, implementation: str | None) -> None:

@@ -65,7 +65,7 @@ def cache_tensors(cache: StaticCache) -> list[torch.Tensor]:
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_static_cache(inner: str) -> None:
     model = build("mixtral", layers=LAYERS)
     prompt = inputs("mixtral", BATCH, PROMPT)["input_ids"]
