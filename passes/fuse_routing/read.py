@@ -133,7 +133,9 @@ def _mask_of_groups(mask: Value) -> tuple[Value, Value]:
         raise NoAttribute("the mask is not spread over neighbouring experts")
     if _number(arg(filled, 3, "value", arg(filled, 3, "src"))) != 1.0:
         raise NoAttribute("the mask of groups is not scattered with ones")
-    base = maker(arg(filled, 0, "self"), "zeros_like", "zeros", "new_zeros")
+    base = maker(arg(filled, 0, "self"), "zeros_like", "zeros", "new_zeros", "full_like", "full")
+    if base is not None and function(base).startswith("full") and _number(arg(base, 1, "fill_value")) != 0.0:
+        raise NoAttribute("the mask of groups does not begin with zeros")
     chosen = maker(arg(filled, 2, "index"), "topk")
     if base is None or chosen is None or filled.operands[-1] is not chosen.results[1]:
         raise NoAttribute("the kept groups are not the top groups")
@@ -147,16 +149,31 @@ def _takes_largest(topk: Op) -> bool:
     return arg(topk, 3, "largest", True) is True and last_dim(arg(topk, 0, "self"), arg(topk, 2, "dim", -1))
 
 
-def _groups(choice: Value, router: Router) -> Value:
-    """Reads group-limited selection; gives the choice scores before masking."""
-    op = maker(choice, "masked_fill")
+def _masked(choice: Value) -> tuple[Value, Value, float] | None:
+    """``(scores, mask, fill)`` of ``masked_fill`` or its decomposition ``where(mask, fill, scores)``."""
+    op = maker(choice, "masked_fill", "where")
     if op is None:
-        return choice
-    scores: Value = arg(op, 0, "self")
-    fill = _number(arg(op, 2, "value"))
+        return None
+    if function(op) == "masked_fill":
+        scores, mask, fill = arg(op, 0, "self"), arg(op, 1, "mask"), _number(arg(op, 2, "value"))
+    else:
+        mask, filling, scores = arg(op, 0, "condition"), arg(op, 1, "self"), arg(op, 2, "other")
+        constant = maker(filling, "scalar_tensor")
+        fill = _number(arg(constant, 0, "s")) if constant is not None else _number(filling)
+        if tensor(scores) != tensor(choice):
+            raise NoAttribute("masking changes the type or shape of the scores")
     if fill is None:
         raise NoAttribute("masked experts are filled with a tensor")
-    worth, chosen = _mask_of_groups(arg(op, 1, "mask"))
+    return scores, mask, fill
+
+
+def _groups(choice: Value, router: Router) -> Value:
+    """Reads group-limited selection; gives the choice scores before masking."""
+    masked = _masked(choice)
+    if masked is None:
+        return choice
+    scores, mask, fill = masked
+    worth, chosen = _mask_of_groups(mask)
     top = chosen.op
     assert top is not None
     worth_type, chosen_type, score_type = tensor(worth), tensor(chosen), tensor(scores)
