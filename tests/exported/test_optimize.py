@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from moec.runtime import counters
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import moec
+from moec.runtime import counters
 from tests.support import models
 
 FP32_TOLERANCE = 5e-6  # re-association inside GEMMs, over two layers
