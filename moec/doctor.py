@@ -34,9 +34,9 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "kernels for GPUs"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "ONNX export and ONNX Runtime"),
     "mlir": (("torch_mlir",), "torch-mlir export"),
-    "ascend": (("torch_npu",), "running on Ascend NPUs"),
+    "ascend": (("ascendnpuir",), "code for Ascend NPUs (the BiSheng IR tools)"),
 }
-_DISTRIBUTIONS = {"torch_mlir": "torch-mlir", "torch_npu": "torch-npu"}
+_DISTRIBUTIONS = {"torch_mlir": "torch-mlir", "ascendnpuir": "ascendnpu-ir"}
 
 
 @dataclass(frozen=True)
