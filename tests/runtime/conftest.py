@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moec.runtime import checks, counters, programs
+from moec.runtime import ops as _ops  # noqa: F401  (registers torch.ops.moec)
 
 
 @pytest.fixture(autouse=True)
