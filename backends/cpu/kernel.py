@@ -19,6 +19,8 @@ from moec.ir.core import Op
 from moec.ir.torch_dtypes import TO_TORCH
 
 _ALIGN = 64
+_CHUNK = 32  # most elements of a step along K
+_TILE_TOKENS = 6  # most token rows of a tile
 
 
 class Pointers:
@@ -69,10 +71,12 @@ class CpuExperts(Kernel):
             x = x.contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.contiguous()
-        item, slots = x.element_size(), tokens * top_k
-        a_bytes, o_bytes = _aligned(slots * shape.inner * item), _aligned(slots * shape.width * item)
+        item, slots, team = x.element_size(), tokens * top_k, threads()
+        hidden, inner = _padded(shape.hidden), _padded(shape.inner)
+        a_bytes, o_bytes = _aligned(slots * inner * item), _aligned(slots * max(shape.width, hidden) * item)
+        wide_bytes = 0 if up_nk and down_nk else team * _TILE_TOKENS * max(hidden, inner) * 4
         ints = 4 * (shape.experts + 1 + slots)
-        work = torch.empty(a_bytes + o_bytes + ints + _ALIGN, dtype=torch.uint8)
+        work = torch.empty(a_bytes + o_bytes + wide_bytes + ints + _ALIGN, dtype=torch.uint8)
         base = _aligned(work.data_ptr())
         keep = Pointers()
         gate, up = self._up(p.up, up_nk, keep)
@@ -81,7 +85,8 @@ class CpuExperts(Kernel):
         self.library(up_nk, down_nk)(
             [
                 x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
-                tokens, top_k, threads(), base, base + a_bytes, base + a_bytes + o_bytes,
+                tokens, top_k, team, base, base + a_bytes, base + a_bytes + o_bytes,
+                base + a_bytes + o_bytes + wide_bytes,
                 *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
                 *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
                 keep.table(captures),
@@ -128,6 +133,11 @@ class CpuExperts(Kernel):
             return [0, t.data_ptr(), t.stride(0) * t.element_size(), t.stride(row_dim) * t.element_size()]
         each = tensors[part * self.shape.experts : (part + 1) * self.shape.experts]
         return [keep.table(each), 0, 0, each[0].stride(row_dim) * each[0].element_size()]
+
+
+def _padded(width: int) -> int:
+    """Elements of a packed row at most: up to a whole chunk of any instruction set."""
+    return -(-width // _CHUNK) * _CHUNK
 
 
 def _aligned(size: int) -> int:

@@ -1,4 +1,4 @@
-// Rows of weights times rows of tokens, both read where they lie: every output is a dot product along K.
+// Rows of weights, read where they lie, times packed rows of tokens: every output is a dot product along K.
 //
 // An output is a vector of partial sums over the whole length (or over each block of K, whose ends depend on K alone)
 // and then one tree of additions. Neither depends on how many rows a tile has, so a token's result has the same bits
@@ -80,19 +80,18 @@ struct Ahead {
 };
 
 // c[t * ldc + r] (+)= sum over K values of w[r][k] * x[t][k], for TILE_ROWS rows and M tokens.
+// x is packed: for each chunk of STEP values of K those of token 0, of token 1 and so on, zeros past the end.
 template <class T, int M, int K>
-static inline __attribute__((always_inline)) void dot_tile(const T* const* w, const T* const* x, int skip, float* c, int ldc,
-                                                           bool add, Ahead ahead) {
+static inline __attribute__((always_inline)) void dot_tile(const T* const* w, const T* x, float* c, int ldc, bool add, Ahead ahead) {
     using C = Chunk<T>;
-    constexpr int R = TILE_ROWS;
+    constexpr int R = TILE_ROWS, WHOLE = K / C::STEP * C::STEP;
     V acc[R][M];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < M; t++) acc[r][t] = zero();
-    const T *wp[R], *xp[M];
-    for (int r = 0; r < R; r++) wp[r] = w[r] + skip;
-    for (int t = 0; t < M; t++) xp[t] = x[t] + skip;
+    const T* wp[R];
+    for (int r = 0; r < R; r++) wp[r] = w[r];
     const char* line = ahead.at;
-    for (int k = 0; k + C::STEP <= K; k += C::STEP) {
+    for (int k = 0; k < WHOLE; k += C::STEP) {
         if (ahead.lines > 0) {
             _mm_prefetch(line, _MM_HINT_T1);
             if (ahead.lines > 1) _mm_prefetch(line + 64, _MM_HINT_T1);
@@ -107,17 +106,16 @@ static inline __attribute__((always_inline)) void dot_tile(const T* const* w, co
         for (int r = 0; r < R; r++) wc[r] = C::get(wp[r] + k);
 #pragma GCC unroll 6
         for (int t = 0; t < M; t++) {
-            C xc = C::get(xp[t] + k);
+            C xc = C::get(x + k * M + t * C::STEP);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) C::add(acc[r][t], wc[r], xc);
         }
     }
-    if constexpr (K % C::STEP != 0) {
-        constexpr int k = K / C::STEP * C::STEP;
+    if constexpr (K > WHOLE) {
         C wc[R];
-        for (int r = 0; r < R; r++) wc[r] = C::get_n(wp[r] + k, K - k);
+        for (int r = 0; r < R; r++) wc[r] = C::get_n(wp[r] + WHOLE, K - WHOLE);
         for (int t = 0; t < M; t++) {
-            C xc = C::get_n(xp[t] + k, K - k);
+            C xc = C::get(x + WHOLE * M + t * C::STEP);
             for (int r = 0; r < R; r++) C::add(acc[r][t], wc[r], xc);
         }
     }
@@ -139,16 +137,15 @@ static inline __attribute__((always_inline)) void dot_tile(const T* const* w, co
 }
 
 template <class T, int K>
-static __attribute__((noinline)) void dot_rows(int m, const T* const* w, const T* const* x, int skip, float* c, int ldc,
-                                               bool add, Ahead ahead) {
+static __attribute__((noinline)) void dot_rows(int m, const T* const* w, const T* x, float* c, int ldc, bool add, Ahead ahead) {
     switch (m) {
-        case 1: return dot_tile<T, 1, K>(w, x, skip, c, ldc, add, ahead);
-        case 2: return dot_tile<T, 2, K>(w, x, skip, c, ldc, add, ahead);
-        case 3: return dot_tile<T, 3, K>(w, x, skip, c, ldc, add, ahead);
+        case 1: return dot_tile<T, 1, K>(w, x, c, ldc, add, ahead);
+        case 2: return dot_tile<T, 2, K>(w, x, c, ldc, add, ahead);
+        case 3: return dot_tile<T, 3, K>(w, x, c, ldc, add, ahead);
 #if defined(__AVX512F__)
-        case 4: return dot_tile<T, 4, K>(w, x, skip, c, ldc, add, ahead);
-        case 5: return dot_tile<T, 5, K>(w, x, skip, c, ldc, add, ahead);
-        case 6: return dot_tile<T, 6, K>(w, x, skip, c, ldc, add, ahead);
+        case 4: return dot_tile<T, 4, K>(w, x, c, ldc, add, ahead);
+        case 5: return dot_tile<T, 5, K>(w, x, c, ldc, add, ahead);
+        case 6: return dot_tile<T, 6, K>(w, x, c, ldc, add, ahead);
 #endif
     }
 }

@@ -1,4 +1,5 @@
-// The layer: slots sorted by expert, up GEMM and activation, down GEMM, weighting and combine. Three parallel stages.
+// The layer: slots sorted by expert; then, in one parallel region with three barriers, their rows packed, up GEMM and
+// activation, down GEMM, weighting and combine.
 #pragma once
 #include <omp.h>
 
@@ -18,7 +19,7 @@ struct Call {
     const char* weights;
     char* out;
     int64_t tokens, top_k, threads;
-    char *a, *o;           // [R, I] activations, [T*k, N] outputs of the experts
+    char *a, *o, *wide;    // packed [R, I] activations; [T*k, N] outputs, before them packed [R, K] rows; see wide()
     int32_t* ints;         // E + 1 offsets, R slots by expert
     Matrix up[2], down;    // gate and up, or one
     Matrix up_bias[2], down_bias;  // `row`: from one element to the next
@@ -106,45 +107,72 @@ template <class L> struct Layer {
         return {{c.down.of(s.expert) + (int64_t)block * DOWN * c.down.row, nullptr}, n * c.down.row};
     }
 
+    static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
+    T* packed_x(const Segment& s) const { return (T*)c.o + (int64_t)s.start * K_PADDED; }
+    T* packed_a(const Segment& s) const { return (T*)c.a + (int64_t)s.start * I_PADDED; }
+    // A thread's room for one tile's values as floats.
+    float* wide() const { return (float*)c.wide + (int64_t)omp_get_thread_num() * TILE_TOKENS * (K_PADDED > I_PADDED ? K_PADDED : I_PADDED); }
+
+    // The token rows of a segment, tile by tile.
+    void pack(Segment s) const {
+        constexpr int STEP = Chunk<T>::STEP;
+        const Tiles tiles(s.rows);
+        for (int tile = 0; tile < tiles.count; tile++) {
+            const int t0 = tiles.start(tile), mt = tiles.size(tile);
+            T* to = packed_x(s) + (int64_t)t0 * K_PADDED;
+            for (int t = 0; t < mt; t++) {
+                const T* row = (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row);
+                for (int k = 0; k + STEP <= L::K; k += STEP) memcpy(packed_at(to, mt, t, k), row + k, STEP * sizeof(T));
+                if (L::K < K_PADDED) {
+                    constexpr int k = L::K / STEP * STEP;
+                    T tail[STEP] = {};
+                    memcpy(tail, row + k, (L::K - k) * sizeof(T));
+                    memcpy(packed_at(to, mt, t, k), tail, sizeof(tail));
+                }
+            }
+        }
+    }
+
     void up(Segment s, int block, const Next& next) const {
         const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
-        const T* x[SEGMENT];
-        for (int r = 0; r < s.rows; r++) x[r] = (const T*)(c.x + order[s.start + r] / c.top_k * c.x_row);
+        const int stop = block + 1 < UP_BLOCKS ? n : I_PADDED - i0;  // the last block also writes the padding
         alignas(64) float bias[2][BLOCK];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
+            T* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
             for (int t = 0; t < mt; t++) {
-                T* a = (T*)c.a + (int64_t)(s.start + t0 + t) * L::I + i0;
-                for (int i = 0; i < n; i += W) {
-                    V g, u;
-                    if constexpr (L::PAIRED) {
-                        load_pairs(h + t * ldh + 2 * i, g, u);
-                    } else {
-                        g = load(h + t * ldh + i);
-                        u = load(h + t * ldh + (L::PARTS - 1) * BLOCK + i);
+                for (int i = 0; i < stop; i += W) {
+                    V a = zero();
+                    if (i < n) {
+                        V g, u;
+                        if constexpr (L::PAIRED) {
+                            load_pairs(h + t * ldh + 2 * i, g, u);
+                        } else {
+                            g = load(h + t * ldh + i);
+                            u = load(h + t * ldh + (L::PARTS - 1) * BLOCK + i);
+                        }
+                        g = round_to<T>(g);
+                        u = round_to<T>(u);
+                        if (L::UP_BIAS) {
+                            g = round_to<T>(g + load(bias[0] + i));
+                            u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
+                        }
+                        a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
                     }
-                    g = round_to<T>(g);
-                    u = round_to<T>(u);
-                    if (L::UP_BIAS) {
-                        g = round_to<T>(g + load(bias[0] + i));
-                        u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
-                    }
-                    store_n(a + i, L::activation(g, u, c.captures, i0 + i, n - i), n - i);
+                    store_n(packed_at(tile, mt, t, i0 + i), a, W);
                 }
             }
         };
         const char* w[2];
         for (int p = 0; p < MATRICES; p++)
             w[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
-        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, x, s.rows, next, done);
-        else outer_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, x, s.rows, done);
+        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), wide(), done);
     }
 
     void down(Segment s, int block, const Next& next) const {
         const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
-        const T* x[SEGMENT];
-        for (int r = 0; r < s.rows; r++) x[r] = (const T*)c.a + (int64_t)(s.start + r) * L::I;
         alignas(64) float bias[BLOCK];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
@@ -158,8 +186,8 @@ template <class L> struct Layer {
             }
         };
         const char* w = c.down.of(s.expert) + n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T));
-        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(&w, c.down.row, n, x, s.rows, next, done);
-        else outer_block<T, L::I, 1>(&w, c.down.row, n, x, s.rows, done);
+        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(&w, c.down.row, n, packed_a(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::I, 1>(&w, c.down.row, n, packed_a(s), Tiles(s.rows), wide(), done);
     }
 
     // A token's rows times their weights, each product rounded, added in the order of k.
@@ -189,10 +217,13 @@ template <class L> struct Layer {
     }
 
     void run() const {
-        std::atomic<int> up_tasks{0}, down_tasks{0};
+        std::atomic<int> pack_tasks{0}, up_tasks{0}, down_tasks{0};
 #pragma omp parallel num_threads((int)c.threads)
         {
             Segments::Cursor here, there;
+            share(pack_tasks, segments.count, [&](int task, int) { pack(segments.at(task, here)); });
+#pragma omp barrier
+            here = {};
             share(up_tasks, segments.count * UP_BLOCKS, [&](int task, int after) {
                 Next next{{nullptr, nullptr}, 0};
                 if (after >= 0) next = up_next(segments.at(after / UP_BLOCKS, there), after % UP_BLOCKS);

@@ -2,8 +2,6 @@
 //
 // Each output is one chain of additions in the order of K, whatever the tile.
 #pragma once
-#include <stdlib.h>
-
 #include "block.h"
 
 namespace moec {
@@ -42,27 +40,30 @@ template <> struct Outer<bf16> {
 };
 #endif
 
-// NV vectors of outputs for M tokens. x: tokens' values as Outer<T>::X, `ldx` apart; n: how many outputs there are.
+// NV vectors of outputs for M tokens. x: packed as for dot_tile, in values of Outer<T>::X; n: how many outputs there are.
 template <class T, int M, int NV, int K>
-static inline void outer_tile(const char* w, int64_t row, int n, const typename Outer<T>::X* x, int ldx, float* c, int ldc) {
+static inline void outer_tile(const char* w, int64_t row, int n, const typename Outer<T>::X* x, float* c, int ldc) {
     using O = Outer<T>;
+    constexpr int RUN = Chunk<T>::STEP, STEPS = RUN / O::STEP;
     V acc[M][NV];
     for (int t = 0; t < M; t++)
         for (int v = 0; v < NV; v++) acc[t][v] = zero();
-    auto step = [&](int k, bool pair) __attribute__((always_inline)) {
+    auto step = [&](const char* from, const typename O::X* xs, bool pair) __attribute__((always_inline)) {
         V wv[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v += O::WIDE)
-            O::weights((const T*)(w + k * row) + v * W, row, pair, n - v * W, wv + v);
+        for (int v = 0; v < NV; v += O::WIDE) O::weights((const T*)from + v * W, row, pair, n - v * W, wv + v);
 #pragma GCC unroll 6
         for (int t = 0; t < M; t++) {
-            V xv = O::token(x + t * ldx + k / O::STEP);
+            V xv = O::token(xs + t * STEPS);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; v++) acc[t][v] = O::add(acc[t][v], wv[v], xv);
         }
     };
-    for (int k = 0; k + O::STEP <= K; k += O::STEP) step(k, true);
-    if constexpr (K % O::STEP != 0) step(K / O::STEP * O::STEP, false);
+    for (int k = 0; k < K; k += RUN)
+        for (int i = 0; i < STEPS && k + i * O::STEP < K; i++) {
+            const int at = k + i * O::STEP;
+            step(w + at * row, x + k / O::STEP * M + i, at + O::STEP <= K);
+        }
     for (int t = 0; t < M; t++) {
         for (int v = 0; v < NV; v += O::WIDE) O::order(acc[t] + v);
         for (int v = 0; v < NV; v++) store_n(c + t * ldc + v * W, acc[t][v], W);
@@ -72,45 +73,42 @@ static inline void outer_tile(const char* w, int64_t row, int n, const typename 
 constexpr int OUTER_VECTORS = 4;
 
 template <class T, int K>
-static __attribute__((noinline)) void outer_rows(int m, const char* w, int64_t row, int n, const typename Outer<T>::X* x, int ldx,
-                                                 float* c, int ldc) {
+static __attribute__((noinline)) void outer_rows(int m, const char* w, int64_t row, int n, const typename Outer<T>::X* x, float* c,
+                                                 int ldc) {
     constexpr int NV = OUTER_VECTORS;
     switch (m) {
-        case 1: return outer_tile<T, 1, NV, K>(w, row, n, x, ldx, c, ldc);
-        case 2: return outer_tile<T, 2, NV, K>(w, row, n, x, ldx, c, ldc);
-        case 3: return outer_tile<T, 3, NV, K>(w, row, n, x, ldx, c, ldc);
+        case 1: return outer_tile<T, 1, NV, K>(w, row, n, x, c, ldc);
+        case 2: return outer_tile<T, 2, NV, K>(w, row, n, x, c, ldc);
+        case 3: return outer_tile<T, 3, NV, K>(w, row, n, x, c, ldc);
 #if defined(__AVX512F__)
-        case 4: return outer_tile<T, 4, NV, K>(w, row, n, x, ldx, c, ldc);
-        case 5: return outer_tile<T, 5, NV, K>(w, row, n, x, ldx, c, ldc);
-        case 6: return outer_tile<T, 6, NV, K>(w, row, n, x, ldx, c, ldc);
+        case 4: return outer_tile<T, 4, NV, K>(w, row, n, x, c, ldc);
+        case 5: return outer_tile<T, 5, NV, K>(w, row, n, x, c, ldc);
+        case 6: return outer_tile<T, 6, NV, K>(w, row, n, x, c, ldc);
 #endif
     }
 }
 
-// As dot_block, for weights whose rows are K.
+// A tile's values as the kernel reads them: in place, or widened into `wide`.
+template <class T> static inline const float* values(const T* x, int count, float* wide, const float*) {
+    for (int i = 0; i < count; i += W) store_n(wide + i, load(x + i), W);
+    return wide;
+}
+static inline const float* values(const float* x, int, float*, const float*) { return x; }
+template <class T> static inline const uint32_t* values(const T* x, int, float*, const uint32_t*) { return (const uint32_t*)x; }
+
+// As dot_block, for weights whose rows are K. wide: room for a tile's values as floats, where T is narrow.
 template <class T, int K, int PARTS, class Done>
-static inline void outer_block(const char* const* w, int64_t row, int n, const T* const* x, int m, Done&& done) {
-    using X = typename Outer<T>::X;
-    constexpr int WIDTH = OUTER_VECTORS * W, LDC = 2 * BLOCK, LDX = up_to(K, 64);
-    alignas(64) float c[TILE_TOKENS * LDC];
-    static thread_local X* packed = nullptr;
-    if (!packed) packed = (X*)aligned_alloc(64, TILE_TOKENS * LDX * sizeof(X));
-    const int tiles = (m + TILE_TOKENS - 1) / TILE_TOKENS;
-    for (int tile = 0, t0 = 0; tile < tiles; tile++) {
-        const int mt = m / tiles + (tile < m % tiles);
-        for (int t = 0; t < mt; t++) {
-            if constexpr (sizeof(X) == 4 && Outer<T>::STEP == 2) {
-                packed[t * LDX + K / 2] = 0;
-                memcpy(packed + t * LDX, x[t0 + t], K * sizeof(T));
-            } else {
-                for (int k = 0; k < K; k += W) store_n((float*)packed + t * LDX + k, load_n(x[t0 + t] + k, K - k), W);
-            }
-        }
+static inline void outer_block(const char* const* w, int64_t row, int n, const T* x, Tiles tiles, float* wide, Done&& done) {
+    constexpr int WIDTH = OUTER_VECTORS * W, LDC = 2 * BLOCK;
+    alignas(64) float c[TILE_TOKENS * LDC + 2 * W];
+    for (int tile = 0; tile < tiles.count; tile++) {
+        const int t0 = tiles.start(tile), mt = tiles.size(tile);
+        const typename Outer<T>::X* kind = nullptr;
+        const auto* xs = values(x + (int64_t)t0 * PADDED<T, K>, mt * PADDED<T, K>, wide, kind);
         for (int part = 0; part < PARTS; part++)
             for (int at = 0; at < n; at += WIDTH)
-                outer_rows<T, K>(mt, w[part] + at * sizeof(T), row, n - at, packed, LDX, c + part * BLOCK + at, LDC);
+                outer_rows<T, K>(mt, w[part] + at * sizeof(T), row, n - at, xs, c + part * BLOCK + at, LDC);
         done(t0, mt, c, LDC);
-        t0 += mt;
     }
 }
 

@@ -69,6 +69,8 @@ static inline void load_pairs(const float* p, V& even, V& odd) {
     odd = order(_mm256_shuffle_ps(a, b, 0xdd));
 }
 
+static inline V keep_n(V a, int n) { return _mm256_and_ps(_mm256_castsi256_ps(first(n)), a); }  // zeros past the first n
+
 template <class T> static inline V round_to(V a);
 template <> inline V round_to<float>(V a) { return a; }
 template <> inline V round_to<bf16>(V a) { return widen(narrow(a)); }

@@ -51,6 +51,8 @@ static inline void load_pairs(const float* p, V& even, V& odd) {
     odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(pick, _mm512_set1_epi32(1)), b);
 }
 
+static inline V keep_n(V a, int n) { return _mm512_maskz_mov_ps(first(n), a); }  // zeros past the first n
+
 template <class T> static inline V round_to(V a);
 template <> inline V round_to<float>(V a) { return a; }
 template <> inline V round_to<bf16>(V a) { return widen(narrow(a)); }
