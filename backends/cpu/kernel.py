@@ -20,7 +20,7 @@ from moec.ir.torch_dtypes import TO_TORCH
 
 _ALIGN = 64
 _CHUNK = 32  # most elements of a step along K
-_TILE_TOKENS = 6  # most token rows of a tile
+_ROOM = 4 * 256 * (128 + 256)  # OUTER_BYTES of include/outer.h
 
 
 class Pointers:
@@ -74,9 +74,9 @@ class CpuExperts(Kernel):
         item, slots, team = x.element_size(), tokens * top_k, threads()
         hidden, inner = _padded(shape.hidden), _padded(shape.inner)
         a_bytes, o_bytes = _aligned(slots * inner * item), _aligned(slots * max(shape.width, hidden) * item)
-        wide_bytes = 0 if up_nk and down_nk else team * _TILE_TOKENS * max(hidden, inner) * 4
+        room_bytes = 0 if up_nk and down_nk else team * _ROOM
         ints = 4 * (shape.experts + 1 + slots)
-        work = torch.empty(a_bytes + o_bytes + wide_bytes + ints + _ALIGN, dtype=torch.uint8)
+        work = torch.empty(a_bytes + o_bytes + room_bytes + ints + _ALIGN, dtype=torch.uint8)
         base = _aligned(work.data_ptr())
         keep = Pointers()
         gate, up = self._up(p.up, up_nk, keep)
@@ -86,7 +86,7 @@ class CpuExperts(Kernel):
             [
                 x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
                 tokens, top_k, team, base, base + a_bytes, base + a_bytes + o_bytes,
-                base + a_bytes + o_bytes + wide_bytes,
+                base + a_bytes + o_bytes + room_bytes,
                 *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
                 *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
                 keep.table(captures),

@@ -56,7 +56,7 @@ static inline void dot_step(int block, int m, const T* const* w, const T* x, flo
     else dot_rows<T, B::LAST>(m, w, x, c, ldc, block > 0, ahead);
 }
 
-// Calls done(tile, first token, tokens, c, ldc) for every tile, with c[t][part * BLOCK + n] filled.
+// Calls done(first token, tokens, c, ldc) for every tile, with c[t][part * ldc / 2 + n] filled.
 // w: where the block's first row of each part lies; x: the segment's packed rows; n: outputs of each part.
 template <class T, int K, int PARTS, class Done>
 static inline void dot_block(const char* const* w, int64_t row, int n, const T* x, Tiles tiles, const Next& next, Done&& done) {

@@ -19,7 +19,7 @@ struct Call {
     const char* weights;
     char* out;
     int64_t tokens, top_k, threads;
-    char *a, *o, *wide;    // packed [R, I] activations; [T*k, N] outputs, before them packed [R, K] rows; see wide()
+    char *a, *o, *room;    // packed [R, I] activations; [T*k, N] outputs, before them packed [R, K] rows; see room()
     int32_t* ints;         // E + 1 offsets, R slots by expert
     Matrix up[2], down;    // gate and up, or one
     Matrix up_bias[2], down_bias;  // `row`: from one element to the next
@@ -47,12 +47,12 @@ static inline int sort_slots(const Call& c, int experts, int32_t* offsets, int32
 // The rows of the i-th task's expert: experts with many rows have several segments.
 struct Segments {
     const int32_t* offsets;
-    int experts, count;
+    int most, count;  // rows of a segment, segments
 
-    Segments(const int32_t* o, int e) : offsets(o), experts(e), count(0) {
-        for (int i = 0; i < e; i++) count += pieces(i);
+    Segments(const int32_t* o, int experts, int most_) : offsets(o), most(most_), count(0) {
+        for (int i = 0; i < experts; i++) count += pieces(i);
     }
-    int pieces(int e) const { return (offsets[e + 1] - offsets[e] + SEGMENT - 1) / SEGMENT; }
+    int pieces(int e) const { return (offsets[e + 1] - offsets[e] + most - 1) / most; }
 
     // A cursor only moves forward: tasks are taken in order.
     struct Cursor {
@@ -82,7 +82,8 @@ template <class B> static inline void bias_block(float* to, const Matrix& m, int
 
 template <class L> struct Layer {
     using T = typename L::T;
-    static constexpr int UP = outputs_of(L::PARTS * L::K * sizeof(T), L::I), DOWN = outputs_of(L::I * sizeof(T), L::N);
+    static constexpr int UP = L::UP_NK ? outputs_of(L::PARTS * L::K * sizeof(T), L::I) : OUTER_BLOCK / 2;
+    static constexpr int DOWN = L::DOWN_NK ? outputs_of(L::I * sizeof(T), L::N) : OUTER_BLOCK;
     static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
 
     // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
@@ -92,26 +93,24 @@ template <class L> struct Layer {
     const int32_t* order;
     Segments segments;
 
-    // The weights of a task: where each part begins, or nothing where its rows do not lie side by side.
-    Next up_next(Segment s, int block) const {
-        Next next{{nullptr, nullptr}, 0};
-        if (!L::UP_NK) return next;
-        int n = L::I - block * UP < UP ? L::I - block * UP : UP;
-        for (int p = 0; p < MATRICES; p++) next.at[p] = c.up[p].of(s.expert) + (int64_t)block * UP * OUTPUTS * c.up[p].row;
-        next.bytes = (int64_t)n * OUTPUTS * c.up[0].row;
-        return next;
+    // Where the weights of a task begin in each matrix.
+    Next up_at(Segment s, int block) const {
+        Next at{{nullptr, nullptr}, 0};
+        const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
+        for (int p = 0; p < MATRICES; p++)
+            at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
+        at.bytes = (int64_t)n * OUTPUTS * c.up[0].row;
+        return at;
     }
-    Next down_next(Segment s, int block) const {
-        if (!L::DOWN_NK) return {{nullptr, nullptr}, 0};
-        int n = L::N - block * DOWN < DOWN ? L::N - block * DOWN : DOWN;
-        return {{c.down.of(s.expert) + (int64_t)block * DOWN * c.down.row, nullptr}, n * c.down.row};
+    Next down_at(Segment s, int block) const {
+        const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
+        return {{c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T)), nullptr}, n * c.down.row};
     }
 
     static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
     T* packed_x(const Segment& s) const { return (T*)c.o + (int64_t)s.start * K_PADDED; }
     T* packed_a(const Segment& s) const { return (T*)c.a + (int64_t)s.start * I_PADDED; }
-    // A thread's room for one tile's values as floats.
-    float* wide() const { return (float*)c.wide + (int64_t)omp_get_thread_num() * TILE_TOKENS * (K_PADDED > I_PADDED ? K_PADDED : I_PADDED); }
+    float* room() const { return (float*)(c.room + omp_get_thread_num() * OUTER_BYTES); }
 
     // The token rows of a segment, tile by tile.
     void pack(Segment s) const {
@@ -136,7 +135,7 @@ template <class L> struct Layer {
     void up(Segment s, int block, const Next& next) const {
         const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
         const int stop = block + 1 < UP_BLOCKS ? n : I_PADDED - i0;  // the last block also writes the padding
-        alignas(64) float bias[2][BLOCK];
+        alignas(64) float bias[2][OUTER_BLOCK];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
@@ -150,7 +149,7 @@ template <class L> struct Layer {
                             load_pairs(h + t * ldh + 2 * i, g, u);
                         } else {
                             g = load(h + t * ldh + i);
-                            u = load(h + t * ldh + (L::PARTS - 1) * BLOCK + i);
+                            u = load(h + t * ldh + (L::PARTS - 1) * ldh / 2 + i);
                         }
                         g = round_to<T>(g);
                         u = round_to<T>(u);
@@ -164,16 +163,14 @@ template <class L> struct Layer {
                 }
             }
         };
-        const char* w[2];
-        for (int p = 0; p < MATRICES; p++)
-            w[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
-        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, done);
-        else outer_block<T, L::K, MATRICES>(w, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), wide(), done);
+        const Next here = up_at(s, block);
+        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, room(), done);
     }
 
     void down(Segment s, int block, const Next& next) const {
         const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
-        alignas(64) float bias[BLOCK];
+        alignas(64) float bias[OUTER_BLOCK];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
             for (int t = 0; t < mt; t++) {
@@ -185,9 +182,9 @@ template <class L> struct Layer {
                 }
             }
         };
-        const char* w = c.down.of(s.expert) + n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T));
-        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(&w, c.down.row, n, packed_a(s), Tiles(s.rows), next, done);
-        else outer_block<T, L::I, 1>(&w, c.down.row, n, packed_a(s), Tiles(s.rows), wide(), done);
+        const Next here = down_at(s, block);
+        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, room(), done);
     }
 
     // A token's rows times their weights, each product rounded, added in the order of k.
@@ -226,14 +223,14 @@ template <class L> struct Layer {
             here = {};
             share(up_tasks, segments.count * UP_BLOCKS, [&](int task, int after) {
                 Next next{{nullptr, nullptr}, 0};
-                if (after >= 0) next = up_next(segments.at(after / UP_BLOCKS, there), after % UP_BLOCKS);
+                if (after >= 0) next = up_at(segments.at(after / UP_BLOCKS, there), after % UP_BLOCKS);
                 up(segments.at(task / UP_BLOCKS, here), task % UP_BLOCKS, next);
             });
 #pragma omp barrier
             here = there = {};
             share(down_tasks, segments.count * DOWN_BLOCKS, [&](int task, int after) {
                 Next next{{nullptr, nullptr}, 0};
-                if (after >= 0) next = down_next(segments.at(after / DOWN_BLOCKS, there), after % DOWN_BLOCKS);
+                if (after >= 0) next = down_at(segments.at(after / DOWN_BLOCKS, there), after % DOWN_BLOCKS);
                 down(segments.at(task / DOWN_BLOCKS, here), task % DOWN_BLOCKS, next);
             });
 #pragma omp barrier
@@ -246,7 +243,7 @@ template <class L> struct Layer {
 template <class L> static void experts(const Call& c) {
     int32_t *offsets = c.ints, *order = c.ints + L::E + 1;
     sort_slots(c, L::E, offsets, order);
-    Layer<L>{c, order, Segments(offsets, L::E)}.run();
+    Layer<L>{c, order, Segments(offsets, L::E, L::UP_NK && L::DOWN_NK ? SEGMENT : OUTER_SEGMENT)}.run();
 }
 
 }  // namespace moec

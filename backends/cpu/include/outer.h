@@ -40,52 +40,87 @@ template <> struct Outer<bf16> {
 };
 #endif
 
-// NV vectors of outputs for M tokens. x: packed as for dot_tile, in values of Outer<T>::X; n: how many outputs there are.
-template <class T, int M, int NV, int K>
-static inline void outer_tile(const char* w, int64_t row, int n, const typename Outer<T>::X* x, float* c, int ldc) {
+constexpr int OUTER_VECTORS = 4, OUTER_WIDTH = OUTER_VECTORS * W;  // of a tile
+constexpr int OUTER_BLOCK = 256;   // columns of a task
+constexpr int OUTER_STEPS = 128;   // steps along K between two visits of a tile
+constexpr int OUTER_SEGMENT = 256; // most rows of a task
+// A thread's room: a slice of weights ready for use, and the sums so far.
+constexpr int64_t OUTER_BYTES = sizeof(float) * OUTER_BLOCK * (OUTER_STEPS + OUTER_SEGMENT);
+
+// The slice of weights that comes next, a row of lines after the other; `step` lines are asked for in each step along K.
+struct AheadRows {
+    const char* at;
+    int64_t row;
+    int line, lines, across, step;
+
+    inline __attribute__((always_inline)) void fetch() {
+        for (int i = 0; i < step && line < lines; i++, line++)
+            _mm_prefetch(at + line / across * row + line % across * 64, _MM_HINT_T1);
+    }
+};
+
+// One slice [k0, k1) of K for M tokens and OUTER_WIDTH outputs, added to c. READY: w is a slice in the form of
+// Outer<T>::weights, `row` bytes a step; otherwise it is the matrix. x: packed as for dot_tile, in values of X.
+template <class T, int M, bool READY>
+static inline __attribute__((always_inline)) void outer_tile(const char* w, int64_t row, int n, const typename Outer<T>::X* x, int k0,
+                                                             int k1, bool last, float* c, int ldc, AheadRows& ahead) {
     using O = Outer<T>;
-    constexpr int RUN = Chunk<T>::STEP, STEPS = RUN / O::STEP;
+    constexpr int RUN = Chunk<T>::STEP, STEPS = RUN / O::STEP, NV = OUTER_VECTORS;
     V acc[M][NV];
     for (int t = 0; t < M; t++)
-        for (int v = 0; v < NV; v++) acc[t][v] = zero();
-    auto step = [&](const char* from, const typename O::X* xs, bool pair) __attribute__((always_inline)) {
-        V wv[NV];
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v += O::WIDE) O::weights((const T*)from + v * W, row, pair, n - v * W, wv + v);
-#pragma GCC unroll 6
-        for (int t = 0; t < M; t++) {
-            V xv = O::token(xs + t * STEPS);
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) acc[t][v] = O::add(acc[t][v], wv[v], xv);
-        }
-    };
-    for (int k = 0; k < K; k += RUN)
-        for (int i = 0; i < STEPS && k + i * O::STEP < K; i++) {
+        for (int v = 0; v < NV; v++) acc[t][v] = k0 ? load(c + t * ldc + v * W) : zero();
+    for (int k = k0; k < k1; k += RUN)
+        for (int i = 0; i < STEPS && k + i * O::STEP < k1; i++) {
             const int at = k + i * O::STEP;
-            step(w + at * row, x + k / O::STEP * M + i, at + O::STEP <= K);
+            const auto* xs = x + (k - k0) / O::STEP * M + i;
+            ahead.fetch();
+            V wv[NV];
+            if constexpr (READY) {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) wv[v] = load((const float*)(w + (at - k0) / O::STEP * row) + v * W);
+            } else {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v += O::WIDE)
+                    O::weights((const T*)(w + at * row) + v * W, row, at + O::STEP <= k1, n - v * W, wv + v);
+            }
+#pragma GCC unroll 6
+            for (int t = 0; t < M; t++) {
+                V xv = O::token(xs + t * STEPS);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) acc[t][v] = O::add(acc[t][v], wv[v], xv);
+            }
         }
     for (int t = 0; t < M; t++) {
-        for (int v = 0; v < NV; v += O::WIDE) O::order(acc[t] + v);
+        if (last)
+            for (int v = 0; v < NV; v += O::WIDE) O::order(acc[t] + v);
         for (int v = 0; v < NV; v++) store_n(c + t * ldc + v * W, acc[t][v], W);
     }
 }
 
-constexpr int OUTER_VECTORS = 4;
-
-template <class T, int K>
-static __attribute__((noinline)) void outer_rows(int m, const char* w, int64_t row, int n, const typename Outer<T>::X* x, float* c,
-                                                 int ldc) {
-    constexpr int NV = OUTER_VECTORS;
+template <class T, bool READY>
+static __attribute__((noinline)) void outer_rows(int m, const char* w, int64_t row, int n, const typename Outer<T>::X* x, int k0,
+                                                 int k1, bool last, float* c, int ldc, AheadRows& ahead) {
     switch (m) {
-        case 1: return outer_tile<T, 1, NV, K>(w, row, n, x, c, ldc);
-        case 2: return outer_tile<T, 2, NV, K>(w, row, n, x, c, ldc);
-        case 3: return outer_tile<T, 3, NV, K>(w, row, n, x, c, ldc);
+        case 1: return outer_tile<T, 1, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
+        case 2: return outer_tile<T, 2, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
+        case 3: return outer_tile<T, 3, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
 #if defined(__AVX512F__)
-        case 4: return outer_tile<T, 4, NV, K>(w, row, n, x, c, ldc);
-        case 5: return outer_tile<T, 5, NV, K>(w, row, n, x, c, ldc);
-        case 6: return outer_tile<T, 6, NV, K>(w, row, n, x, c, ldc);
+        case 4: return outer_tile<T, 4, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
+        case 5: return outer_tile<T, 5, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
+        case 6: return outer_tile<T, 6, READY>(w, row, n, x, k0, k1, last, c, ldc, ahead);
 #endif
     }
+}
+
+// The slice [k0, k1) of n outputs as Outer<T>::weights gives it, a step along K after the other.
+template <class T> static inline void ready_slice(const char* w, int64_t row, int n, int k0, int k1, float* to) {
+    using O = Outer<T>;
+    for (int k = k0; k < k1; k += O::STEP, to += OUTER_BLOCK)
+        for (int at = 0; at < n; at += O::WIDE * W) {
+            V v[O::WIDE];
+            O::weights((const T*)(w + k * row) + at, row, k + O::STEP <= k1, n - at, v);
+            for (int i = 0; i < O::WIDE; i++) store_n(to + at + i * W, v[i], W);
+        }
 }
 
 // A tile's values as the kernel reads them: in place, or widened into `wide`.
@@ -96,20 +131,44 @@ template <class T> static inline const float* values(const T* x, int count, floa
 static inline const float* values(const float* x, int, float*, const float*) { return x; }
 template <class T> static inline const uint32_t* values(const T* x, int, float*, const uint32_t*) { return (const uint32_t*)x; }
 
-// As dot_block, for weights whose rows are K. wide: room for a tile's values as floats, where T is narrow.
+// As dot_block, for weights whose rows are K. K is cut into slices; a slice of the block's weights is fetched while the
+// one before is used, and made ready once if there are several tiles of tokens. room: OUTER_BYTES of this thread.
 template <class T, int K, int PARTS, class Done>
-static inline void outer_block(const char* const* w, int64_t row, int n, const T* x, Tiles tiles, float* wide, Done&& done) {
-    constexpr int WIDTH = OUTER_VECTORS * W, LDC = 2 * BLOCK;
-    alignas(64) float c[TILE_TOKENS * LDC + 2 * W];
-    for (int tile = 0; tile < tiles.count; tile++) {
-        const int t0 = tiles.start(tile), mt = tiles.size(tile);
-        const typename Outer<T>::X* kind = nullptr;
-        const auto* xs = values(x + (int64_t)t0 * PADDED<T, K>, mt * PADDED<T, K>, wide, kind);
-        for (int part = 0; part < PARTS; part++)
-            for (int at = 0; at < n; at += WIDTH)
-                outer_rows<T, K>(mt, w[part] + at * sizeof(T), row, n - at, xs, c + part * BLOCK + at, LDC);
-        done(t0, mt, c, LDC);
+static inline void outer_block(const char* const* w, int64_t row, int n, const T* x, Tiles tiles, const Next& next, float* room,
+                               Done&& done) {
+    using O = Outer<T>;
+    constexpr int SLICE = OUTER_STEPS * O::STEP, HALF = OUTER_BLOCK / 2;
+    alignas(64) float wide[TILE_TOKENS * SLICE];
+    float *ready = room, *sums = room + OUTER_BLOCK * OUTER_STEPS;
+    const bool several = tiles.count > 1;
+    const int across = (n * (int)sizeof(T) + 63) / 64 + 1, groups = (n + OUTER_WIDTH - 1) / OUTER_WIDTH;
+    for (int k0 = 0; k0 < K; k0 += SLICE) {
+        const int k1 = k0 + SLICE < K ? k0 + SLICE : K;
+        for (int part = 0; part < PARTS; part++) {
+            // What comes after this slice: the next of this part, or the first of the next block.
+            const char* after = k1 < K ? w[part] + (int64_t)k1 * row : next.at[part];
+            const int left = k1 < K ? (K - k1 < SLICE ? K - k1 : SLICE) : (K < SLICE ? K : SLICE);
+            const int lines = after ? left * across : 0, calls = tiles.count * groups * (OUTER_STEPS / 4);
+            AheadRows ahead{after, row, 0, lines, across, (lines + 4 * calls - 1) / (4 * calls)};
+            if (several) ready_slice<T>(w[part], row, n, k0, k1, ready);
+            for (int tile = 0; tile < tiles.count; tile++) {
+                const int t0 = tiles.start(tile), mt = tiles.size(tile);
+                const typename O::X* kind = nullptr;
+                const T* from = x + (int64_t)t0 * PADDED<T, K> + (int64_t)k0 * mt;
+                const auto* xs = values(from, mt * up_to(k1 - k0, Chunk<T>::STEP), wide, kind);
+                for (int at = 0; at < n; at += OUTER_WIDTH) {
+                    float* c = sums + t0 * OUTER_BLOCK + part * HALF + at;
+                    if (several)
+                        outer_rows<T, true>(mt, (const char*)(ready + at), OUTER_BLOCK * sizeof(float), n - at, xs, k0, k1, k1 == K, c,
+                                            OUTER_BLOCK, ahead);
+                    else
+                        outer_rows<T, false>(mt, w[part] + at * sizeof(T), row, n - at, xs, k0, k1, k1 == K, c, OUTER_BLOCK, ahead);
+                }
+            }
+        }
     }
+    for (int tile = 0; tile < tiles.count; tile++)
+        done(tiles.start(tile), tiles.size(tile), sums + tiles.start(tile) * OUTER_BLOCK, OUTER_BLOCK);
 }
 
 }  // namespace moec
