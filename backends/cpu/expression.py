@@ -64,6 +64,8 @@ def _same(a: list[str], kw: dict[str, str]) -> str:
     return a[0]
 
 
+_FIRST_ALONE = ("_to_copy", "to", "convert_element_type", "clone", "alias", "detach", "contiguous")
+"""Ops that give their first argument, in the type of their result."""
 _OPS: dict[str, Emit] = {
     **{name: _function(name) for name in ("silu", "relu", "sigmoid", "tanh", "exp", "erf")},
     "neg": _function("negate"),
@@ -83,16 +85,15 @@ _OPS: dict[str, Emit] = {
     "clamp_min": _function("at_least", 2),
     "clamp_max": _function("at_most", 2),
     "hardtanh": _clamp,
-    **{name: _same for name in ("_to_copy", "to", "convert_element_type", "clone", "alias", "detach", "contiguous")},
+    **dict.fromkeys(_FIRST_ALONE, _same),
 }
-_FIRST_ALONE = {"_to_copy", "to", "convert_element_type", "clone", "alias", "detach", "contiguous"}
 _SHARED_BY_OVERLOADS = {"default", "Tensor", "Scalar", "dtype", "self", "other", "Tensor_Scalar"}
 
 
 def _number(value: float) -> str:
     value = float(value)
     if math.isnan(value):
-        return "set1(__builtin_nanf(\"\"))"
+        return 'set1(__builtin_nanf(""))'
     if math.isinf(value):
         return f"set1({'-' if value < 0 else ''}__builtin_inff())"
     return f"set1((float){value.hex()})"
@@ -166,7 +167,8 @@ def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
         type = _check(arg, row, "a captured tensor")
         c_type = C_TYPES[type.dtype.name]
         wide = bool(type.shape) and type.shape[-1] == row.shape[-1]
-        read = f"load_n((const {c_type}*)captures[{i}] + i, n)" if wide else f"broadcast((const {c_type}*)captures[{i}])"
+        at = f"(const {c_type}*)captures[{i}]"
+        read = f"load_n({at} + i, n)" if wide else f"broadcast({at})"
         names[arg] = f"c{i}"
         lines.append(f"V c{i} = {read};")
     for position, op in enumerate(region.ops):

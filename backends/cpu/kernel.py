@@ -16,11 +16,9 @@ from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
 from moec.backends.cpu.source import Shape, write_source
 from moec.ir.core import Op
-from moec.ir.torch_dtypes import TO_TORCH
 
 _ALIGN = 64
 _CHUNK = 32  # most elements of a step along K
-_ROOM = 4 * 256 * (128 + 256)  # OUTER_BYTES of include/outer.h
 
 
 class Pointers:
@@ -71,10 +69,11 @@ class CpuExperts(Kernel):
             x = x.contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.contiguous()
-        item, slots, team = x.element_size(), tokens * top_k, threads()
+        item, slots, team = x.element_size(), tokens * top_k, torch.get_num_threads()
         hidden, inner = _padded(shape.hidden), _padded(shape.inner)
         a_bytes, o_bytes = _aligned(slots * inner * item), _aligned(slots * max(shape.width, hidden) * item)
-        room_bytes = 0 if up_nk and down_nk else team * _ROOM
+        library = self.library(up_nk, down_nk)
+        room_bytes = team * library.room
         ints = 4 * (shape.experts + 1 + slots)
         work = torch.empty(a_bytes + o_bytes + room_bytes + ints + _ALIGN, dtype=torch.uint8)
         base = _aligned(work.data_ptr())
@@ -82,7 +81,7 @@ class CpuExperts(Kernel):
         gate, up = self._up(p.up, up_nk, keep)
         bias_gate, bias_up = self._up_bias(p.up_bias, keep)
         captures = [c.contiguous() for c in p.captures]
-        self.library(up_nk, down_nk)(
+        library(
             [
                 x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
                 tokens, top_k, team, base, base + a_bytes, base + a_bytes + o_bytes,
@@ -142,11 +141,6 @@ def _padded(width: int) -> int:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
-
-
-def threads() -> int:
-    """How many threads a kernel takes: torch's number, and one inside of another parallel region."""
-    return torch.get_num_threads()
 
 
 def _rows_are_outputs(tensors: list[Tensor], form_nk: bool) -> bool | None:

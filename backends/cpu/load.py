@@ -33,7 +33,9 @@ def openmp_library() -> str:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         lines = []
-    found = sorted({line.split(maxsplit=5)[-1] for line in lines if _OPENMP.search(line)}, key=lambda p: "torch" not in p)
+    found = sorted(
+        {line.split(maxsplit=5)[-1] for line in lines if _OPENMP.search(line)}, key=lambda p: "torch" not in p
+    )
     name = found[0] if found else "libgomp.so.1"
     try:
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -45,16 +47,23 @@ def openmp_library() -> str:
 
 
 class Library:
-    """A loaded kernel. Calling it releases the interpreter's lock; calls from several threads are independent."""
+    """A loaded kernel. Calling it releases the interpreter's lock; calls from several threads are independent.
+
+    Attributes:
+        room: Bytes of scratch memory that each thread of a call needs.
+    """
 
     def __init__(self, path: Path) -> None:
         openmp_library()
         try:
-            self._run = ctypes.CDLL(str(path)).moec_experts
+            library = ctypes.CDLL(str(path))
+            self._run, room = library.moec_experts, library.moec_room
         except (OSError, AttributeError) as error:
             raise LoadError(
                 f"the compiled kernel {path} cannot be loaded: {error}", hint="delete the file; it is built again"
             ) from error
+        room.restype = ctypes.c_int64
+        self.room = int(room())
         self._run.restype = None
         self._run.argtypes = [ctypes.c_void_p]
 

@@ -29,7 +29,9 @@ struct Sizes {{
 }};
 }}
 
-extern "C" __attribute__((visibility("default"))) void moec_experts(const Call* call) {{ experts<Sizes>(*call); }}
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void moec_experts(const Call* call) {{ experts<Sizes>(*call); }}
+EXPORT int64_t moec_room() {{ return Sizes::UP_NK && Sizes::DOWN_NK ? 0 : OUTER_BYTES; }}
 """
 
 

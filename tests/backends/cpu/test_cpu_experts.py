@@ -63,7 +63,9 @@ def test_long_rows_are_cut_alike(dtype: str, form: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "form", "level"),
-    [("f32", "nk", HERE[0]), ("bf16", "kn", HERE[0]), ("f32", "kn", HERE[-1]), ("bf16", "nk", HERE[-1])] if HERE else [],
+    [("f32", "nk", HERE[0]), ("bf16", "kn", HERE[0]), ("f32", "kn", HERE[-1]), ("bf16", "nk", HERE[-1])]
+    if HERE
+    else [],
 )
 def test_a_token_has_the_same_bits_whatever_its_mates_and_the_threads(dtype: str, form: str, level: str) -> None:
     case = ExpertsCase(hidden=150, inner=90, dtype=dtype, weight_dtype="f32", up_form=form, down_form=form)
@@ -174,7 +176,7 @@ def test_eight_threads_at_once() -> None:
     def work(i: int) -> None:
         for _ in range(20):
             if not torch.equal(kernel.forward(jobs[i])[0], want[i]):
-                wrong.append(i)
+                wrong.append(i)  # noqa: PERF401
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for t in threads:
