@@ -93,11 +93,11 @@ static inline __attribute__((always_inline)) void dot_tile(const T* const* w, co
     const char* line = ahead.at;
     for (int k = 0; k < WHOLE; k += C::STEP) {
         if (ahead.lines > 0) {
-            _mm_prefetch(line, _MM_HINT_T1);
-            if (ahead.lines > 1) _mm_prefetch(line + 64, _MM_HINT_T1);
+            _mm_prefetch(line, _MM_HINT_T0);
+            if (ahead.lines > 1) _mm_prefetch(line + 64, _MM_HINT_T0);
             if (ahead.lines > 2) {
-                _mm_prefetch(line + 128, _MM_HINT_T1);
-                _mm_prefetch(line + 192, _MM_HINT_T1);
+                _mm_prefetch(line + 128, _MM_HINT_T0);
+                _mm_prefetch(line + 192, _MM_HINT_T0);
             }
             line += 64 * ahead.lines;
         }
