@@ -29,15 +29,15 @@ template <class T> static double peak(int threads) {
     {
         V acc[N];
 #pragma GCC unroll 20
-        for (int i = 0; i < N; i++) acc[i] = zero();
-        Chunk<T> a = Chunk<T>::get((const T*)numbers), b = a;
+        for (int i = 0; i < N; i++) acc[i] = set1((float)(i + 1));  // all different: equal ones would be merged
+        Chunk<T> a = Chunk<T>::get((const T*)numbers), b = Chunk<T>::get((const T*)(numbers + 64));
 #pragma omp barrier
 #pragma omp master
         start = omp_get_wtime();
         for (int turn = 0; turn < TURNS; turn++) {
 #pragma GCC unroll 20
             for (int i = 0; i < N; i++) Chunk<T>::add(acc[i], a, b);
-            asm volatile("");
+            asm volatile("" ::: "memory");
         }
         V sum = zero();
 #pragma GCC unroll 20
