@@ -1,0 +1,72 @@
+"""The cpu backend: a generated C++ kernel for every layer, compiled where it runs."""
+
+from __future__ import annotations
+
+from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op
+from moec.backends.cpu.build import compiler, compiler_text
+from moec.backends.cpu.expression import UnsupportedError
+from moec.backends.cpu.isa import isa_of, missing
+from moec.backends.cpu.kernel import CpuExperts
+from moec.backends.cpu.load import LoadError
+from moec.backends.cpu.source import read_shape, write_source
+from moec.backends.registry import register_backend
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
+
+__all__ = ["CpuBackend"]
+
+
+@register_backend
+class CpuBackend(Backend):
+    """Generates C++ for one layer's sizes, types and activation, for x86 processors with AVX2 or AVX-512.
+
+    ``moe.experts`` becomes one parallel region: gathered rows, up GEMM with the activation, down GEMM, weighting and
+    combine. Weights are read in place through pointers and strides; sums are kept in f32. Work is handed out in blocks
+    of weights and rows, so that one busy expert keeps every thread busy. A token's result has the same bits whatever
+    the other tokens and the number of threads. Compiled kernels are kept in the cache directory; a compiler (``g++``)
+    must be there. Gradients are those of ``aten``. Targets ``cpu:avx2``, ``cpu:avx512`` and ``cpu:avx512_bf16`` choose
+    the instructions; ``cpu`` takes the best that the processor has.
+    """
+
+    name = "cpu"
+
+    def supports(self, op: Op, target: str) -> Support:
+        if op.name != "moe.experts":
+            return Support.no(f"there is no kernel for {op.name}")
+        isa = isa_of(target)
+        if isinstance(isa, str):
+            return Support.no(isa)
+        if compiler() is None:
+            return Support.no("there is no C++ compiler; install g++")
+        try:
+            read_shape(op)
+        except UnsupportedError as reason:
+            return Support.no(str(reason))
+        return Support.yes()
+
+    def lower(self, graph: Graph, target: str) -> Artifact:
+        op = program_op(graph)
+        get = op_def(op.name).attr
+        source = write_source(read_shape(op), get(op, "up_form") == "nk", get(op, "down_form") == "nk")
+        return Artifact(self.name, target, graph, {"kernel.cpp": source.encode()})
+
+    def load(self, artifact: Artifact) -> Kernel:
+        isa = isa_of(artifact.target)
+        if isinstance(isa, str):
+            raise LoadError(f"the cpu backend cannot run {artifact.target!r}: {isa}")
+        if lacks := missing(isa):
+            raise LoadError(
+                f"this processor cannot run kernels for cpu:{isa.name}: it lacks {lacks}", hint="use the target 'cpu'"
+            )
+        op = program_op(artifact.graph)
+        return CpuExperts(op, read_shape(op), isa)
+
+    def status(self) -> list[StatusLine]:
+        isa = isa_of("cpu")
+        found = compiler_text()
+        runs = not isinstance(isa, str)
+        return [
+            StatusLine("emit", True, "C++17"),
+            StatusLine("build", compiler() is not None, found or "no C++ compiler: install g++, or set CXX"),
+            StatusLine("run", runs, isa if isinstance(isa, str) else f"{isa.name} instructions"),
+        ]

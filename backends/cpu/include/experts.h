@@ -1,0 +1,249 @@
+// The layer: slots sorted by expert; then, in one parallel region with three barriers, their rows packed, up GEMM and
+// activation, down GEMM, weighting and combine.
+#pragma once
+#include <omp.h>
+
+#include <atomic>
+
+#include "block.h"
+#include "math.h"
+#include "outer.h"
+
+namespace moec {
+
+// What Python passes: 64-bit fields alone, in this order.
+struct Call {
+    const char* x;
+    int64_t x_row;  // bytes
+    const int64_t* ids;
+    const char* weights;
+    char* out;
+    int64_t tokens, top_k, threads;
+    char *a, *o, *room;    // packed [R, I] activations; [T*k, N] outputs, before them packed [R, K] rows; see room()
+    int32_t* ints;         // E + 1 offsets, R slots by expert
+    Matrix up[2], down;    // gate and up, or one
+    Matrix up_bias[2], down_bias;  // `row`: from one element to the next
+    const void* const* captures;
+};
+
+struct Segment {
+    int expert, start, rows;
+};
+
+// Slots in the order of their experts, stable; slots of no expert are left out. Returns how many there are.
+static inline int sort_slots(const Call& c, int experts, int32_t* offsets, int32_t* order) {
+    const int64_t total = c.tokens * c.top_k;
+    for (int e = 0; e <= experts; e++) offsets[e] = 0;
+    for (int64_t s = 0; s < total; s++)
+        if (c.ids[s] >= 0 && c.ids[s] < experts) offsets[c.ids[s] + 1]++;
+    for (int e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    for (int64_t s = 0; s < total; s++)
+        if (c.ids[s] >= 0 && c.ids[s] < experts) order[offsets[c.ids[s]]++] = (int32_t)s;
+    for (int e = experts; e > 0; e--) offsets[e] = offsets[e - 1];
+    offsets[0] = 0;
+    return offsets[experts];
+}
+
+// The rows of the i-th task's expert: experts with many rows have several segments.
+struct Segments {
+    const int32_t* offsets;
+    int most, count;  // rows of a segment, segments
+
+    Segments(const int32_t* o, int experts, int most_) : offsets(o), most(most_), count(0) {
+        for (int i = 0; i < experts; i++) count += pieces(i);
+    }
+    int pieces(int e) const { return (offsets[e + 1] - offsets[e] + most - 1) / most; }
+
+    // A cursor only moves forward: tasks are taken in order.
+    struct Cursor {
+        int expert = 0, before = 0;
+    };
+    Segment at(int i, Cursor& k) const {
+        while (i >= k.before + pieces(k.expert)) k.before += pieces(k.expert++);
+        int rows = offsets[k.expert + 1] - offsets[k.expert], n = pieces(k.expert), j = i - k.before;
+        int start = (int)((int64_t)rows * j / n), stop = (int)((int64_t)rows * (j + 1) / n);
+        return {k.expert, offsets[k.expert] + start, stop - start};
+    }
+};
+
+// Outputs of a part in one task: as many as keep its weights within a quarter of a usual second cache.
+constexpr int outputs_of(int64_t row_bytes, int outputs) {
+    int64_t n = 262144 / row_bytes / 16 * 16;
+    int fit = n < 16 ? 16 : n > BLOCK ? BLOCK : (int)n;
+    return fit < outputs ? fit : outputs;
+}
+
+template <class B> static inline void bias_block(float* to, const Matrix& m, int64_t expert, int from, int n) {
+    const char* at = m.of(expert);
+    for (int i = 0; i < n; i++) {
+        store_n(to + i, broadcast((const B*)(at + (from + i) * m.row)), 1);
+    }
+}
+
+template <class L> struct Layer {
+    using T = typename L::T;
+    static constexpr int UP = L::UP_NK ? outputs_of(L::PARTS * L::K * sizeof(T), L::I) : OUTER_BLOCK / 2;
+    static constexpr int DOWN = L::DOWN_NK ? outputs_of(L::I * sizeof(T), L::N) : OUTER_BLOCK;
+    static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
+
+    // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
+    static constexpr int MATRICES = L::PAIRED ? 1 : L::PARTS, OUTPUTS = L::PAIRED ? 2 : 1;
+
+    const Call& c;
+    const int32_t* order;
+    Segments segments;
+
+    // Where the weights of a task begin in each matrix.
+    Next up_at(Segment s, int block) const {
+        Next at{{nullptr, nullptr}, 0};
+        const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
+        for (int p = 0; p < MATRICES; p++)
+            at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
+        at.bytes = (int64_t)n * OUTPUTS * c.up[0].row;
+        return at;
+    }
+    Next down_at(Segment s, int block) const {
+        const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
+        return {{c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T)), nullptr}, n * c.down.row};
+    }
+
+    static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
+    T* packed_x(const Segment& s) const { return (T*)c.o + (int64_t)s.start * K_PADDED; }
+    T* packed_a(const Segment& s) const { return (T*)c.a + (int64_t)s.start * I_PADDED; }
+    float* room() const { return (float*)(c.room + omp_get_thread_num() * OUTER_BYTES); }
+
+    // The token rows of a segment, tile by tile.
+    void pack(Segment s) const {
+        constexpr int STEP = Chunk<T>::STEP;
+        const Tiles tiles(s.rows);
+        for (int tile = 0; tile < tiles.count; tile++) {
+            const int t0 = tiles.start(tile), mt = tiles.size(tile);
+            T* to = packed_x(s) + (int64_t)t0 * K_PADDED;
+            for (int t = 0; t < mt; t++) {
+                const T* row = (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row);
+                for (int k = 0; k + STEP <= L::K; k += STEP) memcpy(packed_at(to, mt, t, k), row + k, STEP * sizeof(T));
+                if (L::K < K_PADDED) {
+                    constexpr int k = L::K / STEP * STEP;
+                    T tail[STEP] = {};
+                    memcpy(tail, row + k, (L::K - k) * sizeof(T));
+                    memcpy(packed_at(to, mt, t, k), tail, sizeof(tail));
+                }
+            }
+        }
+    }
+
+    void up(Segment s, int block, const Next& next) const {
+        const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
+        const int stop = block + 1 < UP_BLOCKS ? n : I_PADDED - i0;  // the last block also writes the padding
+        alignas(64) float bias[2][OUTER_BLOCK];
+        if (L::UP_BIAS)
+            for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
+        auto done = [&](int t0, int mt, const float* h, int ldh) {
+            T* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
+            for (int t = 0; t < mt; t++) {
+                for (int i = 0; i < stop; i += W) {
+                    V a = zero();
+                    if (i < n) {
+                        V g, u;
+                        if constexpr (L::PAIRED) {
+                            load_pairs(h + t * ldh + 2 * i, g, u);
+                        } else {
+                            g = load(h + t * ldh + i);
+                            u = load(h + t * ldh + (L::PARTS - 1) * ldh / 2 + i);
+                        }
+                        g = round_to<T>(g);
+                        u = round_to<T>(u);
+                        if (L::UP_BIAS) {
+                            g = round_to<T>(g + load(bias[0] + i));
+                            u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
+                        }
+                        a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
+                    }
+                    store_n(packed_at(tile, mt, t, i0 + i), a, W);
+                }
+            }
+        };
+        const Next here = up_at(s, block);
+        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, room(), done);
+    }
+
+    void down(Segment s, int block, const Next& next) const {
+        const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
+        alignas(64) float bias[OUTER_BLOCK];
+        if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
+        auto done = [&](int t0, int mt, const float* h, int ldh) {
+            for (int t = 0; t < mt; t++) {
+                T* o = (T*)c.o + (int64_t)order[s.start + t0 + t] * L::N + n0;
+                for (int i = 0; i < n; i += W) {
+                    V v = load(h + t * ldh + i);
+                    if (L::DOWN_BIAS) v = round_to<T>(v) + load(bias + i);
+                    store_n(o + i, v, n - i);
+                }
+            }
+        };
+        const Next here = down_at(s, block);
+        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, done);
+        else outer_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, room(), done);
+    }
+
+    // A token's rows times their weights, each product rounded, added in the order of k.
+    void combine(int64_t token) const {
+        using R = typename L::Product;
+        const int64_t first = token * c.top_k;
+        auto* out = (typename L::Out*)c.out + token * L::N;
+        for (int n = 0; n < L::N; n += W) {
+            V sum = zero();
+            for (int64_t s = first; s < first + c.top_k; s++) {
+                if (c.ids[s] < 0 || c.ids[s] >= L::E) continue;
+                V weight = broadcast((const typename L::Weight*)c.weights + s);
+                sum = sum + round_to<R>(load_n((const T*)c.o + s * L::N + n, L::N - n) * weight);
+            }
+            store_n(out + n, round_to<R>(sum), L::N - n);
+        }
+    }
+
+    // Tasks are taken one at a time by whoever is free, each thread knowing the one after its own.
+    template <class Do> static void share(std::atomic<int>& counter, int total, Do&& run) {
+        int task = counter.fetch_add(1, std::memory_order_relaxed);
+        while (task < total) {
+            int after = counter.fetch_add(1, std::memory_order_relaxed);
+            run(task, after < total ? after : -1);
+            task = after;
+        }
+    }
+
+    void run() const {
+        std::atomic<int> pack_tasks{0}, up_tasks{0}, down_tasks{0};
+#pragma omp parallel num_threads((int)c.threads)
+        {
+            Segments::Cursor here, there;
+            share(pack_tasks, segments.count, [&](int task, int) { pack(segments.at(task, here)); });
+#pragma omp barrier
+            here = {};
+            share(up_tasks, segments.count * UP_BLOCKS, [&](int task, int after) {
+                Next next{{nullptr, nullptr}, 0};
+                if (after >= 0) next = up_at(segments.at(after / UP_BLOCKS, there), after % UP_BLOCKS);
+                up(segments.at(task / UP_BLOCKS, here), task % UP_BLOCKS, next);
+            });
+#pragma omp barrier
+            here = there = {};
+            share(down_tasks, segments.count * DOWN_BLOCKS, [&](int task, int after) {
+                Next next{{nullptr, nullptr}, 0};
+                if (after >= 0) next = down_at(segments.at(after / DOWN_BLOCKS, there), after % DOWN_BLOCKS);
+                down(segments.at(task / DOWN_BLOCKS, here), task % DOWN_BLOCKS, next);
+            });
+#pragma omp barrier
+            const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+            for (int64_t t = c.tokens * i / n; t < c.tokens * (i + 1) / n; t++) combine(t);
+        }
+    }
+};
+
+template <class L> static void experts(const Call& c) {
+    int32_t *offsets = c.ints, *order = c.ints + L::E + 1;
+    sort_slots(c, L::E, offsets, order);
+    Layer<L>{c, order, Segments(offsets, L::E, L::UP_NK && L::DOWN_NK ? SEGMENT : OUTER_SEGMENT)}.run();
+}
+
+}  // namespace moec

@@ -1,0 +1,147 @@
+"""The C++ source of one layer: its sizes, types and activation around the templates of ``include/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.backends.cpu.expression import C_TYPES, UnsupportedError, compile_activation
+from moec.ir.core import Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+
+_TEMPLATE = """\
+#include "experts.h"
+
+using namespace moec;
+
+namespace {{
+struct Sizes {{
+    using T = {element};
+    using Weight = {weight};
+    using Product = {product};
+    using Out = {out};
+    static constexpr int E = {experts}, K = {hidden}, I = {inner}, N = {width}, PARTS = {parts};
+    static constexpr bool UP_NK = {up_nk}, DOWN_NK = {down_nk}, PAIRED = {paired};
+    static constexpr bool UP_BIAS = {up_bias}, DOWN_BIAS = {down_bias};
+    static inline V activation(V g, V u, const void* const* captures, int i, int n) {{
+        {body}
+    }}
+}};
+}}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void moec_experts(const Call* call) {{ experts<Sizes>(*call); }}
+EXPORT int64_t moec_room() {{ return Sizes::UP_NK && Sizes::DOWN_NK ? 0 : OUTER_BYTES; }}
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernel is generated for; everything but strides and pointers.
+
+    Attributes:
+        element, weight, out: Element types of the rows, the router weights and the result.
+        inner: I, the width of the activation.
+        width: N, the width of the down GEMM's output.
+        parts: 2 for gate and up, 1 for one projection.
+    """
+
+    element: str
+    weight: str
+    out: str
+    experts: int
+    hidden: int
+    inner: int
+    width: int
+    parts: int
+    layout: str
+    up_bias: bool
+    down_bias: bool
+    body: str
+
+
+def _float(op: Op, index: int) -> TensorType:
+    type = op.operands[index].type
+    assert isinstance(type, TensorType)
+    return type
+
+
+def read_shape(op: Op) -> Shape:
+    """The sizes and types of a ``moe.experts`` op.
+
+    Raises:
+        UnsupportedError: Something in it is not covered; the message ends "cannot run this op: ...".
+    """
+    get = op_def(op.name).attr
+    layout = get(op, "layout")
+    if layout == "rows":
+        raise UnsupportedError("the activation is a function of whole rows")
+    if len(op.regions) > 1:
+        raise UnsupportedError("there is a region after the down GEMM")
+    x, weights = _float(op, 0), _float(op, 2)
+    element = x.dtype.name
+    result = op.result.type
+    assert isinstance(result, TensorType)
+    matrices = (*op.group("up"), *op.group("down"), *op.group("up_bias"), *op.group("down_bias"))
+    for value in (*op.operands, *op.results):
+        if not isinstance(value.type, TensorType):
+            raise UnsupportedError(f"{value!r} is no tensor")
+        if value.type.device != "cpu":
+            raise UnsupportedError(f"{value!r} is on {value.type.device}")
+    for name in (element, weights.dtype.name, result.dtype.name):
+        if name not in C_TYPES:
+            raise UnsupportedError(f"elements of type {name}; supported are {', '.join(C_TYPES)}")
+    for value in matrices:
+        assert isinstance(value.type, TensorType)
+        if value.type.dtype.name != element:
+            raise UnsupportedError(f"rows are {element} and {value!r} is {value.type.dtype}")
+        if not all(d.is_Integer for d in value.type.shape):
+            raise UnsupportedError(f"{value!r} has a size that is not fixed: {list(value.type.shape)}")
+    up, down = op.group("up")[0].type, op.group("down")[0].type
+    assert isinstance(up, TensorType)
+    assert isinstance(down, TensorType)
+    (n, k) = up.shape[-2:] if get(op, "up_form") == "nk" else up.shape[:-3:-1]
+    (width, inner) = down.shape[-2:] if get(op, "down_form") == "nk" else down.shape[:-3:-1]
+    parts = 1 if layout == "single" else 2
+    if int(n) != int(inner) * (2 if layout in ("concat", "interleaved") else 1):
+        raise UnsupportedError(f"the up GEMM gives {n} columns and the down GEMM takes {inner}")
+    return Shape(
+        element=element,
+        weight=weights.dtype.name,
+        out=result.dtype.name,
+        experts=get(op, "experts"),
+        hidden=int(k),
+        inner=int(inner),
+        width=int(width),
+        parts=parts,
+        layout=layout,
+        up_bias=bool(op.group("up_bias")),
+        down_bias=bool(op.group("down_bias")),
+        body=compile_activation(op.regions[0], parts, element).body,
+    )
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def write_source(shape: Shape, up_nk: bool, down_nk: bool) -> str:
+    """The source for weights whose rows are outputs (``nk``) or inputs (``kn``), as they lie in memory."""
+    wide = shape.weight if shape.weight == shape.element else "f32"
+    return _TEMPLATE.format(
+        element=C_TYPES[shape.element],
+        weight=C_TYPES[shape.weight],
+        product=C_TYPES[wide],
+        out=C_TYPES[shape.out],
+        experts=shape.experts,
+        hidden=shape.hidden,
+        inner=shape.inner,
+        width=shape.width,
+        parts=shape.parts,
+        up_nk=_bool(up_nk),
+        down_nk=_bool(down_nk),
+        paired=_bool(shape.layout == "interleaved"),
+        up_bias=_bool(shape.up_bias),
+        down_bias=_bool(shape.down_bias),
+        body=shape.body,
+    )
