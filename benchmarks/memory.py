@@ -36,6 +36,7 @@ def measure(door: str, small: bool, tokens: int) -> dict[str, float]:
     import torch
 
     from moec.demo import model as demo
+    from moec.demo.timing import last_tokens
 
     loaded = demo.build(demo.SMALL if small else demo.FULL)
     called = loaded
@@ -49,9 +50,9 @@ def measure(door: str, small: bool, tokens: int) -> dict[str, float]:
         ids = torch.randint(0, loaded.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             for _ in range(2):
-                called(input_ids=ids, use_cache=False, logits_to_keep=1)
+                called(input_ids=ids, use_cache=False, logits_to_keep=last_tokens(1))
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-            called(input_ids=ids, use_cache=False, logits_to_keep=1)
+            called(input_ids=ids, use_cache=False, logits_to_keep=last_tokens(1))
             out[name] = resident("VmHWM") - loaded_size
     return out
 

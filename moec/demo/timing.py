@@ -29,7 +29,16 @@ class Times:
 
 def prefill(model: Any, input_ids: Tensor) -> Tensor:
     """One forward over all tokens; the logits [kept, V] of the last ones."""
-    return model(input_ids=input_ids, use_cache=False, logits_to_keep=LOGITS_KEPT).logits[0]
+    return model(input_ids=input_ids, use_cache=False, logits_to_keep=last_tokens(LOGITS_KEPT)).logits[0]
+
+
+def last_tokens(count: int) -> Tensor:
+    """Positions of the last ``count`` tokens.
+
+    As an index, not as a number: a number makes the head's input a strided view, for which eager PyTorch copies the
+    whole vocabulary matrix. That would be measured instead of the layers.
+    """
+    return torch.arange(-count, 0)
 
 
 class Decode:
