@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from machine import measure
 
 from moec.backends.registry import get_backend
+from moec.ir.errors import nearest
 from moec.ir.parser import parse_graph
 
 SHAPES = {
@@ -161,6 +162,16 @@ def time_layers(
     return {n: statistics.median(t[1:]) for n, t in times.items()}, statistics.mean(touched), error
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    """``(H, I, E, k)`` of a known shape, or of ``H:I:E:k``."""
+    if name in SHAPES:
+        return SHAPES[name]
+    numbers = name.split(":")
+    if len(numbers) == 4 and all(n.isdigit() for n in numbers):
+        return tuple(int(n) for n in numbers)
+    raise SystemExit(f"unknown shape {name!r}; {nearest(name, SHAPES)} (or H:I:E:k)")
+
+
 def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,7 +193,7 @@ def main() -> None:
     )
     rows = []
     for name in args.shapes.split(","):
-        shape = SHAPES.get(name) or tuple(int(n) for n in name.split(":"))
+        shape = shape_of(name)
         h, i, e, k = shape
         with torch.no_grad():
             weights = Weights(
