@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moec.ir.core import Graph, Op
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
-from moec.passes.effects import is_pure
+from moec.passes.effects import is_pure, is_removable
 from moec.passes.registry import register_pass
+
+
+def erase_unused(start: Op, erase: Callable[[Op], None] = Op.erase) -> None:
+    """Erase ``start`` and, in turn, its makers, as far as they are pure and unused.
+
+    Args:
+        start: An op of a graph.
+        erase: Does the erasing of one op.
+    """
+    work = [start]
+    while work:
+        op = work.pop()
+        if op.parent is not None and is_removable(op):
+            makers = [v.op for v in op.operands if v.op is not None]
+            erase(op)
+            work += makers
 
 
 @register_pass

@@ -118,15 +118,10 @@ class Rewriter:
 
     def erase_unused(self, op: Op | None) -> None:
         """Erase ``op`` and, in turn, its makers, as far as they are pure and unused."""
-        from moec.passes.effects import is_removable  # torch is needed only where calls are looked at
+        from moec.passes.dce import erase_unused  # torch is needed only where calls are looked at
 
-        work = [op]
-        while work:
-            at = work.pop()
-            if at is not None and at.parent is not None and is_removable(at):
-                makers = [v.op for v in at.operands]
-                self.erase(at)
-                work += makers
+        if op is not None:
+            erase_unused(op, self.erase)
 
 
 class Rewrite(Generic[M]):

@@ -54,11 +54,6 @@ def set_mode(mode: str) -> None:
     _mode = check_mode(mode)
 
 
-def get_mode() -> str:
-    """The process's mode."""
-    return _mode
-
-
 def reset() -> None:
     """Forget which blocks have been warned about."""
     with _LOCK:

@@ -19,11 +19,11 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.torch_bridge import resolve_target
 from moec.ir.types import SymType, TensorType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.dce import erase_unused
 from moec.passes.effects import is_pure
 from moec.passes.fuse_routing.read import NoAttribute, read_router
 from moec.passes.hazards import write_within
 from moec.passes.matching import ancestors, function, rank, same_dim, tensor
-from moec.passes.raise_moe.raise_moe import erase_dead
 from moec.passes.regions import NotClosed, extract
 from moec.passes.registry import register_pass
 
@@ -152,7 +152,7 @@ def _insert(graph: Graph, route: Op, weights: Value, ids: Value) -> None:
             if user is not route:
                 user.set_operand(index, new)
     for op in old:
-        erase_dead(graph, op)
+        erase_unused(op)
 
 
 @register_pass

@@ -16,9 +16,9 @@ import sympy
 
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Location, Op, Value
-from moec.ir.opdef import op_def
 from moec.ir.types import PlanType, TensorType, as_dim
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.dce import erase_unused
 from moec.passes.hazards import write_within
 from moec.passes.matching import ancestors, between, peel_views, rank, tensor
 from moec.passes.raise_moe import anchors
@@ -28,18 +28,6 @@ from moec.passes.raise_moe.combine import read_combine
 from moec.passes.raise_moe.dispatch import DispatchPlan, expert_count, read_dispatch
 from moec.passes.raise_moe.refusal import Refusal
 from moec.passes.registry import register_pass
-
-
-def erase_dead(graph: Graph, start: Op) -> None:
-    """Erase the ops that only ``start``'s value needed, ``start`` included."""
-    stack = [start]
-    while stack:
-        op = stack.pop()
-        if op.parent is not graph or any(r.uses for r in op.results) or not op_def(op.name).is_pure(op):
-            continue
-        makers = [v.op for v in op.operands if v.op is not None]
-        op.erase()
-        stack.extend(makers)
 
 
 class _Emitter:
@@ -216,7 +204,7 @@ def _write(graph: Graph, block: _Block) -> None:
     combine.results[0].meta = dict(block.out.meta)
     (y,) = emit.add(combine)
     block.out.replace_all_uses_with(y)
-    erase_dead(graph, maker)
+    erase_unused(maker)
 
 
 @register_pass
