@@ -8,6 +8,8 @@ from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import isa_of, missing
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError
+from moec.backends.cpu.route import CpuRoute, functions
+from moec.backends.cpu.route_source import read_router, write_router
 from moec.backends.cpu.source import read_shape, write_source
 from moec.backends.registry import register_backend
 from moec.ir.core import Graph, Op
@@ -23,15 +25,17 @@ class CpuBackend(Backend):
     ``moe.experts`` becomes one parallel region: gathered rows, up GEMM with the activation, down GEMM, weighting and
     combine. Weights are read in place through pointers and strides; sums are kept in f32. Work is handed out in blocks
     of weights and rows, so that one busy expert keeps every thread busy. A token's result has the same bits whatever
-    the other tokens and the number of threads. Compiled kernels are kept in the cache directory; a compiler (``g++``)
-    must be there. Gradients are those of ``aten``. Targets ``cpu:avx2``, ``cpu:avx512`` and ``cpu:avx512_bf16`` choose
-    the instructions; ``cpu`` takes the best that the processor has.
+    the other tokens and the number of threads. ``moe.route`` is computed token by token, from logits to ids and
+    weights, unless the router is a region; it chooses the experts that PyTorch chooses, equal scores included.
+    Compiled kernels are kept in the cache directory; a compiler (``g++``) must be there. Gradients are those of
+    ``aten``. Targets ``cpu:avx2``, ``cpu:avx512`` and ``cpu:avx512_bf16`` choose the instructions; ``cpu`` takes the
+    best that the processor has.
     """
 
     name = "cpu"
 
     def supports(self, op: Op, target: str) -> Support:
-        if op.name != "moe.experts":
+        if op.name not in ("moe.experts", "moe.route"):
             return Support.no(f"there is no kernel for {op.name}")
         isa = isa_of(target)
         if isinstance(isa, str):
@@ -39,13 +43,18 @@ class CpuBackend(Backend):
         if compiler() is None:
             return Support.no("there is no C++ compiler; install g++")
         try:
-            read_shape(op)
+            if op.name == "moe.experts":
+                read_shape(op)
+            elif functions(read_router(op).scoring, isa) is None:
+                return Support.no("this build of torch does not show its vector exponential")
         except UnsupportedError as reason:
             return Support.no(str(reason))
         return Support.yes()
 
     def lower(self, graph: Graph, target: str) -> Artifact:
         op = program_op(graph)
+        if op.name == "moe.route":
+            return Artifact(self.name, target, graph, {"kernel.cpp": write_router(read_router(op)).encode()})
         get = op_def(op.name).attr
         source = write_source(read_shape(op), get(op, "up_form") == "nk", get(op, "down_form") == "nk")
         return Artifact(self.name, target, graph, {"kernel.cpp": source.encode()})
@@ -59,6 +68,12 @@ class CpuBackend(Backend):
                 f"this processor cannot run kernels for cpu:{isa.name}: it lacks {lacks}", hint="use the target 'cpu'"
             )
         op = program_op(artifact.graph)
+        if op.name == "moe.route":
+            router = read_router(op)
+            found = functions(router.scoring, isa)
+            if found is None:
+                raise LoadError("this build of torch does not show its vector exponential", hint="use the backend 'aten'")
+            return CpuRoute(artifact.graph, router, isa, found)
         return CpuExperts(op, read_shape(op), isa)
 
     def status(self) -> list[StatusLine]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from moec.backends.cpu.source import Shape, write_source
 from moec.ir.core import Op
 
 _ALIGN = 64
-_CHUNK = 32  # most elements of a step along K
 
 
 class Pointers:
@@ -34,6 +34,15 @@ class Pointers:
         return ctypes.addressof(array)
 
 
+class Code:
+    """The functions of a compiled layer, and what working memory it wants (bytes)."""
+
+    def __init__(self, library: Library) -> None:
+        self.run = library.entry("moec_experts")
+        self.a_row, self.o_row = library.number("moec_a_row"), library.number("moec_o_row")
+        self.room = partial(library.number, "moec_room")
+
+
 class CpuExperts(Kernel):
     """Forward in generated C++; gradients are aten's, which needs nothing but the inputs."""
 
@@ -41,17 +50,17 @@ class CpuExperts(Kernel):
         self.shape, self.isa = shape, isa
         self.aten = AtenExperts(op)
         self.spec = self.aten.spec
-        self.libraries: dict[tuple[bool, bool], Library] = {}
+        self.codes: dict[tuple[bool, bool], Code] = {}
         self.lock = threading.Lock()
-        self.library(self.spec.up_nk, self.spec.down_nk)
+        self.code(self.spec.up_nk, self.spec.down_nk)
 
-    def library(self, up_nk: bool, down_nk: bool) -> Library:
+    def code(self, up_nk: bool, down_nk: bool) -> Code:
         """The compiled code for weights that lie so. Another than the program's own form is built when it is met."""
-        found = self.libraries.get((up_nk, down_nk))
+        found = self.codes.get((up_nk, down_nk))
         if found is None:
             with self.lock:
-                found = Library(build(write_source(self.shape, up_nk, down_nk), self.isa))
-                self.libraries[up_nk, down_nk] = found
+                found = Code(Library(build(write_source(self.shape, up_nk, down_nk), self.isa)))
+                self.codes[up_nk, down_nk] = found
         return found
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -70,22 +79,21 @@ class CpuExperts(Kernel):
         ids = ids.to(torch.int64).contiguous()
         weights = weights.contiguous()
         item, slots, team = x.element_size(), tokens * top_k, torch.get_num_threads()
-        hidden, inner = _padded(shape.hidden), _padded(shape.inner)
-        a_bytes, o_bytes = _aligned(slots * inner * item), _aligned(slots * max(shape.width, hidden) * item)
-        library = self.library(up_nk, down_nk)
-        room_bytes = team * library.room
+        code = self.code(up_nk, down_nk)
+        room = _aligned(code.room(slots))
+        a_bytes, o_bytes, rooms = _aligned(slots * code.a_row), _aligned(slots * code.o_row), team * room
         ints = 4 * (shape.experts + 1 + slots)
-        work = torch.empty(a_bytes + o_bytes + room_bytes + ints + _ALIGN, dtype=torch.uint8)
+        work = torch.empty(a_bytes + o_bytes + rooms + ints + _ALIGN, dtype=torch.uint8)
         base = _aligned(work.data_ptr())
         keep = Pointers()
         gate, up = self._up(p.up, up_nk, keep)
         bias_gate, bias_up = self._up_bias(p.up_bias, keep)
         captures = [c.contiguous() for c in p.captures]
-        library(
+        code.run(
             [
                 x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
-                tokens, top_k, team, base, base + a_bytes, base + a_bytes + o_bytes,
-                base + a_bytes + o_bytes + room_bytes,
+                tokens, top_k, team, room, base, base + a_bytes, base + a_bytes + o_bytes,
+                base + a_bytes + o_bytes + rooms,
                 *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
                 *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
                 keep.table(captures),
@@ -132,11 +140,6 @@ class CpuExperts(Kernel):
             return [0, t.data_ptr(), t.stride(0) * t.element_size(), t.stride(row_dim) * t.element_size()]
         each = tensors[part * self.shape.experts : (part + 1) * self.shape.experts]
         return [keep.table(each), 0, 0, each[0].stride(row_dim) * each[0].element_size()]
-
-
-def _padded(width: int) -> int:
-    """Elements of a packed row at most: up to a whole chunk of any instruction set."""
-    return -(-width // _CHUNK) * _CHUNK
 
 
 def _aligned(size: int) -> int:

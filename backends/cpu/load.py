@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,27 +48,41 @@ def openmp_library() -> str:
 
 
 class Library:
-    """A loaded kernel. Calling it releases the interpreter's lock; calls from several threads are independent.
-
-    Attributes:
-        room: Bytes of scratch memory that each thread of a call needs.
-    """
+    """A loaded kernel. Its functions release the interpreter's lock; calls from several threads are independent."""
 
     def __init__(self, path: Path) -> None:
         openmp_library()
+        self.path = path
         try:
-            library = ctypes.CDLL(str(path))
-            self._run, room = library.moec_experts, library.moec_room
-        except (OSError, AttributeError) as error:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
             raise LoadError(
                 f"the compiled kernel {path} cannot be loaded: {error}", hint="delete the file; it is built again"
             ) from error
-        room.restype = ctypes.c_int64
-        self.room = int(room())
-        self._run.restype = None
-        self._run.argtypes = [ctypes.c_void_p]
 
-    def __call__(self, fields: Sequence[int]) -> None:
-        """Run on the fields of ``Call`` (include/experts.h) in their order."""
-        table = (ctypes.c_int64 * len(fields))(*fields)
-        self._run(ctypes.addressof(table))
+    def entry(self, name: str) -> Callable[[Sequence[int]], None]:
+        """A function that takes a table of 64-bit fields; called with the fields in their order."""
+        function = self._function(name)
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p]
+
+        def call(fields: Sequence[int]) -> None:
+            table = (ctypes.c_int64 * len(fields))(*fields)  # alive until the call is over
+            function(ctypes.addressof(table))
+
+        return call
+
+    def number(self, name: str, *arguments: int) -> int:
+        """The result of a function of 64-bit numbers."""
+        function = self._function(name)
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_int64] * len(arguments)
+        return int(function(*arguments))
+
+    def _function(self, name: str) -> Any:
+        try:
+            return getattr(self._library, name)
+        except AttributeError as error:
+            raise LoadError(
+                f"the compiled kernel {self.path} has no {name}", hint="delete the file; it is built again"
+            ) from error

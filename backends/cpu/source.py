@@ -31,7 +31,9 @@ struct Sizes {{
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT void moec_experts(const Call* call) {{ experts<Sizes>(*call); }}
-EXPORT int64_t moec_room() {{ return Sizes::UP_NK && Sizes::DOWN_NK ? 0 : OUTER_BYTES; }}
+EXPORT int64_t moec_a_row() {{ return Layer<Sizes>::A_ROW; }}
+EXPORT int64_t moec_o_row() {{ return Layer<Sizes>::O_ROW; }}
+EXPORT int64_t moec_room(int64_t rows) {{ return Layer<Sizes>::room_bytes(rows); }}
 """
 
 

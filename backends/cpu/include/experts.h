@@ -7,7 +7,6 @@
 
 #include "block.h"
 #include "math.h"
-#include "outer.h"
 
 namespace moec {
 
@@ -19,6 +18,7 @@ struct Call {
     const char* weights;
     char* out;
     int64_t tokens, top_k, threads;
+    int64_t room_bytes;    // of each thread; see room_of
     char *a, *o, *room;    // packed [R, I] activations; [T*k, N] outputs, before them packed [R, K] rows; see room()
     int32_t* ints;         // E + 1 offsets, R slots by expert
     Matrix up[2], down;    // gate and up, or one
@@ -66,13 +66,6 @@ struct Segments {
     }
 };
 
-// Outputs of a part in one task: as many as keep its weights within a quarter of a usual second cache.
-constexpr int outputs_of(int64_t row_bytes, int outputs) {
-    int64_t n = 262144 / row_bytes / 16 * 16;
-    int fit = n < 16 ? 16 : n > BLOCK ? BLOCK : (int)n;
-    return fit < outputs ? fit : outputs;
-}
-
 template <class B> static inline void bias_block(float* to, const Matrix& m, int64_t expert, int from, int n) {
     const char* at = m.of(expert);
     for (int i = 0; i < n; i++) {
@@ -82,64 +75,57 @@ template <class B> static inline void bias_block(float* to, const Matrix& m, int
 
 template <class L> struct Layer {
     using T = typename L::T;
-    static constexpr int UP = L::UP_NK ? outputs_of(L::PARTS * L::K * sizeof(T), L::I) : OUTER_BLOCK / 2;
-    static constexpr int DOWN = L::DOWN_NK ? outputs_of(L::I * sizeof(T), L::N) : OUTER_BLOCK;
-    static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
-
     // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
     static constexpr int MATRICES = L::PAIRED ? 1 : L::PARTS, OUTPUTS = L::PAIRED ? 2 : 1;
+    static constexpr int UP = BLOCK<L::UP_NK, MATRICES> / OUTPUTS, DOWN = BLOCK<L::DOWN_NK, 1>;
+    static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
+    static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
+
+    // Bytes of working memory: of a slot in `a` and in `o`, and of a thread's room for so many rows.
+    static constexpr int64_t A_ROW = sizeof(Packed<T>) * I_PADDED;
+    static constexpr int64_t O_ROW = sizeof(Packed<T>) * K_PADDED > sizeof(T) * L::N ? sizeof(Packed<T>) * K_PADDED : sizeof(T) * L::N;
+    static constexpr int64_t room_bytes(int64_t rows) { return room_of<L::UP_NK && L::DOWN_NK>(rows); }
 
     const Call& c;
     const int32_t* order;
     Segments segments;
 
-    // Where the weights of a task begin in each matrix.
-    Next up_at(Segment s, int block) const {
-        Next at{{nullptr, nullptr}, 0};
+    // The block of a task.
+    Place up_at(Segment s, int block) const {
         const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
+        Place at{{nullptr, nullptr}, n * OUTPUTS};
         for (int p = 0; p < MATRICES; p++)
             at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
-        at.bytes = (int64_t)n * OUTPUTS * c.up[0].row;
         return at;
     }
-    Next down_at(Segment s, int block) const {
+    Place down_at(Segment s, int block) const {
         const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
-        return {{c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T)), nullptr}, n * c.down.row};
+        return {{c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T)), nullptr}, n};
     }
 
-    static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
-    T* packed_x(const Segment& s) const { return (T*)c.o + (int64_t)s.start * K_PADDED; }
-    T* packed_a(const Segment& s) const { return (T*)c.a + (int64_t)s.start * I_PADDED; }
-    float* room() const { return (float*)(c.room + omp_get_thread_num() * OUTER_BYTES); }
+    Packed<T>* packed_x(const Segment& s) const { return (Packed<T>*)c.o + (int64_t)s.start * K_PADDED; }
+    Packed<T>* packed_a(const Segment& s) const { return (Packed<T>*)c.a + (int64_t)s.start * I_PADDED; }
+    float* room() const { return (float*)(c.room + omp_get_thread_num() * c.room_bytes); }
 
     // The token rows of a segment, tile by tile.
     void pack(Segment s) const {
-        constexpr int STEP = Chunk<T>::STEP;
         const Tiles tiles(s.rows);
         for (int tile = 0; tile < tiles.count; tile++) {
             const int t0 = tiles.start(tile), mt = tiles.size(tile);
-            T* to = packed_x(s) + (int64_t)t0 * K_PADDED;
-            for (int t = 0; t < mt; t++) {
-                const T* row = (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row);
-                for (int k = 0; k + STEP <= L::K; k += STEP) memcpy(packed_at(to, mt, t, k), row + k, STEP * sizeof(T));
-                if (L::K < K_PADDED) {
-                    constexpr int k = L::K / STEP * STEP;
-                    T tail[STEP] = {};
-                    memcpy(tail, row + k, (L::K - k) * sizeof(T));
-                    memcpy(packed_at(to, mt, t, k), tail, sizeof(tail));
-                }
-            }
+            Packed<T>* to = packed_x(s) + (int64_t)t0 * K_PADDED;
+            for (int t = 0; t < mt; t++)
+                pack_row<T, L::K>(to, mt, t, (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row));
         }
     }
 
-    void up(Segment s, int block, const Next& next) const {
+    void up(Segment s, int block, const Place& next) const {
         const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
-        const int stop = block + 1 < UP_BLOCKS ? n : I_PADDED - i0;  // the last block also writes the padding
-        alignas(64) float bias[2][OUTER_BLOCK];
+        const int stop = block + 1 < UP_BLOCKS ? n : up_to(L::I, RUN<T>) - i0;  // the last block also writes the padding
+        alignas(64) float bias[2][UP + W];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
-            T* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
+            Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
             for (int t = 0; t < mt; t++) {
                 for (int i = 0; i < stop; i += W) {
                     V a = zero();
@@ -159,18 +145,16 @@ template <class L> struct Layer {
                         }
                         a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
                     }
-                    store_n(packed_at(tile, mt, t, i0 + i), a, W);
+                    Step<T>::put(packed_at<T>(tile, mt, t, i0 + i), a);
                 }
             }
         };
-        const Next here = up_at(s, block);
-        if constexpr (L::UP_NK) dot_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, done);
-        else outer_block<T, L::K, MATRICES>(here.at, c.up[0].row, n * OUTPUTS, packed_x(s), Tiles(s.rows), next, room(), done);
+        gemm_block<T, L::UP_NK, L::K, MATRICES>(up_at(s, block), c.up[0].row, packed_x(s), Tiles(s.rows), next, room(), done);
     }
 
-    void down(Segment s, int block, const Next& next) const {
+    void down(Segment s, int block, const Place& next) const {
         const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
-        alignas(64) float bias[OUTER_BLOCK];
+        alignas(64) float bias[DOWN + W];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
             for (int t = 0; t < mt; t++) {
@@ -182,9 +166,7 @@ template <class L> struct Layer {
                 }
             }
         };
-        const Next here = down_at(s, block);
-        if constexpr (L::DOWN_NK) dot_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, done);
-        else outer_block<T, L::I, 1>(here.at, c.down.row, n, packed_a(s), Tiles(s.rows), next, room(), done);
+        gemm_block<T, L::DOWN_NK, L::I, 1>(down_at(s, block), c.down.row, packed_a(s), Tiles(s.rows), next, room(), done);
     }
 
     // A token's rows times their weights, each product rounded, added in the order of k.
@@ -222,14 +204,14 @@ template <class L> struct Layer {
 #pragma omp barrier
             here = {};
             share(up_tasks, segments.count * UP_BLOCKS, [&](int task, int after) {
-                Next next{{nullptr, nullptr}, 0};
+                Place next{{nullptr, nullptr}, 0};
                 if (after >= 0) next = up_at(segments.at(after / UP_BLOCKS, there), after % UP_BLOCKS);
                 up(segments.at(task / UP_BLOCKS, here), task % UP_BLOCKS, next);
             });
 #pragma omp barrier
             here = there = {};
             share(down_tasks, segments.count * DOWN_BLOCKS, [&](int task, int after) {
-                Next next{{nullptr, nullptr}, 0};
+                Place next{{nullptr, nullptr}, 0};
                 if (after >= 0) next = down_at(segments.at(after / DOWN_BLOCKS, there), after % DOWN_BLOCKS);
                 down(segments.at(task / DOWN_BLOCKS, here), task % DOWN_BLOCKS, next);
             });
@@ -243,7 +225,7 @@ template <class L> struct Layer {
 template <class L> static void experts(const Call& c) {
     int32_t *offsets = c.ints, *order = c.ints + L::E + 1;
     sort_slots(c, L::E, offsets, order);
-    Layer<L>{c, order, Segments(offsets, L::E, L::UP_NK && L::DOWN_NK ? SEGMENT : OUTER_SEGMENT)}.run();
+    Layer<L>{c, order, Segments(offsets, L::E, SEGMENT)}.run();
 }
 
 }  // namespace moec

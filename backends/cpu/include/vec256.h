@@ -57,6 +57,7 @@ template <class T> static inline void put_words(T* p, __m128i b, int n) {
     if (n >= 8) _mm_storeu_si128((__m128i*)p, b);
     else if (n > 0) memcpy(p, &b, 2 * n);
 }
+static inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
 static inline void store_n(float* p, V a, int n) { _mm256_maskstore_ps(p, first(n), a); }
 static inline void store_n(bf16* p, V a, int n) { put_words(p, narrow(a), n); }
 static inline void store_n(f16* p, V a, int n) { put_words(p, _mm256_cvtps_ph(a, 0), n); }
@@ -76,23 +77,28 @@ template <> inline V round_to<float>(V a) { return a; }
 template <> inline V round_to<bf16>(V a) { return widen(narrow(a)); }
 template <> inline V round_to<f16>(V a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, 0)); }
 
-// Sums over lanes, in halves (i, i+4), (i, i+2), (i, i+1): one tree wherever a row stands.
-constexpr int FOLD = 2;
-static inline V fold(const V* v) {
-    return _mm256_permute2f128_ps(v[0], v[1], 0x20) + _mm256_permute2f128_ps(v[0], v[1], 0x31);
-}
-// Element e of each 128-bit lane is the sum of that lane of u[e].
-static inline V finish(const V* u) {
-    auto half = [](V a, V b) {
-        __m256d p = _mm256_castps_pd(a), q = _mm256_castps_pd(b);
-        return _mm256_castpd_ps(_mm256_unpacklo_pd(p, q)) + _mm256_castpd_ps(_mm256_unpackhi_pd(p, q));
-    };
-    V s = half(u[0], u[1]), t = half(u[2], u[3]);
-    return _mm256_shuffle_ps(s, t, 0x88) + _mm256_shuffle_ps(s, t, 0xdd);
-}
-static inline void put_lane(float* p, V a, int lane, bool add) {
-    __m128 v = lane == 0 ? _mm256_castps256_ps128(a) : _mm256_extractf128_ps(a, 1);
-    _mm_storeu_ps(p, add ? _mm_loadu_ps(p) + v : v);
+// r[i] becomes the i-th element of every r[..]: 8 x 8, bits untouched.
+static inline __attribute__((always_inline)) void transpose(V* r) {
+    auto pd = [](V a) { return _mm256_castps_pd(a); };
+    V t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(pd(t[i]), pd(t[i + 2])));
+        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pd(t[i]), pd(t[i + 2])));
+        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pd(t[i + 1]), pd(t[i + 3])));
+        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pd(t[i + 1]), pd(t[i + 3])));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        V a = r[c], b = r[4 + c];
+        r[c] = _mm256_permute2f128_ps(a, b, 0x20);
+        r[4 + c] = _mm256_permute2f128_ps(a, b, 0x31);
+    }
 }
 
 }  // namespace moec

@@ -39,6 +39,7 @@ static inline V load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((
 static inline V load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 static inline V load_n(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 static inline V load_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+static inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
 static inline void store_n(float* p, V a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
 static inline void store_n(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
 static inline void store_n(f16* p, V a, int n) { _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, 0)); }
@@ -58,29 +59,35 @@ template <> inline V round_to<float>(V a) { return a; }
 template <> inline V round_to<bf16>(V a) { return widen(narrow(a)); }
 template <> inline V round_to<f16>(V a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0)); }
 
-// Sums over lanes, in halves (i, i+8), (i, i+4), (i, i+2), (i, i+1): one tree wherever a row stands.
-// fold: the four 128-bit lanes of the result are four partial sums of each argument.
-constexpr int FOLD = 4;
-static inline V fold(const V* v) {
-    V ab = _mm512_shuffle_f32x4(v[0], v[1], 0x44) + _mm512_shuffle_f32x4(v[0], v[1], 0xee);
-    V cd = _mm512_shuffle_f32x4(v[2], v[3], 0x44) + _mm512_shuffle_f32x4(v[2], v[3], 0xee);
-    return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
-}
-// Element e of each 128-bit lane is the sum of that lane of u[e].
-static inline V finish(const V* u) {
-    auto half = [](V a, V b) {
-        __m512d p = _mm512_castps_pd(a), q = _mm512_castps_pd(b);
-        return _mm512_castpd_ps(_mm512_unpacklo_pd(p, q)) + _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
-    };
-    V s = half(u[0], u[1]), t = half(u[2], u[3]);
-    return _mm512_shuffle_ps(s, t, 0x88) + _mm512_shuffle_ps(s, t, 0xdd);
-}
-static inline void put_lane(float* p, V a, int lane, bool add) {
-    __m128 v = lane == 0   ? _mm512_castps512_ps128(a)
-               : lane == 1 ? _mm512_extractf32x4_ps(a, 1)
-               : lane == 2 ? _mm512_extractf32x4_ps(a, 2)
-                           : _mm512_extractf32x4_ps(a, 3);
-    _mm_storeu_ps(p, add ? _mm_loadu_ps(p) + v : v);
+// r[i] becomes the i-th element of every r[..]: 16 x 16, bits untouched.
+static inline __attribute__((always_inline)) void transpose(V* r) {
+    auto lo = [](V a, V b) { return _mm512_unpacklo_ps(a, b); };
+    auto hi = [](V a, V b) { return _mm512_unpackhi_ps(a, b); };
+    auto lo2 = [](V a, V b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+    auto hi2 = [](V a, V b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+    V t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = lo(r[i], r[i + 1]);
+        t[i + 1] = hi(r[i], r[i + 1]);
+    }
+    // Of rows 4g .. 4g + 3: lane l of r[4g + c] holds their elements 4l + c.
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = lo2(t[i], t[i + 2]);
+        r[i + 1] = hi2(t[i], t[i + 2]);
+        r[i + 2] = lo2(t[i + 1], t[i + 3]);
+        r[i + 3] = hi2(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        V a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+        V d = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88), e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(a, d, 0xdd);
+        r[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+        r[12 + c] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
 }
 
 }  // namespace moec
