@@ -107,7 +107,7 @@ class BlockCompiler:
             return _Compiled(None, Claims(), report)
         report.remarks = [str(r) for r in ctx.remarks]
         report.ir_after = str(graph)
-        claims = claim(graph, self.options.backends, self.options.target)
+        claims = claim(graph, self.options.backends, self.options.backend_target)
         report.reason = unfinished(graph, claims, ctx)
         fill_report(report, graph.ops, claims)
         return _Compiled(None if report.reason else graph, claims, report)

@@ -33,7 +33,7 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         if op not in claims:
             return None
         name = label or block_name(op.loc.module, 0)
-        program = register(program_graph(op), claims[op], options.target, name, options.checks)
+        program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
         if op.name == "moe.experts":
             return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]
         routed = graph.call_function(torch.ops.moec.route.default, (args, program.key))

@@ -47,6 +47,7 @@ class CompileOptions:
         passes: Pipeline text (``"fuse-routing,fuse-experts"``), or the name of a pipeline.
         backends: Names of the backends that may claim MoE ops, in order.
         target: What to compile for, as text: ``"cpu"``, ``"cpu:avx512"``, ``"cuda:sm90,ranks=8"``.
+        threads: Threads of a kernel's call on a CPU; None for as many as torch is set to when it is called.
         checks: What happens where PyTorch would go on in silence, that is where a block is left unfused (told when
             compiling) or router logits hold NaN (told when running): a warning (``"warn"``), an error (``"strict"``)
             or nothing (``"off"``). Expert ids out of range and operands that do not fit together are always errors.
@@ -63,6 +64,7 @@ class CompileOptions:
     passes: str = "default"
     backends: tuple[str, ...] = ("aten",)
     target: str = "cpu"
+    threads: int | None = None
     checks: str = "warn"
     dump_dir: Path | None = None
     print_ir_after_all: bool = False
@@ -76,6 +78,11 @@ class CompileOptions:
     def target_description(self) -> Target:
         """The parsed target."""
         return parse_target(self.target)
+
+    @property
+    def backend_target(self) -> str:
+        """The target as backends get it: with the number of threads where that is fixed."""
+        return self.target if self.threads is None else f"{self.target},cores={self.threads}"
 
     @staticmethod
     def from_dict(
@@ -104,7 +111,9 @@ class CompileOptions:
                     f"unknown option {name!r}; {nearest(str(name), known)}", hint="options: " + ", ".join(known)
                 )
             merged[name] = _convert(name, value, f"option {name!r}")
-        return CompileOptions(**merged)
+        options_made = CompileOptions(**merged)
+        parse_target(options_made.backend_target)  # threads are for CPUs alone
+        return options_made
 
 
 def _choice(allowed: tuple[str, ...]) -> Callable[[Any, str], str]:
@@ -177,6 +186,14 @@ def _target(value: Any, where: str) -> str:
     return value
 
 
+def _threads(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not str(value).strip().isdigit() or int(value) < 1:
+        raise OptionError(f"{where} cannot be {value!r}", hint="give a number from 1 up, or None for torch's setting")
+    return int(value)
+
+
 def _report(value: Any, where: str) -> Any:
     if value is not None and not callable(value):
         raise OptionError(f"{where} cannot be {value!r}", hint="give a function of one argument, the report, or None")
@@ -188,6 +205,7 @@ _CONVERTERS: dict[str, Callable[[Any, str], Any]] = {
     "passes": _passes,
     "backends": _backends,
     "target": _target,
+    "threads": _threads,
     "checks": _choice(CHECKS),
     "dump_dir": _path,
     "print_ir_after_all": _flag,

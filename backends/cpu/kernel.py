@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.base import Kernel
+from moec.backends.cpu import team, workspace
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
@@ -44,10 +45,14 @@ class Code:
 
 
 class CpuExperts(Kernel):
-    """Forward in generated C++; gradients are aten's, which needs nothing but the inputs."""
+    """Forward in generated C++; gradients are aten's, which needs nothing but the inputs.
 
-    def __init__(self, op: Op, shape: Shape, isa: Isa) -> None:
-        self.shape, self.isa = shape, isa
+    Attributes:
+        threads: Of a call; 0 for as many as torch is set to.
+    """
+
+    def __init__(self, op: Op, shape: Shape, isa: Isa, threads: int = 0) -> None:
+        self.shape, self.isa, self.threads = shape, isa, threads
         self.aten = AtenExperts(op)
         self.spec = self.aten.spec
         self.codes: dict[tuple[bool, bool], Code] = {}
@@ -78,27 +83,32 @@ class CpuExperts(Kernel):
             x = x.contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.contiguous()
-        item, slots, team = x.element_size(), tokens * top_k, torch.get_num_threads()
+        item, slots = x.element_size(), tokens * top_k
         code = self.code(up_nk, down_nk)
         room = _aligned(code.room(slots))
-        a_bytes, o_bytes, rooms = _aligned(slots * code.a_row), _aligned(slots * code.o_row), team * room
-        ints = 4 * (shape.experts + 1 + slots)
-        work = torch.empty(a_bytes + o_bytes + rooms + ints + _ALIGN, dtype=torch.uint8)
-        base = _aligned(work.data_ptr())
+        a_bytes, o_bytes, ints = (
+            _aligned(slots * code.a_row),
+            _aligned(slots * code.o_row),
+            _aligned(4 * (shape.experts + 1 + slots)),
+        )
         keep = Pointers()
         gate, up = self._up(p.up, up_nk, keep)
         bias_gate, bias_up = self._up_bias(p.up_bias, keep)
         captures = [c.contiguous() for c in p.captures]
-        code.run(
-            [
-                x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
-                tokens, top_k, team, room, base, base + a_bytes, base + a_bytes + o_bytes,
-                base + a_bytes + o_bytes + rooms,
-                *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
-                *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
-                keep.table(captures),
-            ]
-        )  # fmt: skip
+        with team.SHARED.borrow(self.threads or torch.get_num_threads()) as threads:
+            work = workspace.SHARED.take(a_bytes + o_bytes + ints + threads * room + _ALIGN)
+            base = _aligned(work.data_ptr())
+            code.run(
+                [
+                    x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
+                    tokens, top_k, threads, room,
+                    base, base + a_bytes, base + a_bytes + o_bytes + ints, base + a_bytes + o_bytes,
+                    *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
+                    *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
+                    keep.table(captures),
+                ]
+            )  # fmt: skip
+            workspace.SHARED.give_back(work)
         return [out]
 
     def backward(

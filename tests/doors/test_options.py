@@ -36,6 +36,7 @@ def test_all_taken() -> None:
             "passes": "fuse-routing",
             "backends": ["reference"],
             "target": "cpu:avx512",
+            "threads": 2,
             "checks": "strict",
             "dump_dir": "d",
             "print_ir_after_all": True,
@@ -47,9 +48,19 @@ def test_all_taken() -> None:
         }
     )
     assert got == CompileOptions(
-        "eager", "fuse-routing", ("reference",), "cpu:avx512", "strict", Path("d"), True, True, True, 3, False, callback
+        "eager", "fuse-routing", ("reference",), "cpu:avx512", 2, "strict", Path("d"), True, True, True, 3, False, callback
     )
     assert got.target_description.name == "cpu:avx512"
+
+
+def test_threads_are_part_of_the_target_that_backends_get() -> None:
+    assert make({"threads": "3"}).backend_target == "cpu,cores=3"
+    assert make({}).backend_target == "cpu"
+    for wrong in (0, -1, "many", True, 1.5):
+        with pytest.raises(OptionError, match="threads"):
+            make({"threads": wrong})
+    with pytest.raises(MoecError, match="fixed number of cores"):
+        make({"threads": 2, "target": "cuda:sm90"})
 
 
 def test_backends_as_text() -> None:
