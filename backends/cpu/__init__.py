@@ -8,9 +8,10 @@ from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import isa_of, missing
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError
-from moec.backends.cpu.route import CpuRoute, functions
+from moec.backends.cpu.route import NO_FUNCTIONS, CpuRoute, functions
 from moec.backends.cpu.route_source import read_router, write_router
 from moec.backends.cpu.source import read_shape, write_source
+from moec.backends.cpu.team import threads_of
 from moec.backends.registry import register_backend
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
@@ -26,7 +27,7 @@ class CpuBackend(Backend):
     combine. Weights are read in place through pointers and strides; sums are kept in f32. Work is handed out in blocks
     of weights and rows, so that one busy expert keeps every thread busy. A token's result has the same bits whatever
     the other tokens and the number of threads. ``moe.route`` is computed token by token, from logits to ids and
-    weights, unless the router is a region; it chooses the experts that PyTorch chooses, equal scores included.
+    weights, unless the router is a region; it chooses the experts that PyTorch chooses, where scores are equal too.
     Compiled kernels are kept in the cache directory; a compiler (``g++``) must be there. Gradients are those of
     ``aten``. Targets ``cpu:avx2``, ``cpu:avx512`` and ``cpu:avx512_bf16`` choose the instructions; ``cpu`` takes the
     best that the processor has.
@@ -46,7 +47,7 @@ class CpuBackend(Backend):
             if op.name == "moe.experts":
                 read_shape(op)
             elif functions(read_router(op).scoring, isa) is None:
-                return Support.no("this build of torch does not show its vector exponential")
+                return Support.no(NO_FUNCTIONS)
         except UnsupportedError as reason:
             return Support.no(str(reason))
         return Support.yes()
@@ -72,9 +73,9 @@ class CpuBackend(Backend):
             router = read_router(op)
             found = functions(router.scoring, isa)
             if found is None:
-                raise LoadError("this build of torch does not show its vector exponential", hint="use the backend 'aten'")
-            return CpuRoute(artifact.graph, router, isa, found)
-        return CpuExperts(op, read_shape(op), isa)
+                raise LoadError(NO_FUNCTIONS, hint="use the backend 'aten'")
+            return CpuRoute(artifact.graph, router, isa, found, threads_of(artifact.target))
+        return CpuExperts(op, read_shape(op), isa, threads_of(artifact.target))
 
     def status(self) -> list[StatusLine]:
         isa = isa_of("cpu")

@@ -3,7 +3,8 @@
 // Which experts are chosen must not depend on who computes it, so scores are torch's to the last bit: every torch op
 // computes in f32 and rounds to its type, the exponential and log1p are the very functions torch calls (passed in), and
 // the softmax adds up lane by lane as torch does on a processor of this width. Where torch's elementwise ops leave their
-// vector loop (the last elements of a tensor or of a thread's share) its own scores differ by a unit in the last place.
+// vector loop (the last elements of a tensor or of a thread's share) its own scores differ by a unit in the last place;
+// its square root may everywhere.
 //
 // Selecting on the logits instead, since softmax and sigmoid are monotone, would be wrong where two logits round to one
 // score: torch then breaks a tie. So the selection is on the scores, and ties are broken by torch's own algorithm.
@@ -23,13 +24,12 @@ struct RouteCall {
     const void* bias;
     char* weights;
     int64_t* ids;
-    int64_t tokens, threads;
+    int64_t tokens;
     Function exp, log1p;
+    int64_t threads;
 };
 
 enum class Scoring { softmax, sigmoid, identity, sqrtsoftplus };
-
-constexpr int64_t SHARE = 16384;  // least elements that are worth a thread
 
 // torch.topk on the CPU: std::partial_sort, or std::nth_element and std::sort, on pairs compared by value, NaN first.
 // The algorithms see nothing but the outcomes of comparisons, so integers in the same order give the same ids.
@@ -206,12 +206,11 @@ template <class R> struct Router {
 
 template <class R> static inline void route(const RouteCall& call) {
     const Router<R> router{call};
-    const int64_t shares = std::min(call.threads, call.tokens * R::E / SHARE);
-    if (shares <= 1) {
+    if (call.threads <= 1) {
         for (int64_t t = 0; t < call.tokens; t++) router.token(t);
         return;
     }
-#pragma omp parallel for num_threads((int)shares) schedule(static)
+#pragma omp parallel for num_threads((int)call.threads) schedule(static)
     for (int64_t t = 0; t < call.tokens; t++) router.token(t);
 }
 
