@@ -50,7 +50,7 @@ template <class T, int K> static inline void pack_row(Packed<T>* tile, int size,
 // block; rows that are elements of K are not, so blocks are wider there.
 template <bool NK> constexpr int COLUMNS = NK ? 128 : 256;           // of all matrices together
 template <bool NK, int PARTS> constexpr int BLOCK = NK ? 64 : 256 / PARTS;  // of one
-constexpr int64_t PANEL_BYTES = sizeof(float) * STEPS * 256;
+constexpr int64_t PANEL_BYTES = sizeof(float) * STEPS * GROUP;
 
 // A thread's room: a panel, and the sums of a segment's rows.
 template <bool NK> constexpr int64_t room_of(int64_t rows) {
@@ -75,14 +75,16 @@ static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, T
             Ahead soon = after < K          ? ahead(slice(after), w.n, K - after < LENGTH ? K - after : LENGTH)
                          : part + 1 < PARTS ? ahead(w.at[part + 1], w.n, FIRST)
                                             : ahead(next.at[0], next.n, FIRST);
-            fill_panel<T, NK>(slice(k0), row, w.n, length, panel);
-            for (int g = 0; g < groups; g++)
+            for (int g = 0; g < groups; g++) {
+                const int64_t from = g * GROUP * (NK ? row : (int64_t)sizeof(T));
+                fill_panel<T, NK>(slice(k0) + from, row, w.n - g * GROUP < GROUP ? w.n - g * GROUP : GROUP, length, panel);
                 for (int t = 0; t < tiles.count; t++) {
                     const int t0 = tiles.start(t), mt = tiles.size(t);
                     const auto* xs = x + (int64_t)t0 * PADDED<T, K> + (int64_t)k0 / Step<T>::DEPTH * mt;
-                    tile_of<T>(mt, panel + g * STEPS * GROUP, xs, up_to(length, RUN<T>) / RUN<T>,
-                               sums + t0 * LDC + part * (LDC / 2) + g * GROUP, LDC, k0 > 0, soon);
+                    tile_of<T, NK>(mt, panel, xs, up_to(length, RUN<T>) / RUN<T>,
+                                   sums + t0 * LDC + part * (LDC / 2) + g * GROUP, LDC, k0 > 0, soon);
                 }
+            }
         }
     for (int t = 0; t < tiles.count; t++) done(tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
 }

@@ -13,7 +13,7 @@ constexpr int VECTORS = 4;  // of outputs in a tile
 constexpr int VECTORS = 2;
 #endif
 constexpr int GROUP = VECTORS * W;  // outputs of a tile
-constexpr int STEPS = 128;          // steps along K in a slice: a panel of 64 outputs takes 32 KB
+constexpr int STEPS = 128;          // steps along K in a slice: a panel takes 32 KB with AVX-512, 8 KB without
 
 // A step along K: DEPTH elements of it, 4 bytes in all, as X for tokens and as a lane of V for weights.
 template <class T> struct Step {
@@ -59,13 +59,13 @@ template <> struct Step<bf16> {
 template <class T> constexpr int SLICE = STEPS * Step<T>::DEPTH;  // elements of K in a slice
 template <class T> constexpr int RUN = W * Step<T>::DEPTH;        // elements of K in W steps
 
-// The panel of n outputs and `count` elements of K, up to whole groups and whole runs. Its rows (NK: one an output; else
-// one an element of K) are `row` bytes apart. Groups lie one after the other, each [STEPS][GROUP].
+// The panel [STEPS][GROUP] of n outputs (at most a group) and `count` elements of K, up to whole runs. Rows of w (NK: one
+// an output; else one an element of K) are `row` bytes apart.
 template <class T, bool NK> static inline void fill_panel(const char* w, int64_t row, int n, int count, float* panel) {
     using S = Step<T>;
     if constexpr (NK) {
-        for (int at = 0; at < (n + GROUP - 1) / GROUP * GROUP; at += W) {
-            float* to = panel + at / GROUP * STEPS * GROUP + at % GROUP;
+        for (int at = 0; at < GROUP; at += W) {
+            float* to = panel + at;
             const char* rows[W];  // past the last output there is nothing to read: it stands in
             for (int i = 0; i < W; i++) rows[i] = w + (int64_t)(at + i < n ? at + i : n - 1) * row;
             for (int k = 0; k < count; k += RUN<T>, to += W * GROUP) {
@@ -82,18 +82,15 @@ template <class T, bool NK> static inline void fill_panel(const char* w, int64_t
             }
         }
     } else {
-        constexpr int WIDE = S::DEPTH * W;
-        for (int step = 0; step * S::DEPTH < (count + RUN<T> - 1) / RUN<T> * RUN<T>; step++) {
-            const int k = step * S::DEPTH;
-            for (int at = 0; at < (n + GROUP - 1) / GROUP * GROUP; at += WIDE) {
-                float* to = panel + at / GROUP * STEPS * GROUP + step * GROUP + at % GROUP;
+        for (int k = 0; k < (count + RUN<T> - 1) / RUN<T> * RUN<T>; k += S::DEPTH, panel += GROUP)
+#pragma GCC unroll 4
+            for (int at = 0; at < GROUP; at += S::DEPTH * W) {
                 V v[S::DEPTH];
                 if (k < count && at < n) S::outputs((const T*)(w + k * row) + at, row, count - k, n - at, v);
                 else
                     for (int i = 0; i < S::DEPTH; i++) v[i] = zero();
-                for (int i = 0; i < S::DEPTH; i++) store(to + i * W, v[i]);
+                for (int i = 0; i < S::DEPTH; i++) store(panel + at + i * W, v[i]);
             }
-        }
     }
 }
 

@@ -25,32 +25,33 @@ struct Ahead {
             while (pace && pace < W && steps >= 2 * (int64_t)pace * left) pace *= 2;
         return {at, row, left, across, across, pace};
     }
-    inline __attribute__((always_inline)) void line() {
+    // NEAR: into the first cache; else into the second, where the slice is more than the first holds.
+    template <bool NEAR> inline __attribute__((always_inline)) void line() {
         if (left <= 0) return;
         left--;
-        _mm_prefetch(at, _MM_HINT_T0);
+        _mm_prefetch(at, NEAR ? _MM_HINT_T0 : _MM_HINT_T1);
         at += 64;
         if (--in_run == 0) {
             at += row - 64 * (int64_t)across;
             in_run = across;
         }
     }
-    inline __attribute__((always_inline)) void step(int i) {
+    template <bool NEAR> inline __attribute__((always_inline)) void step(int i) {
         if (pace > 0) {
-            if ((i & (pace - 1)) == 0) line();
+            if ((i & (pace - 1)) == 0) line<NEAR>();
         } else if (pace < 0) {
-            line();
-            line();
+            line<NEAR>();
+            line<NEAR>();
             if (pace < -2) {
-                line();
-                line();
+                line<NEAR>();
+                line<NEAR>();
             }
         }
     }
 };
 
 // c[t * ldc + n] (+)= sum over `runs` runs of K. x: [run][M][W] steps.
-template <class T, int M>
+template <class T, bool NEAR, int M>
 static inline __attribute__((always_inline)) void tile(const float* panel, const typename Step<T>::X* x, int runs, float* c, int ldc,
                                                        bool add, Ahead& ahead) {
     using S = Step<T>;
@@ -62,7 +63,7 @@ static inline __attribute__((always_inline)) void tile(const float* panel, const
     for (int run = 0; run < runs; run++, x += W * M, panel += W * GROUP)
 #pragma GCC unroll 4
         for (int i = 0; i < W; i++) {
-            ahead.step(i);
+            ahead.template step<NEAR>(i);
             V w[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) w[v] = load(panel + i * GROUP + v * W);
@@ -82,16 +83,16 @@ static inline __attribute__((always_inline)) void tile(const float* panel, const
         }
 }
 
-template <class T>
+template <class T, bool NEAR>
 static __attribute__((noinline)) void tile_of(int m, const float* panel, const typename Step<T>::X* x, int runs, float* c, int ldc,
                                               bool add, Ahead& ahead) {
     switch (m) {
-        case 1: return tile<T, 1>(panel, x, runs, c, ldc, add, ahead);
-        case 2: return tile<T, 2>(panel, x, runs, c, ldc, add, ahead);
-        case 3: return tile<T, 3>(panel, x, runs, c, ldc, add, ahead);
-        case 4: return tile<T, 4>(panel, x, runs, c, ldc, add, ahead);
-        case 5: return tile<T, 5>(panel, x, runs, c, ldc, add, ahead);
-        case 6: return tile<T, 6>(panel, x, runs, c, ldc, add, ahead);
+        case 1: return tile<T, NEAR, 1>(panel, x, runs, c, ldc, add, ahead);
+        case 2: return tile<T, NEAR, 2>(panel, x, runs, c, ldc, add, ahead);
+        case 3: return tile<T, NEAR, 3>(panel, x, runs, c, ldc, add, ahead);
+        case 4: return tile<T, NEAR, 4>(panel, x, runs, c, ldc, add, ahead);
+        case 5: return tile<T, NEAR, 5>(panel, x, runs, c, ldc, add, ahead);
+        case 6: return tile<T, NEAR, 6>(panel, x, runs, c, ldc, add, ahead);
     }
 }
 
