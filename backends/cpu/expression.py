@@ -7,8 +7,8 @@ by op, so that a result differs from the reference's by no more than the element
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moec.ir.attributes import Operand
@@ -25,13 +25,43 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Activation:
-    """Body of the C++ function and what it reads besides its rows.
+    """The statements of the C++ function.
 
     Attributes:
-        body: Statements; ``g`` and ``u`` (or ``g`` alone) are the rows, ``captures`` the pointers.
+        lines: One for every captured tensor and op; ``g`` and ``u`` (or ``g`` alone) are the rows, ``captures`` the
+            pointers.
+        names: What each value of the region is called.
+        result: The name of the region's result.
     """
 
-    body: str
+    lines: tuple[str, ...]
+    names: Mapping[Value, str]
+    result: str
+
+    @property
+    def body(self) -> str:
+        """The function's body."""
+        return "\n        ".join((*self.lines, f"return {self.result};"))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op of a region, ready to be written down.
+
+    Attributes:
+        target: The traced op, for messages.
+        name: Its name in the tables of expressions; ``gelu_tanh``, ``pow2`` and ``pow3`` stand for ops with arguments.
+        args, kwargs: Names and numbers in C++; an argument that is None is the empty text.
+        sources: The value behind each positional argument; None for numbers.
+        named: The values behind keyword arguments.
+    """
+
+    target: str
+    name: str
+    args: list[str]
+    sources: list[Value | None]
+    kwargs: dict[str, str] = field(default_factory=dict)
+    named: list[Value] = field(default_factory=list)
 
 
 Emit = Callable[[list[str], dict[str, str]], str]
@@ -66,14 +96,16 @@ def _same(a: list[str], kw: dict[str, str]) -> str:
 
 _FIRST_ALONE = ("_to_copy", "to", "convert_element_type", "clone", "alias", "detach", "contiguous")
 """Ops that give their first argument, in the type of their result."""
+_FUNCTIONS = ("silu", "relu", "sigmoid", "tanh", "exp", "erf", "gelu", "gelu_tanh")
 _OPS: dict[str, Emit] = {
-    **{name: _function(name) for name in ("silu", "relu", "sigmoid", "tanh", "exp", "erf")},
+    **{name: _function(name) for name in _FUNCTIONS},
     "neg": _function("negate"),
     "abs": _function("absolute"),
     "sqrt": _function("root"),
     "rsqrt": lambda a, kw: f"set1(1.0f) / root({a[0]})",
     "reciprocal": lambda a, kw: f"set1(1.0f) / {a[0]}",
-    "square": lambda a, kw: f"{a[0]} * {a[0]}",
+    **dict.fromkeys(("square", "pow2"), lambda a, kw: f"{a[0]} * {a[0]}"),
+    "pow3": lambda a, kw: f"{a[0]} * {a[0]} * {a[0]}",
     "mul": _binary("*"),
     "div": _binary("/"),
     "add": _alpha("+"),
@@ -87,10 +119,12 @@ _OPS: dict[str, Emit] = {
     "hardtanh": _clamp,
     **dict.fromkeys(_FIRST_ALONE, _same),
 }
+_POWERS = {2: "pow2", 3: "pow3", 0.5: "sqrt", -0.5: "rsqrt"}
 _SHARED_BY_OVERLOADS = {"default", "Tensor", "Scalar", "dtype", "self", "other", "Tensor_Scalar"}
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A vector of one number in C++."""
     value = float(value)
     if math.isnan(value):
         return 'set1(__builtin_nanf(""))'
@@ -99,7 +133,12 @@ def _number(value: float) -> str:
     return f"set1((float){value.hex()})"
 
 
-def _expression(op: Op, names: dict[Value, str]) -> str:
+def read_call(op: Op, names: Mapping[Value, str], where: str = "the activation") -> Call:
+    """The op's name and arguments. ``where`` says in messages what the op is part of.
+
+    Raises:
+        UnsupportedError: It has no vector form.
+    """
     target = str(op.attrs["target"])
     namespace, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
@@ -110,28 +149,41 @@ def _expression(op: Op, names: dict[Value, str]) -> str:
         if value is None:
             return ""
         if isinstance(value, (bool, int, float)):
-            return _number(value)
-        raise UnsupportedError(f"the activation calls {target} with {value!r}")
+            return number(value)
+        raise UnsupportedError(f"{where} calls {target} with {value!r}")
+
+    def source(value: Any) -> Value | None:
+        return op.operands[value.index] if isinstance(value, Operand) else None
 
     args: Sequence[Any] = op.attrs.get("args", ())
     kwargs: dict[str, Any] = dict(op.attrs.get("kwargs", {}))
     known = namespace in ("aten", "prims") and overload in _SHARED_BY_OVERLOADS and not op.regions
-    if name == "gelu" and known:
-        kind = kwargs.get("approximate", "none")
-        return f"{'gelu_tanh' if kind == 'tanh' else 'gelu'}({text(args[0])})"
-    if name == "pow" and known and len(args) == 2 and args[1] in (2, 3):
-        base = text(args[0])
-        return " * ".join([base] * int(args[1]))
-    emit = _OPS.get(name) if known else None
-    if emit is None:
-        raise UnsupportedError(f"the activation calls {target}")
+    if name == "gelu":
+        name = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else name
+    if name == "pow" and len(args) == 2 and args[1] in _POWERS:
+        name, args = _POWERS[args[1]], args[:1]
+    if not known or name not in _OPS:
+        raise UnsupportedError(f"{where} calls {target}")
     if name in _FIRST_ALONE:
-        return emit([text(args[0])], {})
+        args, kwargs = args[:1], {}
     if kwargs.keys() - {"alpha", "min", "max"}:
-        raise UnsupportedError(f"the activation calls {target} with {', '.join(kwargs)}")
+        raise UnsupportedError(f"{where} calls {target} with {', '.join(kwargs)}")
     if name == "hardtanh" and len(args) + len(kwargs) < 3:
         args = (*args, -1.0, 1.0)[:3] if len(args) == 1 else (*args, 1.0)
-    return emit([text(a) for a in args], {k: text(v) for k, v in kwargs.items() if v is not None})
+    return Call(
+        target,
+        name,
+        [text(a) for a in args],
+        [source(a) for a in args],
+        {k: text(v) for k, v in kwargs.items() if v is not None},
+        [v for v in map(source, kwargs.values()) if v is not None],
+    )
+
+
+def expression(op: Op, names: Mapping[Value, str], where: str = "the activation") -> str:
+    """The C++ expression of an elementwise op; see :func:`read_call`."""
+    call = read_call(op, names, where)
+    return _OPS[call.name](call.args, call.kwargs)
 
 
 def _check(value: Value, row: TensorType, what: str) -> TensorType:
@@ -178,10 +230,9 @@ def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
             raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
         type = _check(op.result, row, f"a result of {op.attrs['target']}")
         names[op.result] = f"v{position}"
-        lines.append(f"V v{position} = round_to<{C_TYPES[type.dtype.name]}>({_expression(op, names)});")
+        lines.append(f"V v{position} = round_to<{C_TYPES[type.dtype.name]}>({expression(op, names)});")
     (result,) = region.terminator.operands
     type = _check(result, row, "a result")
     if type.dtype.name != dtype or type.shape != row.shape:
         raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
-    lines.append(f"return {names[result]};")
-    return Activation("\n        ".join(lines))
+    return Activation(tuple(lines), names, names[result])
