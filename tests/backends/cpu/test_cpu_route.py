@@ -160,6 +160,20 @@ def test_narrow_types_are_rounded_where_torch_rounds(name: str) -> None:
     assert float((got == want).float().mean()) > 0.999
 
 
+@pytest.mark.parametrize("name", ["eight_of_many", "gpt_oss", "best_of_many", "logits_alone"])
+def test_scores_have_torchs_bits(name: str) -> None:
+    """A softmax adds up over as many lanes as torch's, where both use the widest vectors."""
+    case = CASES[name]
+    widest = {"avx2": "AVX2"}.get(HERE[case.level], "AVX512")
+    if case.attrs.get("scoring", "softmax") == "softmax" and torch.backends.cpu.get_cpu_capability() != widest:
+        pytest.skip("torch adds up over another number of lanes than this kernel")
+    inputs = case.inputs(128)
+    want, want_ids = run_graph(case.graph(), inputs)
+    got, ids = case.kernel().forward(inputs)
+    assert torch.equal(ids, want_ids)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "odd_groups", "gpt_oss", "best_of_many", "logits_alone"])
 def test_infinities_and_nan_do_as_in_torch(name: str) -> None:
     case = CASES[name]
@@ -185,6 +199,15 @@ def test_a_token_has_the_same_bits_whatever_its_mates_and_the_threads(name: str)
     for threads in (2, 3):
         torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(kernel.forward(inputs), whole, strict=True))
+
+
+def test_the_target_says_how_many_threads() -> None:
+    graph = CASES["mixtral"].graph()
+    for target, threads in (("cpu", 0), ("cpu,cores=3", 3)):
+        kernel = BACKEND.load(BACKEND.lower(graph, target))
+        assert isinstance(kernel, route.CpuRoute)
+        assert kernel.threads == threads
+        assert kernel.forward(CASES["mixtral"].inputs(5000))[1].shape == (5000, 2)
 
 
 def test_inputs_are_read_where_they_lie() -> None:
