@@ -34,6 +34,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "kernels for GPUs"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "ONNX export and ONNX Runtime"),
     "mlir": (("torch_mlir",), "torch-mlir export"),
+    "bench": (("matplotlib",), "pictures of benchmarks and profiles"),
     "ascend": (("ascendnpuir",), "code for Ascend NPUs (the BiSheng IR tools)"),
 }
 _DISTRIBUTIONS = {"torch_mlir": "torch-mlir", "ascendnpuir": "ascendnpu-ir"}

@@ -1,0 +1,73 @@
+"""Synthetic layers, run by the cpu backend's real kernels at router choices that are made up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from moec.backends.registry import get_backend
+from moec.cost import LayerShape
+from moec.ir.parser import parse_graph
+from moec.ir.torch_dtypes import TO_TORCH
+
+_PROGRAM = """
+graph @layer(%x: {dt}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}],
+             %up: {dt}[{e}, {i2}, {h}], %down: {dt}[{e}, {h}, {i}]) -> {dt}[T, {h}] {{
+  %y = moe.experts %x, %ids, %w, [%up], [%down] {{experts = {e}}} {{
+    (%g: {dt}[R, {i}], %u: {dt}[R, {i}]) -> {dt}[R, {i}] {{
+      %s = torch.call @aten.silu.default(%g) : {dt}[R, {i}]
+      %m = torch.call @aten.mul.Tensor(%s, %u) : {dt}[R, {i}]
+      return %m
+    }}
+  }} : {dt}[T, {h}]
+  return %y
+}}
+"""
+
+
+class SyntheticLayer:
+    """A layer with silu(gate)·up, weights of one expert copied to all (memory counts, values do not).
+
+    Attributes:
+        shape: Its sizes.
+    """
+
+    def __init__(self, shape: LayerShape, target: str = "cpu") -> None:
+        self.shape = shape
+        h, i, e = shape.hidden, shape.inner, shape.experts
+        graph = parse_graph(_PROGRAM.format(dt=shape.dtype, h=h, i=i, i2=2 * i, e=e, k=shape.top_k))
+        backend = get_backend("cpu")
+        self._kernel = backend.load(backend.lower(graph, target))
+        self._dtype = TO_TORCH[shape.dtype]
+        self._up, self._down = self._copies(e, 2 * i, h), self._copies(e, h, i)
+
+    def _copies(self, experts: int, rows: int, columns: int) -> Tensor:
+        one = torch.empty(rows, columns).uniform_(-0.03, 0.03).to(self._dtype)
+        return one.expand(experts, rows, columns).contiguous()
+
+    def tokens(self, count: int) -> Tensor:
+        """Tokens for calls."""
+        return torch.randn(count, self.shape.hidden).to(self._dtype)
+
+    def seconds(self, x: Tensor, ids: Tensor) -> float:
+        """One call with router choices ``ids`` (i64 [T, k])."""
+        weights = torch.full(ids.shape, 1.0 / self.shape.top_k)
+        start = time.perf_counter()
+        self._kernel.forward([x, ids, weights, self._up, self._down])
+        return time.perf_counter() - start
+
+    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> tuple[float, float]:
+        """Median and least seconds of a call in which each of ``touched`` experts gets ``rows`` rows.
+
+        Every call takes the experts after the last call's, so that weights come from memory. For layers with top_k 1.
+        """
+        torch.set_num_threads(threads)
+        x, slots = self.tokens(rows * touched), torch.arange(rows * touched)
+        times = []
+        for call in range(calls + 1):
+            ids = ((slots % touched + call * touched) % self.shape.experts).unsqueeze(1)
+            times.append(self.seconds(x, ids))
+        return statistics.median(times[1:]), min(times[1:])

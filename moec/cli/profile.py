@@ -1,0 +1,102 @@
+"""``moec profile``: measure this machine for the cost model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from moec.cli.console import emit, err, out
+from moec.ir.errors import nearest
+
+if TYPE_CHECKING:
+    from moec.cost import MachineProfile
+
+_NOISY = 0.15
+
+
+def profile(
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with; all cores by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Element types to measure, with commas between.")] = "bf16,f32,f16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON.")] = False,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Write the profile here instead of the cache directory.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the GEMM curves (PNG; needs matplotlib).")] = None,
+) -> None:
+    """Measure this machine for the cost model, in about a minute. Stop other work first: it would be measured too."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from moec.calibration import calibrate
+    from moec.calibration.picture import draw, require_matplotlib
+    from moec.cost import ProfileError, save_profile
+    from moec.cost.machine import ITEM_BYTES
+    from moec.cost.store import to_json
+    from moec.targets import cpu_cores
+
+    dtypes = [d.strip() for d in dtype.split(",")]
+    for name in dtypes:
+        if name not in ITEM_BYTES:
+            raise ProfileError(f"cannot measure {name!r}; {nearest(name, list(ITEM_BYTES))}", hint="--dtype bf16,f32")
+    if threads is not None and threads > cpu_cores():
+        raise ProfileError(f"{threads} threads on {cpu_cores()} cores would measure waiting", hint="--threads N")
+    if picture is not None:
+        require_matplotlib()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err(), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        machine = calibrate(
+            threads or cpu_cores(), dtypes, lambda what, done: bar.update(task, description=what, completed=done)
+        )
+    stored = save_profile(machine, out_file)
+    if picture is not None:
+        draw(machine, picture)
+    if machine.spread > _NOISY:
+        err().print(
+            f"warning: times varied by {machine.spread:.0%} while measuring; other work was running, measure again",
+            soft_wrap=True,
+        )
+    if as_json:
+        emit(to_json(machine))
+        return
+    for table in (_machine_table(machine), _curve_table(machine)):
+        out().print(table)
+    out().print(f"stored in {stored}", markup=False, soft_wrap=True)
+
+
+def _machine_table(machine: MachineProfile) -> Table:
+    table = Table(title=f"{machine.name}, {machine.cores} threads, {machine.isa}", title_justify="left")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    for team, rate in machine.bandwidth:
+        table.add_row(f"reading memory, {_threads(team)}", f"{rate / 1e9:.1f} GB/s")
+    for dtype, _, rate in machine.flops:
+        table.add_row(f"multiply-adds in {dtype}, 1 thread", f"{rate / 1e9:.0f} GFLOP/s")
+    table.add_row("a call", f"{machine.call_seconds * 1e6:.1f} µs")
+    table.add_row(f"barriers, {_threads(machine.cores)}", f"{machine.barriers_at(machine.cores) * 1e6:.1f} µs")
+    table.add_row("packing and combining, 1 thread", f"{1e-9 / max(machine.row_byte_seconds, 1e-15):.1f} GB/s")
+    table.add_row("a task", f"{machine.task_seconds * 1e6:.2f} µs")
+    return table
+
+
+def _curve_table(machine: MachineProfile) -> Table:
+    """What the GEMMs reach, of both limits: weights in GB/s, arithmetic in GFLOP/s."""
+    from moec.cost.machine import ITEM_BYTES
+
+    curves = [c for c in machine.curves if c.threads == machine.cores]
+    table = Table(title=f"experts' GEMMs, {_threads(machine.cores)}", title_justify="left")
+    for name in ("rows an expert", *(f"{c.dtype} {unit}" for c in curves for unit in ("GB/s", "GFLOP/s"))):
+        table.add_column(name, justify="right")
+    for rows, _ in curves[0].points:
+        cells = []
+        for curve in curves:
+            ns = curve.seconds(rows) * 1e9
+            cells += [f"{ITEM_BYTES[curve.dtype] / ns:.1f}", f"{2 * rows / ns:.0f}"]
+        table.add_row(str(rows), *cells)
+    return table
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + "s" * (count > 1)
