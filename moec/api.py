@@ -9,6 +9,7 @@ import torch
 
 from moec.missed import add_missed
 from moec.options import CompileOptions
+from moec.predicted import add_predictions
 from moec.report import Report
 from moec.session import recording
 
@@ -81,10 +82,11 @@ def explain(
         MoecError: Bad options.
     """
     given = {"checks": "off", **options, "inner": "eager"}
-    CompileOptions.from_dict(given)
+    target = CompileOptions.from_dict(given).target
     torch._dynamo.reset()
     with recording() as report, torch.no_grad():
         torch.compile(model, backend="moec", options=given)(*args, **dict(kwargs or {}))
     torch._dynamo.reset()
     add_missed(report, model)
+    add_predictions(report, target, torch.get_num_threads())
     return report

@@ -67,6 +67,12 @@ def fill_experts(report: BlockReport, op: Op) -> None:
     inner = down.shape[-1] if _attr(op, "down_form") == "nk" else down.shape[-2]
     report.intermediate = int(inner) if inner.is_Integer else None
     report.dtype = x.dtype.name
+    up = op.group("up")[0].type
+    assert isinstance(up, TensorType)
+    outputs = up.shape[-2] if _attr(op, "up_form") == "nk" else up.shape[-1]
+    if outputs.is_Integer and report.intermediate:
+        apart = _attr(op, "layout") == "separate"
+        report.projections = 2 if apart else int(outputs) // report.intermediate
     names = ("x",) if _attr(op, "layout") in ("single", "rows") else ("g", "u")
     extras = [w for w, there in (("bias", op.group("up_bias")), ("post-norm", len(op.regions) > 1)) if there]
     if _attr(op, "layout") == "interleaved":

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moec.predicted_table import predicted_table
+
 _TEXT_WIDTH = 140  # of a report turned into text where there is no terminal to ask
 
 
@@ -36,6 +38,8 @@ class BlockReport:
         remarks: What passes and backends had to say, one line each.
         ir_before: The raised block before fusion.
         ir_after: The block as it was handed to the backend.
+        projections: GEMMs that lead to the activation: 2 for gate and up, else 1.
+        predicted: Times on the cpu backend for some numbers of tokens (``moec.predicted``): seconds, limit, what binds.
         instances: How many layers this compiled block serves, where identical layers share one compiled region.
     """
 
@@ -55,6 +59,8 @@ class BlockReport:
     remarks: list[str] = field(default_factory=list)
     ir_before: str = ""
     ir_after: str = ""
+    projections: int | None = None
+    predicted: list[dict[str, Any]] = field(default_factory=list)
     instances: int = 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +132,8 @@ class Report:
         console = Console(file=stream, width=_TEXT_WIDTH, color_system=None)
         if self.layers:
             console.print(self.table())
+        if predicted := predicted_table(self.layers):
+            console.print(predicted)
         for line in self.lines():
             console.print(Text(line), soft_wrap=True)
         return stream.getvalue().rstrip("\n")

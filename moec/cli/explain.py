@@ -64,6 +64,7 @@ def explain(
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
     from moec.cli.model import load_model
+    from moec.predicted_table import predicted_table
 
     loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, random_weights=random_weights)
     report = _explain(loaded, model)
@@ -71,6 +72,8 @@ def explain(
         emit(report.to_json())
     elif report.layers:
         out().print(report.table())
+        if predicted := predicted_table(report.layers):
+            out().print(predicted)
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")
     if not report.layers:

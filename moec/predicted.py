@@ -1,0 +1,47 @@
+"""Predicted times of a report's blocks, as the cost model has them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from moec.backends.cpu.isa import isa_of
+from moec.cost import LayerShape, machine_for, predict
+from moec.cost.machine import ITEM_BYTES
+from moec.report import BlockReport, Report
+from moec.targets import parse_target
+
+TOKENS = (1, 16, 256, 1024, 4096)
+"""Tokens of a call, from a decode step of one sequence to a long prefill."""
+
+
+def add_predictions(report: Report, target: str, threads: int) -> None:
+    """Fill in ``predicted`` of every fused block, where ``target`` is a CPU that the cpu backend has kernels for.
+
+    The times are those of the experts on the cpu backend, whichever backend took them, with tokens spread uniformly.
+    """
+    isa, machine_target = isa_of(target), parse_target(target)
+    if isinstance(isa, str):
+        return
+    machine = machine_for(machine_target)
+    for block in report.layers:
+        shape = _shape(block)
+        if shape is None:
+            continue
+        block.predicted = [
+            {
+                "tokens": tokens,
+                "threads": threads,
+                "isa": isa.name,
+                "calibrated": machine.has_curve(shape.dtype, isa.name),
+                **asdict(predict(shape, tokens, machine, threads, isa.name)),
+            }
+            for tokens in TOKENS
+        ]
+
+
+def _shape(block: BlockReport) -> LayerShape | None:
+    sizes = (block.hidden, block.intermediate, block.num_experts, block.top_k, block.projections)
+    if not block.fused or block.dtype not in ITEM_BYTES or None in sizes:
+        return None
+    hidden, inner, experts, top_k, parts = (int(s) for s in sizes if s is not None)
+    return LayerShape(hidden, inner, hidden, experts, top_k, parts, block.dtype)
