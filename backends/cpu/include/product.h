@@ -1,0 +1,144 @@
+// GEMMs whose sizes are known when they run, by the same panels and tiles as the forward's: rows times a weight matrix,
+// and the products over the rows of an expert that give a weight's gradient.
+#pragma once
+#include "block.h"
+#include "lanes.h"
+
+namespace moec {
+
+// Part of a weight matrix: n outputs, k elements of K, of which its rows are either (nk: a row is an output).
+struct Operand {
+    const char* at;
+    int64_t row;  // bytes
+    int n, k;
+    bool nk;
+};
+
+// The slice from k0 on, to be fetched during so many steps.
+template <class T> static inline Ahead slice_ahead(const Operand& w, int k0, int64_t steps) {
+    const int length = w.k - k0 < SLICE<T> ? w.k - k0 : SLICE<T>;
+    if (!w.at) return Ahead::over(nullptr, 0, 0, 0, steps);
+    if (w.nk) return Ahead::over(w.at + k0 * (int64_t)sizeof(T), w.row, w.n, length * (int64_t)sizeof(T), steps);
+    return Ahead::over(w.at + k0 * w.row, w.row, length, w.n * (int64_t)sizeof(T), steps);
+}
+
+// Steps of a packed row of k elements.
+template <class T> static inline int padded(int k) { return up_to(k, RUN<T>) / Step<T>::DEPTH; }
+
+// sums[t * ldc + n] (+)= x w. x: rows packed in `tiles`; next: what this thread multiplies with after this.
+template <class T>
+static __attribute__((noinline)) void product(const Operand& w, const Packed<T>* x, Tiles tiles, float* sums, int ldc, bool add,
+                                              const Operand& next, float* panel) {
+    constexpr int LENGTH = SLICE<T>;
+    const int groups = (w.n + GROUP - 1) / GROUP;
+    for (int k0 = 0; k0 < w.k; k0 += LENGTH) {
+        const int length = w.k - k0 < LENGTH ? w.k - k0 : LENGTH, steps = padded<T>(length);
+        Ahead soon = k0 + LENGTH < w.k ? slice_ahead<T>(w, k0 + LENGTH, (int64_t)groups * tiles.count * steps)
+                                       : slice_ahead<T>(next, 0, (int64_t)groups * tiles.count * steps);
+        for (int g = 0; g < groups; g++) {
+            const int n = w.n - g * GROUP < GROUP ? w.n - g * GROUP : GROUP;
+            if (w.nk) fill_panel<T, true>(w.at + k0 * (int64_t)sizeof(T) + g * GROUP * w.row, w.row, n, length, panel);
+            else fill_panel<T, false>(w.at + k0 * w.row + g * GROUP * (int64_t)sizeof(T), w.row, n, length, panel);
+            for (int t = 0; t < tiles.count; t++) {
+                const int t0 = tiles.start(t), mt = tiles.size(t);
+                const auto* xs = x + (int64_t)t0 * padded<T>(w.k) + (int64_t)k0 / Step<T>::DEPTH * mt;
+                tile_of<T, false>(mt, panel, xs, steps / W, sums + t0 * ldc + g * GROUP, ldc, add || k0 > 0, soon);
+            }
+        }
+    }
+}
+
+// The rows of an expert in a tensor of tokens.
+struct Rows {
+    const char* base;
+    int64_t row;           // bytes
+    const int32_t* order;  // the expert's slots
+    int64_t top_k;
+    int count;
+
+    const char* of(int r) const { return base + order[r] / top_k * row; }
+};
+
+// Columns of rows, packed for tiles: those of tile t are columns 6 t .. 6 t + 5 along all rows, [run of rows][column][W].
+template <class T> struct Columns {
+    Packed<T>* base;
+    int count, rows;  // columns; rows, whole runs
+
+    int size(int tile) const { return count - tile * TILE_TOKENS < TILE_TOKENS ? count - tile * TILE_TOKENS : TILE_TOKENS; }
+    Packed<T>* tile(int t) const { return base + (int64_t)t * TILE_TOKENS * rows / Step<T>::DEPTH; }
+    Packed<T>* at(int column, int row) const {
+        const int t = column / TILE_TOKENS;
+        return packed_at<T>(tile(t), size(t), column % TILE_TOKENS, row);
+    }
+    float sum(int column) const {
+        V s = zero();
+        for (int r = 0; r < rows; r += W) s = s + load_packed(at(column, r));
+        return sum_lanes(s);
+    }
+    static V load_packed(const Packed<T>* p) {
+        if constexpr (Step<T>::DEPTH == 2) return load((const T*)p);
+        else return load(p);
+    }
+};
+
+// The panel whose elements of K are rows r0 .. r0 + count of tokens, its outputs their columns c0 .. c0 + n.
+template <class T> static inline void fill_rows(const Rows& rows, int r0, int count, int c0, int n, float* panel) {
+    using S = Step<T>;
+    for (int k = 0; k < up_to(count, RUN<T>); k += S::DEPTH, panel += GROUP) {
+        const char* p = k < count ? rows.of(r0 + k) : nullptr;
+        const int64_t next = k + 1 < count ? rows.of(r0 + k + 1) - p : 0;
+#pragma GCC unroll 4
+        for (int at = 0; at < GROUP; at += S::DEPTH * W) {
+            V v[S::DEPTH];
+            if (p && at < n) S::outputs((const T*)p + c0 + at, next, count - k, n - at, v);
+            else
+                for (int i = 0; i < S::DEPTH; i++) v[i] = zero();
+            for (int i = 0; i < S::DEPTH; i++) store(panel + at + i * W, v[i]);
+        }
+    }
+}
+
+// Outputs and columns of a weight's gradient in one task. The side that is contiguous in memory is longer.
+struct Cut {
+    int outputs, columns;
+    explicit Cut(bool by_left) : outputs(by_left ? 96 : 192), columns(by_left ? 256 : 128) {}
+};
+constexpr int64_t CUT_FLOATS = 96 * 256;
+
+// to_at[o][c], or to_at[c][o], = sum over rows of left[row][o] * right[row][c], for a task's outputs from o0 and columns from c0.
+template <class T>
+static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& right, int width, int o0, int c0, char* to_at, int64_t to_row,
+                                            bool by_left, float* panel) {
+    const Cut cut(by_left);
+    const int no = left.count - o0 < cut.outputs ? left.count - o0 : cut.outputs;
+    const int nc = width - c0 < cut.columns ? width - c0 : cut.columns, ldc = cut.columns;
+    float* sums = panel + PANEL_BYTES / sizeof(float);
+    Ahead none = Ahead::over(nullptr, 0, 0, 0, 1);
+    for (int r0 = 0; r0 < right.count; r0 += SLICE<T>) {
+        const int length = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
+        for (int g = 0; g < nc; g += GROUP) {
+            fill_rows<T>(right, r0, length, c0 + g, nc - g, panel);
+            for (int t = o0 / TILE_TOKENS; t * TILE_TOKENS < o0 + no; t++) {
+                const auto* xs = left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t);
+                float* to = sums + (t * TILE_TOKENS - o0) * ldc + g;
+                tile_of<T, false>(left.size(t), panel, xs, padded<T>(length) / W, to, ldc, r0 > 0, none);
+            }
+        }
+    }
+    if (by_left) {
+        for (int o = 0; o < no; o++) {
+            T* p = (T*)(to_at + (o0 + o) * to_row) + c0;
+            for (int c = 0; c < nc; c += W) store_n(p + c, load(sums + o * ldc + c), nc - c);
+        }
+        return;
+    }
+    for (int c = 0; c < nc; c += W)
+        for (int o = 0; o < no; o += W) {
+            V r[W];
+            for (int i = 0; i < W; i++) r[i] = load(sums + (o + i) * ldc + c);
+            transpose(r);
+            for (int i = 0; i < W && c + i < nc; i++) store_n((T*)(to_at + (c0 + c + i) * to_row) + o0 + o, r[i], no - o);
+        }
+}
+
+}  // namespace moec
