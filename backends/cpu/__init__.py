@@ -5,7 +5,7 @@ from __future__ import annotations
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op
 from moec.backends.cpu.build import compiler, compiler_text
 from moec.backends.cpu.expression import UnsupportedError
-from moec.backends.cpu.isa import isa_of, missing
+from moec.backends.cpu.isa import isa_of, missing, refusal
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError
 from moec.backends.cpu.route import NO_FUNCTIONS, CpuRoute, functions
@@ -29,8 +29,8 @@ class CpuBackend(Backend):
     the other tokens and the number of threads. ``moe.route`` is computed token by token, from logits to ids and
     weights, unless the router is a region; it chooses the experts that PyTorch chooses, where scores are equal too.
     Compiled kernels are kept in the cache directory; a compiler (``g++``) must be there. Gradients are those of
-    ``aten``. Targets ``cpu:avx2``, ``cpu:avx512`` and ``cpu:avx512_bf16`` choose the instructions; ``cpu`` takes the
-    best that the processor has.
+    ``aten``. Targets ``cpu:avx2``, ``cpu:avx512``, ``cpu:avx512_bf16`` and ``cpu:amx`` choose the instructions (AMX's
+    tiles for bf16, in the forward); ``cpu`` takes the best that the processor has.
     """
 
     name = "cpu"
@@ -67,6 +67,11 @@ class CpuBackend(Backend):
         if lacks := missing(isa):
             raise LoadError(
                 f"this processor cannot run kernels for cpu:{isa.name}: it lacks {lacks}", hint="use the target 'cpu'"
+            )
+        if why := refusal(isa):
+            raise LoadError(
+                f"the operating system lets this process use no AMX tiles: {why}",
+                hint="use the target 'cpu:avx512_bf16'",
             )
         op = program_op(artifact.graph)
         if op.name == "moe.route":

@@ -89,4 +89,17 @@ static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, T
     for (int t = 0; t < tiles.count; t++) done(tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
 }
 
+// The GEMM of a layer's weights of one form. There are others for bf16 on AMX.
+template <class T, bool NK> struct Core {
+    using Tiles = moec::Tiles;
+    template <int PARTS> static constexpr int BLOCK = moec::BLOCK<NK, PARTS>;  // outputs of each matrix
+    static constexpr int64_t room(int64_t rows) { return room_of<NK>(rows); }
+    // `count` elements of a tile's packed rows, from `from` on, are there; both are whole runs.
+    static void seal(Packed<T>*, int, int, int) {}
+    template <int K, int PARTS, class Done>
+    static void block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done) {
+        gemm_block<T, NK, K, PARTS>(w, row, x, tiles, next, room, done);
+    }
+};
+
 }  // namespace moec

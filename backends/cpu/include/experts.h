@@ -7,6 +7,9 @@
 
 #include "block.h"
 #include "math.h"
+#if defined(__AMX_BF16__) || defined(MOEC_EMULATE_AMX)
+#include "amx_block.h"
+#endif
 
 namespace moec {
 
@@ -75,16 +78,21 @@ template <class B> static inline void bias_block(float* to, const Matrix& m, int
 
 template <class L> struct Layer {
     using T = typename L::T;
+    using UpCore = Core<T, L::UP_NK>;
+    using DownCore = Core<T, L::DOWN_NK>;
+    using Tiles = typename UpCore::Tiles;
     // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
     static constexpr int MATRICES = L::PAIRED ? 1 : L::PARTS, OUTPUTS = L::PAIRED ? 2 : 1;
-    static constexpr int UP = BLOCK<L::UP_NK, MATRICES> / OUTPUTS, DOWN = BLOCK<L::DOWN_NK, 1>;
+    static constexpr int UP = UpCore::template BLOCK<MATRICES> / OUTPUTS, DOWN = DownCore::template BLOCK<1>;
     static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
     static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
 
     // Bytes of working memory: of a slot in `a` and in `o`, and of a thread's room for so many rows.
     static constexpr int64_t A_ROW = sizeof(Packed<T>) * I_PADDED;
     static constexpr int64_t O_ROW = sizeof(Packed<T>) * K_PADDED > sizeof(T) * L::N ? sizeof(Packed<T>) * K_PADDED : sizeof(T) * L::N;
-    static constexpr int64_t room_bytes(int64_t rows) { return room_of<L::UP_NK && L::DOWN_NK>(rows); }
+    static constexpr int64_t room_bytes(int64_t rows) {
+        return UpCore::room(rows) > DownCore::room(rows) ? UpCore::room(rows) : DownCore::room(rows);
+    }
 
     const Call& c;
     const int32_t* order;
@@ -115,6 +123,7 @@ template <class L> struct Layer {
             Packed<T>* to = packed_x(s) + (int64_t)t0 * K_PADDED;
             for (int t = 0; t < mt; t++)
                 pack_row<T, L::K>(to, mt, t, (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row));
+            UpCore::seal(to, mt, 0, up_to(L::K, RUN<T>));
         }
     }
 
@@ -148,8 +157,9 @@ template <class L> struct Layer {
                     Step<T>::put(packed_at<T>(tile, mt, t, i0 + i), a);
                 }
             }
+            DownCore::seal(tile, mt, i0, stop);
         };
-        gemm_block<T, L::UP_NK, L::K, MATRICES>(up_at(s, block), c.up[0].row, packed_x(s), Tiles(s.rows), next, room(), done);
+        UpCore::template block<L::K, MATRICES>(up_at(s, block), c.up[0].row, packed_x(s), Tiles(s.rows), next, room(), done);
     }
 
     void down(Segment s, int block, const Place& next) const {
@@ -166,7 +176,7 @@ template <class L> struct Layer {
                 }
             }
         };
-        gemm_block<T, L::DOWN_NK, L::I, 1>(down_at(s, block), c.down.row, packed_a(s), Tiles(s.rows), next, room(), done);
+        DownCore::template block<L::I, 1>(down_at(s, block), c.down.row, packed_a(s), Tiles(s.rows), next, room(), done);
     }
 
     // A token's rows times their weights, each product rounded, added in the order of k.
