@@ -1,111 +1,171 @@
-"""What this machine can do at most: arithmetic and reading, with the cpu backend's compiler and instructions."""
+"""What this machine can do at most, measured here and now: arithmetic, GEMM, reading.
+
+Three rates for one number of threads and one element type:
+
+- the peak of multiply-adds whose operands stay in registers, which no GEMM reaches;
+- the best GEMM found: PyTorch's, and moec's cpu backend on one dense layer;
+- reading memory that no cache holds, the best of several ways that kernels read weights.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
 
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import isa_of
 from moec.backends.cpu.load import openmp_library
 from moec.ir.errors import MoecError
+from ours import make_weights, moec_calls
+from routing import Batch, draw_tokens
+from shapes import DTYPES, Shape
 
-READ_BYTES = 1 << 30
-REPEATS = 5
-SOURCE = """
-#include <omp.h>
-#include <stdlib.h>
-#include "dot.h"
-using namespace moec;
-#define EXPORT extern "C" __attribute__((visibility("default")))
+REPEATS = 3
+_GEMM_SECONDS = 3.0  # longest that one product may take: some types have no fast GEMM everywhere
 
-// Multiply-adds on independent accumulators in registers; operations per second of all threads.
-template <class T> static double peak(int threads) {
-    constexpr int N = 20, TURNS = 2000000;
-    static char numbers[64 * 2] = {};
-    double start = 0, stop = 0;
-    volatile float sink = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        V acc[N];
-#pragma GCC unroll 20
-        for (int i = 0; i < N; i++) acc[i] = set1((float)(i + 1));  // all different: equal ones would be merged
-        Chunk<T> a = Chunk<T>::get((const T*)numbers), b = Chunk<T>::get((const T*)(numbers + 64));
-#pragma omp barrier
-#pragma omp master
-        start = omp_get_wtime();
-        for (int turn = 0; turn < TURNS; turn++) {
-#pragma GCC unroll 20
-            for (int i = 0; i < N; i++) Chunk<T>::add(acc[i], a, b);
-            asm volatile("" ::: "memory");
-        }
-        V sum = zero();
-#pragma GCC unroll 20
-        for (int i = 0; i < N; i++) sum = sum + acc[i];
-        float out[W];
-        store_n(out, sum, W);
-        if (out[0] != 0) sink = out[0];
-#pragma omp barrier
-#pragma omp master
-        stop = omp_get_wtime();
-    }
-    return 2.0 * Chunk<T>::STEP * N * TURNS * threads / (stop - start);
+
+@dataclass(frozen=True)
+class Effort:
+    """How large the measurements are.
+
+    Attributes:
+        read_bytes: Far more than a cache holds.
+        gemms: Sizes of square products.
+        dense: Widths and token count of the dense layer.
+    """
+
+    read_bytes: int = 3 << 29
+    gemms: tuple[int, ...] = (2048, 4096)
+    dense: tuple[int, int] = (4096, 2048)
+
+
+FULL, QUICK = Effort(), Effort(1 << 26, (512,), (512, 256))
+
+#: name -> bytes of a row, rows of a block, bytes that lines are asked for ahead
+PATTERNS = {
+    "one stream": (1 << 16, 4, 0),
+    "four rows": (4096, 32, 0),
+    "four rows, asked for ahead": (4096, 32, 16384),
+    "long rows, asked for ahead": (1 << 15, 8, 2048),
 }
-EXPORT double peak_f32(int threads) { return peak<float>(threads); }
-EXPORT double peak_bf16(int threads) { return peak<bf16>(threads); }
-EXPORT double peak_f16(int threads) { return peak<f16>(threads); }
-
-// Reads `bytes` once, every thread its part, in blocks taken in turn as the kernels take weights.
-EXPORT double bandwidth(const char* data, int64_t bytes, int threads) {
-    constexpr int64_t BLOCK = 1 << 18;
-    volatile float sink = 0;
-    double start = omp_get_wtime();
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t block = 0; block < bytes / BLOCK; block++) {
-        const float* p = (const float*)(data + block * BLOCK);
-        V a = zero(), b = zero(), c = zero(), d = zero();
-        for (int64_t i = 0; i < BLOCK / 4; i += 4 * W) {
-            _mm_prefetch((const char*)(p + i) + 16384, _MM_HINT_T1);
-            a = max(a, load(p + i));
-            b = max(b, load(p + i + W));
-            c = max(c, load(p + i + 2 * W));
-            d = max(d, load(p + i + 3 * W));
-        }
-        float out[W];
-        store_n(out, max(max(a, b), max(c, d)), W);
-        if (out[0] > 1) sink = out[0];
-    }
-    return bytes / (omp_get_wtime() - start);
-}
-"""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Best of several: multiply-add operations a second (two each), and bytes read a second."""
+    """Rates of this machine, best of several; operations count a multiply-add as two.
 
-    flops: float
-    bandwidth: float
+    Attributes:
+        dtype: Element type.
+        threads: Of every measurement.
+        processor: Its name.
+        registers: Operations a second on registers.
+        gemms: Operations a second of GEMMs by name.
+        reads: Bytes a second by pattern.
+    """
+
+    dtype: str
+    threads: int
+    processor: str
+    registers: float
+    gemms: dict[str, float]
+    reads: dict[str, float]
+
+    @property
+    def flops(self) -> float:
+        """Of the best GEMM."""
+        return max(self.gemms.values())
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the best way to read."""
+        return max(self.reads.values())
+
+    def limit(self, flops: float, weight_bytes: float) -> float:
+        """Seconds that the work takes at least."""
+        return max(flops / self.flops, weight_bytes / self.bandwidth)
 
 
-def measure(dtype: str, threads: int) -> Machine:
-    """Measure for element type ``dtype`` with ``threads`` threads; about two seconds.
+def measure(dtype: str, threads: int, target: str, tell: Callable[[str], None], effort: Effort = FULL) -> Machine:
+    """Measures for element type ``dtype`` with ``threads`` threads; about ten seconds.
 
     Raises:
         MoecError: This processor has none of the cpu backend's instruction sets.
     """
-    import torch
+    library = _library()
+    peak = getattr(library, f"peak_{dtype}")
+    peak.restype = ctypes.c_double
+    read = library.bandwidth
+    read.restype = ctypes.c_double
+    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 3]
+    registers, gemms, reads = 0.0, {}, dict.fromkeys(PATTERNS, 0.0)
+    for turn in range(2):  # before and after the products: one of them may meet somebody else's work
+        tell("arithmetic on registers, and reading")
+        data = torch.ones(effort.read_bytes, dtype=torch.uint8)
+        for _ in range(REPEATS):
+            registers = max(registers, peak(threads))
+            for name, pattern in PATTERNS.items():
+                # The end is left out: lines are asked for beyond a block.
+                rate = read(data.data_ptr(), effort.read_bytes - (1 << 18), threads, *pattern)
+                reads[name] = max(reads[name], rate)
+        del data
+        if turn == 0:
+            with torch.no_grad():
+                gemms = _gemms(dtype, target, tell, effort)
+    return Machine(dtype, threads, _processor(), registers, gemms, reads)
 
+
+def _library() -> ctypes.CDLL:
     isa = isa_of("cpu")
     if isinstance(isa, str):
         raise MoecError(f"nothing to measure: {isa}")
     openmp_library()
-    library = ctypes.CDLL(str(build(SOURCE, isa)))
-    peak, bandwidth = getattr(library, f"peak_{dtype}"), library.bandwidth
-    peak.restype = bandwidth.restype = ctypes.c_double
-    bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    data = torch.zeros(READ_BYTES, dtype=torch.uint8).fill_(1)
-    return Machine(
-        max(peak(threads) for _ in range(REPEATS)),
-        max(bandwidth(data.data_ptr(), READ_BYTES, threads) for _ in range(REPEATS)),
+    source = Path(__file__).with_name("peaks.cpp").read_text(encoding="utf-8")
+    return ctypes.CDLL(str(build(source, isa)))
+
+
+def _gemms(dtype: str, target: str, tell: Callable[[str], None], effort: Effort) -> dict[str, float]:
+    kind = DTYPES[dtype]
+    found: dict[str, float] = {}
+    rate = 0.0
+    for n in (256, *effort.gemms):
+        if rate and 2 * n**3 / rate > _GEMM_SECONDS:
+            tell(f"torch.mm of {n} in {dtype} would take too long and is left out")
+            break
+        tell(f"torch.mm of {n}")
+        a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
+        rate = 2 * n**3 / _best(partial(torch.mm, a, b))
+        if n in effort.gemms:
+            found[f"torch.mm {n}"] = rate
+    tell("one dense layer of the cpu backend")
+    width, tokens = effort.dense
+    dense = Shape("dense", width, width, 1, 1)
+    x, w = draw_tokens(dense, tokens, kind)
+    ids = torch.zeros(tokens, 1, dtype=torch.int64)
+    (call,) = moec_calls("cpu", target, dtype, dense, make_weights(dense, kind, 1))
+    batch = Batch(x, ids, ids.to(torch.int32), w)
+    found["cpu backend, dense layer"] = dense.flops(tokens) / _best(lambda: call(batch))
+    return found
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Fewest seconds of several calls after a warm one; a slow one is called less often."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < 5 and sum(seconds) < _GEMM_SECONDS:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
     )
