@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op
-from moec.backends.cpu.build import compiler, compiler_text
+from moec.backends.cpu.build import compiler, compiler_text, warn_of_no_compiler
 from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import isa_of, missing, refusal
 from moec.backends.cpu.kernel import CpuExperts
@@ -42,6 +42,7 @@ class CpuBackend(Backend):
         if isinstance(isa, str):
             return Support.no(isa)
         if compiler() is None:
+            warn_of_no_compiler()
             return Support.no("there is no C++ compiler; install g++")
         try:
             if op.name == "moe.experts":

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +30,8 @@ SLOW_SECONDS = 2.0
 """A build that takes longer is told of while it runs."""
 BUILD_SECONDS = 300.0
 LOG = logging.getLogger("moec.cpu")
+EXTRA_FLAGS = "MOEC_CXXFLAGS"
+"""Environment variable: more flags for the compiler, such as ``-g`` for a profiler or ``-fsanitize=address``."""
 _LOCK = threading.Lock()
 
 
@@ -53,6 +56,15 @@ def compiler() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def warn_of_no_compiler() -> None:
+    """Say once that kernels cannot be compiled here."""
+    LOG.warning(
+        "moec: no C++ compiler was found, so the cpu backend's kernels cannot be built and slower ones run; "
+        "install g++ (or set CXX)"
+    )
+
+
 def compiler_text() -> str:
     """The compiler and its version, for messages; empty where there is none."""
     command = compiler()
@@ -64,9 +76,13 @@ def _headers() -> bytes:
     return b"".join(path.name.encode() + path.read_bytes() for path in sorted(INCLUDE.glob("*.h")))
 
 
+def _flags(isa: Isa, extra: tuple[str, ...]) -> tuple[str, ...]:
+    return (*FLAGS, *isa.flags, *extra, *shlex.split(os.environ.get(EXTRA_FLAGS, "")))
+
+
 def library_path(source: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
     """Where the library of ``source`` lies once it is built."""
-    parts = (source.encode(), _headers(), compiler_text().encode(), " ".join((*FLAGS, *isa.flags, *extra)).encode())
+    parts = (source.encode(), _headers(), compiler_text().encode(), " ".join(_flags(isa, extra)).encode())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -97,21 +113,31 @@ def _compile(source: str, isa: Isa, extra: tuple[str, ...], path: Path) -> None:
         )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     started = time.monotonic()
-    timer = threading.Timer(SLOW_SECONDS, lambda: LOG.warning("compiling a kernel for %s ...", isa.name))
+    timer = threading.Timer(SLOW_SECONDS, lambda: LOG.warning("still compiling a kernel for %s ...", isa.name))
     timer.start()
+    _tell(f"moec: compiling a kernel for cpu:{isa.name} ...")
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
             text, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             text.write_text(source)
             objects = ["-c", "-o", str(Path(folder) / "kernel.o"), str(text)]
-            words = [*shlex.split(command), *isa.flags, *extra]
+            words = [*shlex.split(command), *_flags(isa, extra)]
             # OpenMP's library is not linked: the kernel uses the one that torch brought (see load.py).
-            _run([*words, *FLAGS, f"-I{INCLUDE}", *objects], source, path)
+            _run([*words, f"-I{INCLUDE}", *objects], source, path)
+            words = [w for w in words if w != "-fopenmp"]
             _run([*words, "-shared", "-o", str(made), str(Path(folder) / "kernel.o")], source, path)
             os.replace(made, path)
     finally:
         timer.cancel()
+        _tell("")
     LOG.info("compiled a kernel for %s in %.1f s", isa.name, time.monotonic() - started)
+
+
+def _tell(text: str) -> None:
+    """A line on a terminal, over the one before; nothing where nobody looks."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 def _run(command: list[str], source: str, path: Path) -> None:

@@ -46,6 +46,17 @@ def test_source_compiler_and_instructions_name_it(monkeypatch: pytest.MonkeyPatc
     assert len(names) == 5
 
 
+def test_more_flags_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build.library_path(SOURCE, ISA)
+    monkeypatch.setenv(build.EXTRA_FLAGS, "-g -DONE=1")
+    assert build.library_path(SOURCE, ISA) != plain
+    text = "#if ONE != 1\n#error no\n#endif\n" + SOURCE
+    assert build.build(text, ISA).exists()
+    monkeypatch.delenv(build.EXTRA_FLAGS)
+    with pytest.raises(build.BuildError):
+        build.build(text, ISA)
+
+
 def test_a_refused_source_is_told_and_leaves_no_library(tmp_path: Path) -> None:
     with pytest.raises(build.BuildError, match="refused") as caught:
         build.build("int broken(", ISA)
@@ -53,10 +64,15 @@ def test_a_refused_source_is_told_and_leaves_no_library(tmp_path: Path) -> None:
     assert not [f for f in files(tmp_path) if not f.endswith(".failed.cpp")]
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     op = ExpertsCase().graph().ops[0]
-    assert "no C++ compiler" in BACKEND.supports(op, "cpu").reason
+    build.warn_of_no_compiler.cache_clear()
+    with caplog.at_level("WARNING", logger="moec.cpu"):
+        for _ in range(2):
+            assert "no C++ compiler" in BACKEND.supports(op, "cpu").reason
+    (told,) = caplog.messages  # once
+    assert "install g++" in told
     assert [line.works for line in BACKEND.status()][:2] == [True, False]
     with pytest.raises(build.BuildError, match=r"g\+\+"):
         build.build(SOURCE, ISA)
