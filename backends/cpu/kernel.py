@@ -13,6 +13,7 @@ from torch import Tensor
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.base import Kernel
 from moec.backends.cpu import team, workspace
+from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
@@ -45,7 +46,7 @@ class Code:
 
 
 class CpuExperts(Kernel):
-    """Forward in generated C++; gradients are aten's, which needs nothing but the inputs.
+    """Forward and backward in generated C++; gradients that it does not have (see ``backward.py``) are aten's.
 
     Attributes:
         threads: Of a call; 0 for as many as torch is set to.
@@ -55,6 +56,7 @@ class CpuExperts(Kernel):
         self.shape, self.isa, self.threads = shape, isa, threads
         self.aten = AtenExperts(op)
         self.spec = self.aten.spec
+        self.gradients = CpuBackward(op, shape, self.spec, isa)
         self.codes: dict[tuple[bool, bool], Code] = {}
         self.lock = threading.Lock()
         self.code(self.spec.up_nk, self.spec.down_nk)
@@ -94,7 +96,7 @@ class CpuExperts(Kernel):
         keep = Pointers()
         gate, up = self._up(p.up, up_nk, keep)
         bias_gate, bias_up = self._up_bias(p.up_bias, keep)
-        captures = [c.contiguous() for c in p.captures]
+        captures, post_captures = ([c.contiguous() for c in group] for group in (p.captures, p.post_captures))
         with team.SHARED.borrow(self.threads or torch.get_num_threads()) as threads:
             work = workspace.SHARED.take(a_bytes + o_bytes + ints + threads * room + _ALIGN)
             base = _aligned(work.data_ptr())
@@ -105,7 +107,7 @@ class CpuExperts(Kernel):
                     base, base + a_bytes, base + a_bytes + o_bytes + ints, base + a_bytes + o_bytes,
                     *gate, *up, *self._matrix(p.down, 0, down_nk, spec.down_nk, keep),
                     *bias_gate, *bias_up, *self._vector(p.down_bias, 0, keep),
-                    keep.table(captures),
+                    keep.table(captures), keep.table(post_captures),
                 ]
             )  # fmt: skip
             workspace.SHARED.give_back(work)
@@ -114,7 +116,9 @@ class CpuExperts(Kernel):
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        return self.aten.backward(grads, inputs, needs)
+        (grad,) = grads
+        found = None if grad is None else self.gradients(grad, inputs, needs, self.threads or torch.get_num_threads())
+        return self.aten.backward(grads, inputs, needs) if found is None else found
 
     def _up(self, tensors: list[Tensor], nk: bool, keep: Pointers) -> tuple[list[int], list[int]]:
         """``Matrix`` of gate and of up; interleaved rows are read as one matrix, single ones have no gate."""

@@ -1,5 +1,6 @@
 // The layer: slots sorted by expert; then, in one parallel region with three barriers, their rows packed, up GEMM and
-// activation, down GEMM, weighting and combine.
+// activation, down GEMM, weighting and combine. An activation of whole rows waits for them at a fourth barrier; a function
+// of rows after the down GEMM is part of the combine.
 #pragma once
 #include <omp.h>
 
@@ -7,6 +8,7 @@
 
 #include "block.h"
 #include "math.h"
+#include "rows.h"
 #if defined(__AMX_BF16__) || defined(MOEC_EMULATE_AMX)
 #include "amx_block.h"
 #endif
@@ -27,6 +29,7 @@ struct Call {
     Matrix up[2], down;    // gate and up, or one
     Matrix up_bias[2], down_bias;  // `row`: from one element to the next
     const void* const* captures;
+    const void* const* post_captures;
 };
 
 struct Segment {
@@ -76,6 +79,8 @@ template <class B> static inline void bias_block(float* to, const Matrix& m, int
     }
 }
 
+static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class L> struct Layer {
     using T = typename L::T;
     using UpCore = Core<T, L::UP_NK>;
@@ -84,14 +89,17 @@ template <class L> struct Layer {
     // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
     static constexpr int MATRICES = L::PAIRED ? 1 : L::PARTS, OUTPUTS = L::PAIRED ? 2 : 1;
     static constexpr int UP = UpCore::template BLOCK<MATRICES> / OUTPUTS, DOWN = DownCore::template BLOCK<1>;
-    static constexpr int UP_BLOCKS = (L::I + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
+    static constexpr int UP_BLOCKS = (L::M + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
     static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
 
+    static constexpr int SHARES = 8;  // of a segment, where rows are worked on one by one
+
     // Bytes of working memory: of a slot in `a` and in `o`, and of a thread's room for so many rows.
-    static constexpr int64_t A_ROW = sizeof(Packed<T>) * I_PADDED;
-    static constexpr int64_t O_ROW = sizeof(Packed<T>) * K_PADDED > sizeof(T) * L::N ? sizeof(Packed<T>) * K_PADDED : sizeof(T) * L::N;
+    static constexpr int64_t A_PACKED = sizeof(Packed<T>) * I_PADDED, A_ROW = A_PACKED + (L::ROWS ? sizeof(T) * L::M : 0);
+    static constexpr int64_t SLOT = up_to(larger(sizeof(T) * L::N, L::POST ? sizeof(typename L::Row) * L::WIDTH : 0), sizeof(float));
+    static constexpr int64_t O_ROW = larger(sizeof(Packed<T>) * K_PADDED, SLOT);
     static constexpr int64_t room_bytes(int64_t rows) {
-        return UpCore::room(rows) > DownCore::room(rows) ? UpCore::room(rows) : DownCore::room(rows);
+        return larger(larger(UpCore::room(rows), DownCore::room(rows)), sizeof(float) * L::ROW_FLOATS);
     }
 
     const Call& c;
@@ -100,7 +108,7 @@ template <class L> struct Layer {
 
     // The block of a task.
     Place up_at(Segment s, int block) const {
-        const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
+        const int i0 = block * UP, n = L::M - i0 < UP ? L::M - i0 : UP;
         Place at{{nullptr, nullptr}, n * OUTPUTS};
         for (int p = 0; p < MATRICES; p++)
             at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
@@ -113,6 +121,8 @@ template <class L> struct Layer {
 
     Packed<T>* packed_x(const Segment& s) const { return (Packed<T>*)c.o + (int64_t)s.start * K_PADDED; }
     Packed<T>* packed_a(const Segment& s) const { return (Packed<T>*)c.a + (int64_t)s.start * I_PADDED; }
+    T* h_row(int row) const { return (T*)(c.a + c.tokens * c.top_k * A_PACKED) + (int64_t)row * L::M; }
+    char* o_row(int64_t slot) const { return c.o + slot * SLOT; }
     float* room() const { return (float*)(c.room + omp_get_thread_num() * c.room_bytes); }
 
     // The token rows of a segment, tile by tile.
@@ -127,37 +137,55 @@ template <class L> struct Layer {
         }
     }
 
+    // The activations of columns i0 .. i0 + n - 1 of a tile, and in the last block zeros up to a whole run.
+    void activate(const Segment& s, int i0, int n, int t0, int mt, const float* h, int ldh, const float (*bias)[UP + W]) const {
+        const int stop = i0 + UP < L::I ? n : up_to(L::I, RUN<T>) - i0;
+        Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
+        for (int t = 0; t < mt; t++) {
+            for (int i = 0; i < stop; i += W) {
+                V a = zero();
+                if (i < n) {
+                    V g, u;
+                    if constexpr (L::PAIRED) {
+                        load_pairs(h + t * ldh + 2 * i, g, u);
+                    } else {
+                        g = load(h + t * ldh + i);
+                        u = load(h + t * ldh + (L::PARTS - 1) * ldh / 2 + i);
+                    }
+                    g = round_to<T>(g);
+                    u = round_to<T>(u);
+                    if (L::UP_BIAS) {
+                        g = round_to<T>(g + load(bias[0] + i));
+                        u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
+                    }
+                    a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
+                }
+                Step<T>::put(packed_at<T>(tile, mt, t, i0 + i), a);
+            }
+        }
+        DownCore::seal(tile, mt, i0, stop);
+    }
+
+    // A row of a GEMM's sums, rounded, with its bias.
+    template <bool BIAS> static void put_row(const float* sums, const float* bias, T* to, int n) {
+        for (int i = 0; i < n; i += W) {
+            V v = load(sums + i);
+            if (BIAS) v = round_to<T>(v) + load(bias + i);
+            store_n(to + i, v, n - i);
+        }
+    }
+
     void up(Segment s, int block, const Place& next) const {
-        const int i0 = block * UP, n = L::I - i0 < UP ? L::I - i0 : UP;
-        const int stop = block + 1 < UP_BLOCKS ? n : up_to(L::I, RUN<T>) - i0;  // the last block also writes the padding
+        const int i0 = block * UP, n = L::M - i0 < UP ? L::M - i0 : UP;
         alignas(64) float bias[2][UP + W];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
-            Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
-            for (int t = 0; t < mt; t++) {
-                for (int i = 0; i < stop; i += W) {
-                    V a = zero();
-                    if (i < n) {
-                        V g, u;
-                        if constexpr (L::PAIRED) {
-                            load_pairs(h + t * ldh + 2 * i, g, u);
-                        } else {
-                            g = load(h + t * ldh + i);
-                            u = load(h + t * ldh + (L::PARTS - 1) * ldh / 2 + i);
-                        }
-                        g = round_to<T>(g);
-                        u = round_to<T>(u);
-                        if (L::UP_BIAS) {
-                            g = round_to<T>(g + load(bias[0] + i));
-                            u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
-                        }
-                        a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
-                    }
-                    Step<T>::put(packed_at<T>(tile, mt, t, i0 + i), a);
-                }
+            if constexpr (L::ROWS) {
+                for (int t = 0; t < mt; t++) put_row<L::UP_BIAS>(h + t * ldh, bias[0], h_row(s.start + t0 + t) + i0, n);
+            } else {
+                activate(s, i0, n, t0, mt, h, ldh, bias);
             }
-            DownCore::seal(tile, mt, i0, stop);
         };
         UpCore::template block<L::K, MATRICES>(up_at(s, block), c.up[0].row, packed_x(s), Tiles(s.rows), next, room(), done);
     }
@@ -167,31 +195,56 @@ template <class L> struct Layer {
         alignas(64) float bias[DOWN + W];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
-            for (int t = 0; t < mt; t++) {
-                T* o = (T*)c.o + (int64_t)order[s.start + t0 + t] * L::N + n0;
-                for (int i = 0; i < n; i += W) {
-                    V v = load(h + t * ldh + i);
-                    if (L::DOWN_BIAS) v = round_to<T>(v) + load(bias + i);
-                    store_n(o + i, v, n - i);
-                }
-            }
+            for (int t = 0; t < mt; t++)
+                put_row<L::DOWN_BIAS>(h + t * ldh, bias, (T*)o_row(order[s.start + t0 + t]) + n0, n);
         };
         DownCore::template block<L::I, 1>(down_at(s, block), c.down.row, packed_a(s), Tiles(s.rows), next, room(), done);
+    }
+
+    // A share of a segment's tiles: the activation of their rows.
+    void rows(Segment s, int share) const {
+        if constexpr (L::ROWS) {
+            const Tiles tiles(s.rows);
+            float *h = room(), *rest = h + padded_row(L::M);
+            for (int tile = tiles.count * share / SHARES; tile < tiles.count * (share + 1) / SHARES; tile++) {
+                const int t0 = tiles.start(tile), mt = tiles.size(tile);
+                Packed<T>* to = packed_a(s) + (int64_t)t0 * I_PADDED;
+                for (int t = 0; t < mt; t++) {
+                    auto put = [&](int i, V a) { Step<T>::put(packed_at<T>(to, mt, t, i), keep_n(a, L::I - i)); };
+                    widen_row<L::M>(h_row(s.start + t0 + t), h);
+                    L::activation_row(h, c.captures, rest, put);
+                    for (int i = up_to(L::I, W); i < up_to(L::I, RUN<T>); i += W) put(i, zero());
+                }
+                DownCore::seal(to, mt, 0, up_to(L::I, RUN<T>));
+            }
+        }
+    }
+
+    // The function of a slot's row after the down GEMM, in place.
+    void post(int64_t slot) const {
+        float* o = room();
+        auto* to = (typename L::Row*)o_row(slot);
+        widen_row<L::N>((const T*)o_row(slot), o);
+        L::post_row(o, c.post_captures, o + padded_row(L::N), [&](int i, V v) { store_n(to + i, v, L::WIDTH - i); });
     }
 
     // A token's rows times their weights, each product rounded, added in the order of k.
     void combine(int64_t token) const {
         using R = typename L::Product;
         const int64_t first = token * c.top_k;
-        auto* out = (typename L::Out*)c.out + token * L::N;
-        for (int n = 0; n < L::N; n += W) {
+        auto live = [&](int64_t s) { return c.ids[s] >= 0 && c.ids[s] < L::E; };
+        if constexpr (L::POST)
+            for (int64_t s = first; s < first + c.top_k; s++)
+                if (live(s)) post(s);
+        auto* out = (typename L::Out*)c.out + token * L::WIDTH;
+        for (int n = 0; n < L::WIDTH; n += W) {
             V sum = zero();
             for (int64_t s = first; s < first + c.top_k; s++) {
-                if (c.ids[s] < 0 || c.ids[s] >= L::E) continue;
+                if (!live(s)) continue;
                 V weight = broadcast((const typename L::Weight*)c.weights + s);
-                sum = sum + round_to<R>(load_n((const T*)c.o + s * L::N + n, L::N - n) * weight);
+                sum = sum + round_to<R>(load_n((const typename L::Row*)o_row(s) + n, L::WIDTH - n) * weight);
             }
-            store_n(out + n, round_to<R>(sum), L::N - n);
+            store_n(out + n, round_to<R>(sum), L::WIDTH - n);
         }
     }
 
@@ -206,7 +259,7 @@ template <class L> struct Layer {
     }
 
     void run() const {
-        std::atomic<int> pack_tasks{0}, up_tasks{0}, down_tasks{0};
+        std::atomic<int> pack_tasks{0}, up_tasks{0}, row_tasks{0}, down_tasks{0};
 #pragma omp parallel num_threads((int)c.threads)
         {
             Segments::Cursor here, there;
@@ -219,6 +272,11 @@ template <class L> struct Layer {
                 up(segments.at(task / UP_BLOCKS, here), task % UP_BLOCKS, next);
             });
 #pragma omp barrier
+            if constexpr (L::ROWS) {
+                here = {};
+                share(row_tasks, segments.count * SHARES, [&](int task, int) { rows(segments.at(task / SHARES, here), task % SHARES); });
+#pragma omp barrier
+            }
             here = there = {};
             share(down_tasks, segments.count * DOWN_BLOCKS, [&](int task, int after) {
                 Place next{{nullptr, nullptr}, 0};
