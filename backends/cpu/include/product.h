@@ -81,16 +81,16 @@ template <class T> struct Columns {
     }
 };
 
-// The panel whose elements of K are rows r0 .. r0 + count of tokens, its outputs their columns c0 .. c0 + n.
-template <class T> static inline void fill_rows(const Rows& rows, int r0, int count, int c0, int n, float* panel) {
+// The panel whose elements of K are `count` rows of tokens, its outputs the first n elements from `skip` bytes on.
+template <class T> static inline void fill_rows(const char* const* rows, int count, int64_t skip, int n, float* panel) {
     using S = Step<T>;
     for (int k = 0; k < up_to(count, RUN<T>); k += S::DEPTH, panel += GROUP) {
-        const char* p = k < count ? rows.of(r0 + k) : nullptr;
-        const int64_t next = k + 1 < count ? rows.of(r0 + k + 1) - p : 0;
+        const char* p = k < count ? rows[k] + skip : nullptr;
+        const int64_t next = k + 1 < count ? rows[k + 1] - rows[k] : 0;
 #pragma GCC unroll 4
         for (int at = 0; at < GROUP; at += S::DEPTH * W) {
             V v[S::DEPTH];
-            if (p && at < n) S::outputs((const T*)p + c0 + at, next, count - k, n - at, v);
+            if (p && at < n) S::outputs((const T*)p + at, next, count - k, n - at, v);
             else
                 for (int i = 0; i < S::DEPTH; i++) v[i] = zero();
             for (int i = 0; i < S::DEPTH; i++) store(panel + at + i * W, v[i]);
@@ -101,9 +101,9 @@ template <class T> static inline void fill_rows(const Rows& rows, int r0, int co
 // Outputs and columns of a weight's gradient in one task. The side that is contiguous in memory is longer.
 struct Cut {
     int outputs, columns;
-    explicit Cut(bool by_left) : outputs(by_left ? 96 : 192), columns(by_left ? 256 : 128) {}
+    explicit Cut(bool by_left) : outputs(by_left ? 192 : 384), columns(by_left ? 256 : 128) {}
 };
-constexpr int64_t CUT_FLOATS = 96 * 256;
+constexpr int64_t CUT_FLOATS = 192 * 256;
 
 // to_at[o][c], or to_at[c][o], = sum over rows of left[row][o] * right[row][c], for a task's outputs from o0 and columns from c0.
 template <class T>
@@ -116,8 +116,10 @@ static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& 
     Ahead none = Ahead::over(nullptr, 0, 0, 0, 1);
     for (int r0 = 0; r0 < right.count; r0 += SLICE<T>) {
         const int length = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
+        const char* rows[SLICE<T>];
+        for (int r = 0; r < length; r++) rows[r] = right.of(r0 + r);
         for (int g = 0; g < nc; g += GROUP) {
-            fill_rows<T>(right, r0, length, c0 + g, nc - g, panel);
+            fill_rows<T>(rows, length, (c0 + g) * (int64_t)sizeof(T), nc - g, panel);
             for (int t = o0 / TILE_TOKENS; t * TILE_TOKENS < o0 + no; t++) {
                 const auto* xs = left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t);
                 float* to = sums + (t * TILE_TOKENS - o0) * ldc + g;
