@@ -57,7 +57,6 @@ class CpuExperts(Kernel):
         self.aten = AtenExperts(op)
         self.spec = self.aten.spec
         self.gradients = CpuBackward(op, shape, self.spec, isa)
-        self.gradients = CpuBackward(op, shape, self.spec, isa)
         self.codes: dict[tuple[bool, bool], Code] = {}
         self.lock = threading.Lock()
         self.code(self.spec.up_nk, self.spec.down_nk)
