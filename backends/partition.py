@@ -12,7 +12,7 @@ from moec.ir.core import Graph, Op
 CARRIED_OPS = ("moe.route", "moe.experts")
 """The ops that a runtime op can carry; all others are executed by PyTorch."""
 
-DEFAULT_ORDER = ("aten",)
+DEFAULT_ORDER = ("cpu", "aten")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class CompileOptions:
 
     inner: str = "inductor"
     passes: str = "default"
-    backends: tuple[str, ...] = ("aten",)
+    backends: tuple[str, ...] = ("cpu", "aten")
     target: str = "cpu"
     threads: int | None = None
     checks: str = "warn"

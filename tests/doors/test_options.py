@@ -18,7 +18,7 @@ def make(options: dict[str, Any] | None = None, **environ: str) -> CompileOption
 
 def test_defaults() -> None:
     assert make() == make({}) == CompileOptions()
-    assert CompileOptions().backends == ("aten",)
+    assert CompileOptions().backends == ("cpu", "aten")
 
 
 def test_frozen() -> None:
