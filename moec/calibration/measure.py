@@ -12,8 +12,8 @@ import torch
 from moec.backends.cpu.isa import Isa, isa_of
 from moec.calibration.layers import SyntheticLayer
 from moec.calibration.probes import Probes
-from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError
-from moec.cost.machine import ITEM_BYTES, ROWS, Points, rising
+from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
+from moec.cost.machine import ITEM_BYTES, ROWS, rising
 from moec.cost.store import fingerprint, processor_name
 
 Progress = Callable[[str, float], None]
@@ -22,7 +22,7 @@ Progress = Callable[[str, float], None]
 _HIDDEN, _INNER = 2048, 1024
 _WEIGHT_BYTES = 320 << 20
 """Of the layer that curves are measured on: its experts take turns, and none is in a cache when its turn comes."""
-_CALLS, _FEW_CALLS, _TINY_CALLS = 9, 5, 300
+_CALLS, _FEW_CALLS, _TINY_CALLS, _ROUNDS = 9, 5, 300, 3
 _MANY_ROWS = 128
 """From so many rows on, calls touch few experts: arithmetic decides, and a call takes long enough."""
 
@@ -81,17 +81,15 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
         measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     del probes
-    progress("moving tokens", 0.04)
-    machine = replace(machine, row_byte_seconds=_row_byte_seconds(dtypes[0], machine.call_seconds))
+    progress("tasks and moving tokens", 0.05)
+    task, row_byte = _overheads(dtypes[0], machine.call_seconds)
+    machine = replace(machine, task_seconds=task, row_byte_seconds=row_byte)
     spreads: list[float] = []
     for i, dtype in enumerate(dtypes):
-        steps = _Steps(progress, 0.1 + 0.85 * i / len(dtypes), 0.85 / len(dtypes))
-        curves = _curves(machine, isa, dtype, sorted({1, threads}), spreads, steps)
-        machine = replace(machine, curves=(*machine.curves, *curves), bandwidth=_at_least(machine, curves))
-    progress("tasks", 0.95)
-    machine = replace(machine, task_seconds=_task_seconds(machine, dtypes[0]), spread=statistics.median(spreads))
+        steps = _Steps(progress, 0.1 + 0.9 * i / len(dtypes), 0.9 / len(dtypes))
+        machine = _with_curves(machine, dtype, sorted({1, threads}), spreads, steps)
     progress("done", 1.0)
-    return machine
+    return replace(machine, spread=statistics.median(spreads))
 
 
 def _teams(threads: int) -> list[int]:
@@ -102,67 +100,100 @@ def _teams(threads: int) -> list[int]:
 def _call_seconds(dtype: str) -> float:
     """A call of one token through a layer of next to nothing, on one thread."""
     torch.set_num_threads(1)
-    layer = SyntheticLayer(LayerShape(64, 64, 64, experts=4, top_k=1, dtype=dtype))
+    layer = SyntheticLayer(LayerShape(16, 16, 16, experts=4, top_k=1, dtype=dtype))
     x, ids = layer.tokens(1), torch.zeros(1, 1, dtype=torch.int64)
     return statistics.median(layer.seconds(x, ids) for _ in range(_TINY_CALLS))
 
 
-def _row_byte_seconds(dtype: str, call_seconds: float) -> float:
-    """Packing and combining, for each byte: what remains of a call when its inner width goes to zero.
+def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
+    """Seconds for each task, and for each byte that is packed or combined, on one thread.
 
-    GEMMs grow with the inner width and moving tokens does not, so the line through two widths meets zero at the moving.
+    Two measurements that differ in both: experts of one row, small against large, whose times are w x curve(1) + tasks
+    + bytes for w weight elements; and layers of many rows, wide against narrow, where what remains as the inner width
+    goes to zero is bytes and the tasks of the down GEMM.
     """
+    per_element, per_task, per_byte = [], [], []
+    for shape, touched in (
+        (LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype), 256),
+        (LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype), 8),
+    ):
+        seconds, _ = SyntheticLayer(shape).fixed_rows(1, touched, 1, 2 * _CALLS)
+        per_element.append((seconds - call_seconds) / (touched * shape.elements))
+        per_task.append(sum(shape.tasks) / shape.elements)
+        per_byte.append(shape.moved_bytes(1) / shape.elements)
     torch.set_num_threads(1)
     tokens, top_k, narrow, wide = 256, 8, 64, 192
     times = []
-    for inner in (narrow, wide):
-        layer = SyntheticLayer(LayerShape(_HIDDEN, inner, _HIDDEN, experts=8, top_k=top_k, dtype=dtype))
-        x, ids = layer.tokens(tokens), torch.arange(8).repeat(tokens, 1)
+    for inner in (wide, narrow):
+        shape = LayerShape(_HIDDEN, inner, _HIDDEN, experts=top_k, top_k=top_k, dtype=dtype)
+        layer = SyntheticLayer(shape)
+        x, ids = layer.tokens(tokens), torch.arange(top_k).repeat(tokens, 1)
         times.append(statistics.median(layer.seconds(x, ids) for _ in range(2 * _CALLS)))
-    at_zero = times[0] - (times[1] - times[0]) * narrow / (wide - narrow) - call_seconds
-    moved = tokens * (3 * top_k + 1) * _HIDDEN * ITEM_BYTES[dtype]
-    return max(0.0, at_zero / moved)
+    at_zero = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - call_seconds
+    return _positive_solution(
+        (per_task[0] - per_task[1], per_byte[0] - per_byte[1], per_element[0] - per_element[1]),
+        (top_k * shape.tasks[1], shape.moved_bytes(tokens * top_k), at_zero),
+    )
 
 
-def _curves(
-    machine: MachineProfile, isa: Isa, dtype: str, teams: Sequence[int], spreads: list[float], progress: Progress
-) -> list[GemmCurve]:
-    """Seconds of a call less what is no GEMM, for each weight element of its experts.
+def _positive_solution(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
+    """x and y with a0 x + a1 y = a2 and b0 x + b1 y = b2; a negative one is 0, and b gives the other."""
+    scale = a[0] * b[1] - a[1] * b[0]
+    x, y = (a[2] * b[1] - a[1] * b[2]) / scale, (a[0] * b[2] - a[2] * b[0]) / scale
+    if x < 0:
+        return 0.0, max(0.0, b[2] / b[1])
+    if y < 0:
+        return max(0.0, b[2] / b[0]), 0.0
+    return x, y
 
-    ``spreads`` gets (median / least - 1) of every point.
-    """
+
+def _with_curves(
+    machine: MachineProfile, dtype: str, teams: Sequence[int], spreads: list[float], progress: Progress
+) -> MachineProfile:
+    """The profile with the curves of one element type. ``spreads`` gets (median / least - 1) of every point."""
     shape = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=1, top_k=1, dtype=dtype)
     experts = max(16, -(-_WEIGHT_BYTES // (shape.elements * shape.item)))
-    layer = SyntheticLayer(replace(shape, experts=experts))
-    curves = []
+    shape = replace(shape, experts=experts)
+    layer = SyntheticLayer(shape)
     for n, threads in enumerate(teams):
-        points = []
+        calls = []
         for i, rows in enumerate(ROWS):
             progress(f"{dtype}, {threads} threads, {rows} rows an expert", (n + i / len(ROWS)) / len(teams))
             few = rows >= _MANY_ROWS
             touched = min(experts // 2, max(2 if few else 8, -(-threads // 4)))
             seconds, least = layer.fixed_rows(rows, touched, threads, _FEW_CALLS if few else _CALLS)
             spreads.append(seconds / least - 1)
-            moved = rows * touched * 4 * _HIDDEN * shape.item * machine.row_byte_seconds
-            moving = moved * machine.bytes_per_s(1) / machine.bytes_per_s(threads)
-            gemm = seconds - machine.call_seconds - machine.barriers_at(threads) - moving
-            points.append((rows, max(gemm, seconds / 2) / (touched * shape.elements) * 1e9))
-        curves.append(GemmCurve(dtype, isa.name, threads, rising(points)))
-    return curves
+            calls.append(_Call(rows, touched, seconds))
+        curve = _solve(machine, shape, threads, calls)
+        # The kernels may read faster than the probe does; then that is the bandwidth.
+        seen = shape.item / curve.seconds(1)
+        bandwidth = tuple((t, max(rate, seen) if t == threads else rate) for t, rate in machine.bandwidth)
+        machine = replace(machine, curves=(*machine.curves, curve), bandwidth=bandwidth)
+    return machine
 
 
-def _at_least(machine: MachineProfile, curves: Sequence[GemmCurve]) -> Points:
-    """The bandwidth, raised where the kernels themselves have read faster than the probe."""
-    seen = {c.threads: ITEM_BYTES[c.dtype] / c.seconds(1) for c in curves}
-    return tuple((t, max(rate, seen.get(t, 0.0))) for t, rate in machine.bandwidth)
+@dataclass(frozen=True)
+class _Call:
+    """A measured call: ``touched`` experts with ``rows`` rows each."""
+
+    rows: int
+    touched: int
+    seconds: float
 
 
-def _task_seconds(machine: MachineProfile, dtype: str) -> float:
-    """What a task takes beyond its weights' share of the curve, on a layer of many small experts."""
-    shape = LayerShape(512, 128, 512, experts=1024, top_k=1, dtype=dtype)
-    layer = SyntheticLayer(shape)
-    touched = shape.experts // 4
-    seconds, _ = layer.fixed_rows(1, touched, 1, 2 * _CALLS)
-    elements = touched * shape.elements
-    rest = seconds - machine.call_seconds - elements * machine.curve(dtype, machine.isa, 1).seconds(1)
-    return max(0.0, rest / (touched * sum(shape.tasks)))
+def _solve(machine: MachineProfile, shape: LayerShape, threads: int, calls: Sequence[_Call]) -> GemmCurve:
+    """The curve with which the model predicts the measured calls.
+
+    What is no GEMM depends a little on the curve (threads wait for the last task), so it is taken off in rounds.
+    """
+    others = [machine.call_seconds for _ in calls]
+    for _ in range(_ROUNDS):
+        points = []
+        for call, other in zip(calls, others, strict=True):
+            gemm = max(call.seconds - other, call.seconds / 2)
+            points.append((call.rows, gemm / (call.touched * shape.elements) * 1e9))
+        curve = GemmCurve(shape.dtype, machine.isa, threads, rising(points))
+        trial = replace(machine, curves=(*machine.curves, curve))
+        loads = [[c.rows] * c.touched + [0] * (shape.experts - c.touched) for c in calls]
+        others = [predict(shape, load, trial, threads).overhead_seconds for load in loads]
+    return curve

@@ -67,6 +67,10 @@ class LayerShape:
         """Tasks of one segment of rows, in the up and in the down GEMM."""
         return -(-self.inner // OUTPUTS), -(-self.width // OUTPUTS)
 
+    def moved_bytes(self, slots: float) -> float:
+        """Bytes of tokens that are read and packed, and of results that are combined, for ``slots`` rows of experts."""
+        return (slots * (2 * self.hidden + self.width) + slots / self.top_k * self.width) * self.item
+
 
 @dataclass(frozen=True)
 class LayerTime:
@@ -132,8 +136,7 @@ def _overhead(
     """All that is no GEMM, but the call itself."""
     segments = sum(count * math.ceil(rows / SEGMENT) for rows, count in load)
     tasks = segments * sum(shape.tasks) * machine.task_seconds / threads
-    moved = (slots * (2 * shape.hidden + shape.width) + slots / shape.top_k * shape.width) * shape.item
-    moving = moved * machine.row_byte_seconds * machine.bytes_per_s(1) / machine.bytes_per_s(threads)
+    moving = shape.moved_bytes(slots) * machine.row_byte_seconds * machine.bytes_per_s(1) / machine.bytes_per_s(threads)
     return machine.barriers_at(threads) + tasks + moving + _waiting(shape, load, machine, threads, isa, gemm)
 
 

@@ -1,0 +1,100 @@
+"""Calibration against a clock that is the model itself: what was put in must come out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.backends.cpu.isa import LEVELS
+from moec.calibration import measure
+from moec.cost import GemmCurve, LayerShape, MachineProfile, predict
+from moec.cost.machine import ROWS
+
+TRUE = MachineProfile(
+    name="true",
+    fingerprint="",
+    cores=4,
+    isa="avx2",
+    calibrated=True,
+    bandwidth=((1, 1e10), (2, 2e10), (4, 3e10)),
+    flops=(("f32", "avx2", 1e11),),
+    curves=tuple(
+        GemmCurve("f32", "avx2", t, tuple((r, 0.5 * (1 / 3 if t == 4 else 1) + 0.03 * r / t) for r in ROWS))
+        for t in (1, 4)
+    ),
+    call_seconds=50e-6,
+    barriers=((1, 0.0), (2, 5e-6), (4, 9e-6)),
+    row_byte_seconds=2e-10,
+    task_seconds=1e-6,
+)
+
+
+class Clock:
+    """A layer whose calls take as long as ``TRUE`` says."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+
+    def tokens(self, count: int) -> torch.Tensor:
+        return torch.empty(count, 0)
+
+    def seconds(self, x: torch.Tensor, ids: torch.Tensor) -> float:
+        rows = torch.bincount(ids.flatten(), minlength=self.shape.experts).tolist()
+        return predict(self.shape, rows, TRUE, torch.get_num_threads()).seconds
+
+    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> tuple[float, float]:
+        load = [rows] * touched + [0] * (self.shape.experts - touched)
+        seconds = predict(self.shape, load, TRUE, threads).seconds
+        return seconds, seconds / (2.0 if rows < 3 else 1.25)  # now and then somebody else's work
+
+
+class Probes:
+    """What probes find on ``TRUE``."""
+
+    def __init__(self, isa: object) -> None:
+        pass
+
+    def flops_per_s(self, dtype: str) -> float:
+        return TRUE.flops_per_s(dtype, "avx2", 1)
+
+    def bytes_per_s(self, threads: int) -> float:
+        return TRUE.bytes_per_s(threads)
+
+    def region_seconds(self, threads: int) -> float:
+        return TRUE.barriers_at(threads)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> MachineProfile:
+    monkeypatch.setattr(measure, "SyntheticLayer", Clock)
+    monkeypatch.setattr(measure, "Probes", Probes)
+    monkeypatch.setattr(measure, "isa_of", lambda target: LEVELS["avx2"])
+    return measure.calibrate(4, ["f32"])
+
+
+def test_probes_are_kept_as_found(found: MachineProfile) -> None:
+    assert found.calibrated
+    assert (found.bandwidth, found.flops, found.barriers) == (TRUE.bandwidth, TRUE.flops, TRUE.barriers)
+    assert found.call_seconds == pytest.approx(TRUE.call_seconds, rel=0.05)  # a tiny GEMM is in it
+
+
+def test_parts_are_told_apart(found: MachineProfile) -> None:
+    assert found.row_byte_seconds == pytest.approx(TRUE.row_byte_seconds, rel=0.05)
+    assert found.task_seconds == pytest.approx(TRUE.task_seconds, rel=0.05)
+    for threads in (1, 4):
+        for rows in ROWS:
+            want = TRUE.curve("f32", "avx2", threads).seconds(rows)
+            assert found.curve("f32", "avx2", threads).seconds(rows) == pytest.approx(want, rel=0.02)
+
+
+def test_layers_of_other_sizes_are_predicted(found: MachineProfile) -> None:
+    for h, i, e, k in ((1024, 512, 64, 4), (4096, 3072, 8, 2), (2048, 768, 128, 8)):
+        shape = LayerShape(h, i, h, e, k, dtype="f32")
+        for tokens in (4, 64, 700):
+            for threads in (1, 2, 4):
+                want = predict(shape, tokens, TRUE, threads).seconds
+                assert predict(shape, tokens, found, threads).seconds == pytest.approx(want, rel=0.02)
+
+
+def test_the_spread_is_the_median_one(found: MachineProfile) -> None:
+    assert found.spread == pytest.approx(0.25)
