@@ -73,20 +73,32 @@ def expert_weight(weights: Sequence[Tensor], expert: int, experts: int, stacked:
     return weights[part][expert] if stacked else weights[part * experts + expert]
 
 
+def expert_gemm(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    expert: int,
+    experts: int,
+    form: str,
+    stacked: bool,
+    part: int = 0,
+) -> Tensor:
+    """``rows @ W[expert]ᵀ + b[expert]`` for form ``nk``; untransposed for ``kn``."""
+    w = expert_weight(weights, expert, experts, stacked, part)
+    y = rows @ (w.t() if form == "nk" else w)
+    return y + expert_weight(bias, expert, experts, stacked, part) if bias else y
+
+
 def grouped_gemm(
     rows: Tensor, weights: Sequence[Tensor], bias: Sequence[Tensor], plan: Plan, form: str, stacked: bool
 ) -> Tensor:
-    """``out[r] = rows[r] @ W[e(r)]ᵀ + b[e(r)]`` for form ``nk``; untransposed for ``kn``. Rows of no expert are 0."""
+    """Every expert's rows through its weight (``expert_gemm``). Rows of no expert are 0."""
     experts = len(plan.counts)
     first = expert_weight(weights, 0, experts, stacked)
     width = first.shape[0] if form == "nk" else first.shape[1]
     out = rows.new_zeros((rows.shape[0], width))
     for expert, start, stop in plan.segments():
-        w = expert_weight(weights, expert, experts, stacked)
-        y = rows[start:stop] @ (w.t() if form == "nk" else w)
-        if bias:
-            y = y + expert_weight(bias, expert, experts, stacked)
-        out[start:stop] = y
+        out[start:stop] = expert_gemm(rows[start:stop], weights, bias, expert, experts, form, stacked)
     return out
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moec.backends.aten import forward
-from moec.backends.aten.forward import Group, down_gemm, gemms, up_gemms
+from moec.backends.aten.forward import down_gemm, gemms, up_gemms
 from moec.backends.aten.region import RegionFn
-from moec.backends.aten.slots import Slots, sort_slots
+from moec.backends.aten.slots import Group, Slots, sort_slots
 from moec.backends.aten.spec import Params, Spec
 
 
@@ -85,7 +85,7 @@ def _rows_backward(
     # One reduction over all rows for captured tensors, as autograd would do; otherwise groups that fit the cache.
     captured = any(t is not None for t in (*g.captures, *g.post_captures))
     per_row = (2 * x.shape[1] + 3 * spec.parts * spec.up_width(params.up)) * x.element_size()
-    for group in [slots.segments] if captured and slots.segments else slots.groups(per_row):
+    for group in spec.groups(slots, per_row, whole=captured):
         start, stop = group[0][1], group[-1][2]
         order, tokens = slots.order[start:stop], slots.tokens[start:stop]
         dy, w = grad.index_select(0, tokens), flat.index_select(0, order)[:, None]

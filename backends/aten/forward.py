@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moec.backends.aten.slots import Slots, sort_slots
+from moec.backends.aten.slots import Group, Slots, sort_slots
 from moec.backends.aten.spec import Params, Spec
 
-Group = list[tuple[int, int, int]]
 COMBINE_BYTES = 2 << 20
 """Weighted rows that the combine holds at a time."""
 
@@ -23,7 +22,7 @@ def experts_forward(spec: Spec, inputs: list[Tensor]) -> Tensor:
     """``moe.experts`` on flat operands; the result is [T, H] of the op's result type."""
     x, ids, weights = inputs[:3]
     params = spec.params(inputs)
-    if x.shape[0] == 1 and not spec.sentinels:
+    if x.shape[0] == 1 and not spec.sentinels and not spec.ragged:
         chosen = ids[0].tolist()
         if len(set(chosen)) == len(chosen):
             return _one_token(spec, x, chosen, weights, params)
@@ -49,7 +48,7 @@ def expert_rows(spec: Spec, x: Tensor, slots: Slots, params: Params) -> Tensor:
     """The experts' outputs [R, H] in the order of ``slots``, before weighting."""
     up, out = spec.up_width(params.up) * spec.parts, spec.down_width(params.down)
     rows = x.new_empty((slots.live, out)) if spec.post is None else None
-    for group in slots.groups((x.shape[1] + 2 * up + out) * x.element_size()):
+    for group in spec.groups(slots, (x.shape[1] + 2 * up + out) * x.element_size()):
         start, stop = group[0][1], group[-1][2]
         h = up_gemms(spec, x.index_select(0, slots.tokens[start:stop]), group, params)
         a = spec.activation(*spec.split(h), *params.captures)[0]
@@ -71,7 +70,7 @@ def up_gemms(spec: Spec, rows: Tensor, group: Group, params: Params) -> list[Ten
     pieces = rows.split(counts)
     out = []
     for part in range(spec.parts):
-        h = rows.new_empty((rows.shape[0], spec.up_width(params.up)))
+        h = rows.new_empty((rows.shape[0], spec.up_width(params.up, experts[0])))
         bias = spec.vectors(params.up_bias, experts, part) if params.up_bias else []
         gemms(pieces, spec.matrices(params.up, experts, spec.up_nk, part), bias, h.split(counts))
         out.append(h)

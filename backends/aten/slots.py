@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Group = list[tuple[int, int, int]]
+"""Segments of slots: expert, first row, past last row."""
 GROUP_BYTES = 2 << 20
 """Working rows of one group of experts. Larger groups call fewer ops, smaller ones keep their rows in the cache."""
 

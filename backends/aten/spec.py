@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moec.backends.aten.region import RegionFn, compile_region
+from moec.backends.aten.slots import Group, Slots
 from moec.ir.core import Op
 from moec.ir.opdef import op_def, torch_dtype
 from moec.ir.types import TensorType
@@ -42,6 +44,7 @@ class Spec:
         parts: 2 where gate and up are separate weights, else 1.
         up_nk, down_nk: True where a weight's rows are outputs.
         bounds: Where each operand group ends in the flat operands.
+        ragged: Experts have intermediate widths of their own.
     """
 
     experts: int
@@ -55,6 +58,7 @@ class Spec:
     activation: RegionFn
     post: RegionFn | None
     out_dtype: torch.dtype
+    ragged: bool
 
     @staticmethod
     def of(op: Op) -> Spec:
@@ -79,6 +83,7 @@ class Spec:
             activation=compile_region(op.regions[0]),
             post=compile_region(op.regions[1]) if len(op.regions) > 1 else None,
             out_dtype=torch_dtype(result.dtype.name),
+            ragged=len({v.type for v in op.group("down")}) > 1,
         )
 
     def params(self, inputs: list[Tensor]) -> Params:
@@ -100,9 +105,21 @@ class Spec:
             return [tensors[part * self.experts + e] for e in experts]
         return _take(tensors[part], experts)
 
-    def up_width(self, up: list[Tensor]) -> int:
+    def groups(self, slots: Slots, row_bytes: int, whole: bool = False) -> Iterable[Group]:
+        """The segments, cut into groups that one up GEMM's output holds together: experts of one width.
+
+        Args:
+            slots: The sorted slots.
+            row_bytes: Working memory of a row.
+            whole: One group where widths allow it.
+        """
+        if self.ragged:
+            return ([segment] for segment in slots.segments)
+        return [slots.segments] if whole and slots.segments else slots.groups(row_bytes)
+
+    def up_width(self, up: list[Tensor], expert: int = 0) -> int:
         """Columns of one up GEMM's output."""
-        return up[0].shape[-2 if self.up_nk else -1]
+        return up[expert if self.ragged else 0].shape[-2 if self.up_nk else -1]
 
     def down_width(self, down: list[Tensor]) -> int:
         """Columns of the down GEMM's output."""

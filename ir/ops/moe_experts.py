@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from moec.ir.core import Graph, Op
-from moec.ir.moe_semantics import combine, grouped_gemm, make_plan, split_gate
+from moec.ir.moe_semantics import combine, expert_gemm, make_plan, split_gate
 from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, register_op, torch_dtype
 from moec.ir.ops.moe_activation import LAYOUTS
 from moec.ir.types import TensorType
@@ -21,7 +23,8 @@ class Experts(OpDef):
     The meaning is that of ``moe.dispatch``, ``moe.grouped_gemm``, ``moe.activation``, ``moe.grouped_gemm``, the
     ``post`` region if there is one, and ``moe.combine``, in this order. ``up`` holds gate and up together in one
     tensor (``layout`` concat, interleaved, rows), one projection (single), or two tensors, gate first (separate).
-    Not ``stacked``: one matrix per expert, all gates before all ups.
+    Not ``stacked``: one matrix per expert, all gates before all ups; each expert may have an intermediate width of its
+    own, and the activation's program is then written for a symbolic one.
     """
 
     name = "moe.experts"
@@ -49,12 +52,9 @@ class Experts(OpDef):
         RegionDef("post", "the function of a row after the down GEMM", optional=True),
     )
 
-    def up_parts(self, op: Op, values: Sequence[Any]) -> list[Sequence[Any]]:
-        """``values`` of the up (or up_bias) group, cut into gate and up where they are apart."""
-        if self.attr(op, "layout") != "separate" or not values:
-            return [values]
-        half = len(values) // 2
-        return [values[:half], values[half:]]
+    def parts(self, op: Op) -> int:
+        """2 where gate and up are separate weights, else 1."""
+        return 2 if self.attr(op, "layout") == "separate" else 1
 
     def verify(self, op: Op) -> None:
         x, ids, w = (v.type for v in op.operands[:3])
@@ -67,8 +67,7 @@ class Experts(OpDef):
         if ids.shape != w.shape or x.shape[0] != ids.shape[0]:
             self.fail(op, f"x is {x.shape}, ids {ids.shape}, weights {w.shape}: tokens and k must agree")
         per_part = 1 if self.attr(op, "stacked") else self.attr(op, "experts")
-        parts = 2 if self.attr(op, "layout") == "separate" else 1
-        for name, count in (("up", per_part * parts), ("down", per_part)):
+        for name, count in (("up", per_part * self.parts(op)), ("down", per_part)):
             if len(op.group(name)) != count:
                 self.fail(op, f"{name} holds {len(op.group(name))} tensors where {count} are due")
             if op.group(f"{name}_bias") and len(op.group(f"{name}_bias")) != count:
@@ -76,6 +75,37 @@ class Experts(OpDef):
         inputs = 1 if self.attr(op, "layout") in ("single", "rows") else 2
         if len(op.regions[0].args) != inputs + len(op.group("captures")):
             self.fail(op, "the activation's arguments do not fit layout and captures")
+        for expert in range(1 if self.attr(op, "stacked") else self.attr(op, "experts")):
+            self._verify_expert(op, expert)
+
+    def _verify_expert(self, op: Op, expert: int) -> None:
+        """The sizes of one expert's weights fit each other. Experts that are not stacked may have different ones."""
+
+        def sizes(name: str, index: int) -> tuple[Any, Any]:
+            """Outputs and inputs."""
+            t = op.group(name)[index].type
+            rank = 3 if self.attr(op, "stacked") else 2
+            if not isinstance(t, TensorType) or t.rank != rank:
+                self.fail(op, f"{name} weight {index} must be a tensor of rank {rank}")
+            n, k = t.shape[-2:] if self.attr(op, f"{name}_form") == "nk" else (t.shape[-1], t.shape[-2])
+            bias = op.group(f"{name}_bias")
+            if bias and not (isinstance(b := bias[index].type, TensorType) and b.shape[-1] == n):
+                self.fail(op, f"{name}_bias {index} does not fit the {n} outputs of its weight")
+            return n, k
+
+        x = op.operands[0].type
+        assert isinstance(x, TensorType)
+        apart = 1 if self.attr(op, "stacked") else self.attr(op, "experts")
+        ups = [sizes("up", part * apart + expert) for part in range(self.parts(op))]
+        width, inner = sizes("down", expert)
+        per_output = {"concat": 2, "interleaved": 2}.get(self.attr(op, "layout"), 1)
+        for n, k in ups:
+            if k != x.shape[1]:
+                self.fail(op, f"an up weight of expert {expert} reduces over {k}, tokens are {x.shape[1]} wide")
+            if self.attr(op, "layout") != "rows" and n != per_output * inner:
+                self.fail(op, f"expert {expert} has {n} outputs of the up GEMM where {per_output * inner} are due")
+        if width != sizes("down", 0)[0]:
+            self.fail(op, f"the down weight of expert {expert} has {width} outputs, that of expert 0 has others")
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         cut: list[Sequence[Any]] = []
@@ -84,17 +114,19 @@ class Experts(OpDef):
             cut.append(inputs[start : start + size])
             start += size
         (x,), (ids,), (w,), up, down, up_bias, down_bias, captures, post_captures = cut
-        stacked = self.attr(op, "stacked")
-        plan = make_plan(ids, self.attr(op, "experts"), self.attr(op, "sentinels"))
+        layout, stacked, experts = (self.attr(op, name) for name in ("layout", "stacked", "experts"))
+        plan = make_plan(ids, experts, self.attr(op, "sentinels"))
         rows = x[plan.order // plan.top_k]
-        biases = self.up_parts(op, up_bias) if up_bias else [()] * 2
-        h = [
-            grouped_gemm(rows, part, bias, plan, self.attr(op, "up_form"), stacked)
-            for part, bias in zip(self.up_parts(op, up), biases, strict=False)
-        ]
-        a = run(op.regions[0], [*split_gate(h, self.attr(op, "layout")), *captures])[0]
-        o = grouped_gemm(a, down, down_bias, plan, self.attr(op, "down_form"), stacked)
-        if len(op.regions) > 1:
-            o = run(op.regions[1], [o, *post_captures])[0]
+        found = []
+        for expert, start, stop in plan.segments():
+            h = [
+                expert_gemm(rows[start:stop], up, up_bias, expert, experts, self.attr(op, "up_form"), stacked, part)
+                for part in range(self.parts(op))
+            ]
+            a = run(op.regions[0], [*split_gate(h, layout), *captures])[0]
+            o = expert_gemm(a, down, down_bias, expert, experts, self.attr(op, "down_form"), stacked)
+            found.append(run(op.regions[1], [o, *post_captures])[0] if len(op.regions) > 1 else o)
         assert isinstance(op.result.type, TensorType)
-        return [combine(o, w, plan, torch_dtype(op.result.type.dtype.name))]
+        like = found[0] if found else x
+        dead = like.new_zeros((rows.shape[0] - sum(plan.counts), int(op.result.type.shape[-1])))
+        return [combine(torch.cat([*found, dead]), w, plan, torch_dtype(op.result.type.dtype.name))]

@@ -65,19 +65,23 @@ class ExpertsCase:
     top_k: int = 3
     hidden: int = 12
     inner: int = 8
+    widths: tuple[int, ...] = ()  # of each expert, where they differ; then not stacked
 
     @property
     def parts(self) -> int:
         return 2 if self.layout == "separate" else 1
 
-    @property
-    def up_width(self) -> int:
-        return 2 * self.inner if self.layout in ("concat", "interleaved") else self.inner
+    def up_width(self, inner: int) -> int:
+        return 2 * inner if self.layout in ("concat", "interleaved") else inner
+
+    def width_of(self, expert: int) -> int:
+        return self.widths[expert] if self.widths else self.inner
 
     def activation(self) -> Graph:
         g = Graph("activation")
         gated = self.layout in ("concat", "interleaved", "separate")
-        rows = [g.add_arg(TensorType.of(self.dtype, "R", self.inner)) for _ in range(2 if gated else 1)]
+        width = "I" if self.widths else self.inner
+        rows = [g.add_arg(TensorType.of(self.dtype, "R", width)) for _ in range(2 if gated else 1)]
         capture = g.add_arg(TensorType.of(self.dtype, self.inner)) if self.captures else None
         if gated:
             a = call(g, "mul.Tensor", call(g, "silu.default", rows[0]), rows[1])
@@ -96,12 +100,13 @@ class ExpertsCase:
 
     def shapes(self) -> dict[str, list[tuple[int, ...]]]:
         """Shapes of the parameter groups in the op's order."""
-        e, h, n, i = self.experts, self.hidden, self.up_width, self.inner
-        up = (n, h) if self.up_form == "nk" else (h, n)
-        down = (h, i) if self.down_form == "nk" else (i, h)
-        one = [(e, *up)] * self.parts if self.stacked else [up] * (e * self.parts)
-        two = [(e, *down)] if self.stacked else [down] * e
-        up_bias = [(e, n)] * self.parts if self.stacked else [(n,)] * (e * self.parts)
+        e, h, i = self.experts, self.hidden, self.inner
+        each = [(self.up_width(w), w) for w in map(self.width_of, range(e))]
+        ups = [(n, h) if self.up_form == "nk" else (h, n) for n, _ in each]
+        downs = [(h, w) if self.down_form == "nk" else (w, h) for _, w in each]
+        one = [(e, *ups[0])] * self.parts if self.stacked else ups * self.parts
+        two = [(e, *downs[0])] if self.stacked else downs
+        up_bias = [(e, each[0][0])] * self.parts if self.stacked else [(n,) for n, _ in each] * self.parts
         down_bias = [(e, h)] if self.stacked else [(h,)] * e
         return {
             "up": one,
@@ -196,7 +201,7 @@ def loop_experts(case: ExpertsCase, inputs: list[Tensor]) -> Tensor:
             if case.layout == "separate":
                 gate, value = hs
             elif case.layout == "concat":
-                gate, value = hs[0][: case.inner], hs[0][case.inner :]
+                gate, value = hs[0][: case.width_of(expert)], hs[0][case.width_of(expert) :]
             elif case.layout == "interleaved":
                 gate, value = hs[0][0::2], hs[0][1::2]
             else:

@@ -13,6 +13,9 @@ from moec.backends.aten import slots as aten_slots
 from moec.backends.base import Kernel
 from moec.backends.reference import ReferenceBackend, run_graph
 from moec.ir.core import Graph
+from moec.ir.errors import IRError
+from moec.ir.types import TensorType
+from moec.ir.verifier import verify
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, case_id, loop_experts, relative_error
 
 LAYOUTS = ("concat", "interleaved", "separate", "single", "rows")
@@ -22,7 +25,18 @@ ALL = [
         LAYOUTS, (("nk", "nk"), ("kn", "nk"), ("kn", "kn")), (True, False), (False, True), (False, True), (False, True)
     )
 ]
-SOME = ALL[::7]  # 7 shares no factor with the number of values of any field
+WIDTHS = (8, 3, 17, 1, 12)
+RAGGED = [
+    ExpertsCase(layout, *form, stacked=False, bias=extra, post=extra, sentinels=extra, dtype="f64", widths=WIDTHS)
+    for layout, form, extra in (
+        ("concat", ("nk", "nk"), True),
+        ("interleaved", ("kn", "nk"), False),
+        ("separate", ("nk", "kn"), True),
+        ("single", ("kn", "kn"), True),
+        ("rows", ("nk", "nk"), False),
+    )
+]
+SOME = RAGGED + ALL[::7]  # 7 shares no factor with the number of values of any field
 
 
 def aten(graph: Graph) -> Kernel:
@@ -33,7 +47,7 @@ def reference(graph: Graph) -> Kernel:
     return ReferenceBackend().load(ReferenceBackend().lower(graph, "cpu"))
 
 
-@pytest.mark.parametrize("case", ALL, ids=case_id)
+@pytest.mark.parametrize("case", ALL + RAGGED, ids=case_id)
 def test_forward_is_the_loop(case: ExpertsCase) -> None:
     graph = case.graph()
     kernel = aten(graph)
@@ -124,7 +138,7 @@ def test_the_working_set_is_the_rows_and_one_group(monkeypatch: pytest.MonkeyPat
     block = 64 << 10
     monkeypatch.setattr(aten_slots, "GROUP_BYTES", block)
     monkeypatch.setattr(aten_forward, "COMBINE_BYTES", block)
-    row_bytes = (2 * case.hidden + 2 * case.up_width) * 4
+    row_bytes = (2 * case.hidden + 2 * case.up_width(case.inner)) * 4
     largest = int(inputs[1].flatten().bincount().max()) * row_bytes
     rows, result, indices = 512 * 4 * case.hidden * 4, 512 * case.hidden * 4, 6 * 512 * 4 * 8
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
@@ -188,3 +202,21 @@ def test_a_gradient_that_is_expanded() -> None:
     plain = kernel.backward([grad.contiguous()], inputs, needs)
     for a, b in zip(kernel.backward([grad], inputs, needs), plain, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("group", "index", "shape", "message"),
+    [
+        ("up", 2, (34, 13), "up weight of expert 2 reduces over 13"),
+        ("up", 2, (30, 12), "expert 2 has 30 outputs of the up GEMM where 34 are due"),
+        ("down", 1, (11, 3), "down weight of expert 1 has 11 outputs"),
+        ("down", 1, (2, 12, 3), "down weight 1 must be a tensor of rank 2"),
+        ("up_bias", 4, (23,), "up_bias 4 does not fit the 24 outputs"),
+    ],
+)
+def test_sizes_of_one_expert_that_do_not_fit(group: str, index: int, shape: tuple[int, ...], message: str) -> None:
+    graph = ExpertsCase(stacked=False, bias=group == "up_bias", widths=WIDTHS).graph()
+    verify(graph)
+    graph.ops[0].group(group)[index].type = TensorType.of("f32", *shape)
+    with pytest.raises(IRError, match=message):
+        verify(graph)
