@@ -39,6 +39,8 @@ class CpuBackward:
         self.body, self.reason = "", ""
         if shape.layout == "rows":
             self.reason = "the activation is a function of whole rows"
+        elif shape.ragged:
+            self.reason = "experts differ in their widths"
         elif spec.post is not None:
             self.reason = "there is a region after the down GEMM"
         else:

@@ -1,7 +1,7 @@
 """Weights and their gradients as kernels take them: fields of 64 bits, without a copy.
 
-The fields of a matrix are table, base, bytes between experts, bytes between rows: a stacked tensor has a base, a list of
-tensors a table of addresses to which the base is added. A tensor that is not wanted is zeros.
+The fields of a matrix are table, base, bytes between experts, bytes between rows: a stacked tensor has a base, a list
+of tensors a table of addresses to which the base is added. A tensor that is not wanted is zeros.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ class Pointers:
 
     def table(self, tensors: Tensors) -> int:
         """Address of an array of the tensors' addresses, 0 for None."""
-        array = (ctypes.c_int64 * len(tensors))(*[0 if t is None else t.data_ptr() for t in tensors])
-        self.kept += [array, tensors]
+        self.kept.append(tensors)
+        return self.numbers([0 if t is None else t.data_ptr() for t in tensors])
+
+    def numbers(self, values: Sequence[int]) -> int:
+        """Address of an array of 64-bit numbers."""
+        array = (ctypes.c_int64 * len(values))(*values)
+        self.kept.append(array)
         return ctypes.addressof(array)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moec.backends.cpu.expression import C_TYPES, UnsupportedError, compile_activation
 from moec.backends.cpu.row_ops import RowFunction, compile_rows
 from moec.backends.cpu.row_program import padded
-from moec.ir.core import Op
+from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 
@@ -27,6 +27,7 @@ struct Sizes {{
     static constexpr int K = {hidden}, M = {up}, I = {inner}, N = {down}, WIDTH = {width};
     static constexpr bool UP_NK = {up_nk}, DOWN_NK = {down_nk}, PAIRED = {paired};
     static constexpr bool UP_BIAS = {up_bias}, DOWN_BIAS = {down_bias}, ROWS = {rows}, POST = {post};
+    static constexpr bool RAGGED = {ragged};
     static constexpr int64_t ROW_FLOATS = {row_floats};
 {functions}}};
 }}
@@ -57,7 +58,7 @@ class Shape:
 
     Attributes:
         element, weight, out: Element types of the rows, the router weights and the result.
-        inner: I, the width of the activation.
+        inners: Width of the activation of every expert.
         down: N, the width of the down GEMM's output.
         parts: 2 for gate and up, 1 for one projection.
         activation: The statements of an elementwise activation, or the function of a row.
@@ -69,7 +70,7 @@ class Shape:
     out: str
     experts: int
     hidden: int
-    inner: int
+    inners: tuple[int, ...]
     down: int
     parts: int
     layout: str
@@ -77,6 +78,16 @@ class Shape:
     down_bias: bool
     activation: str | RowFunction
     post: RowFunction | None
+
+    @property
+    def inner(self) -> int:
+        """I, the width of the activation: the widest."""
+        return max(self.inners)
+
+    @property
+    def ragged(self) -> bool:
+        """Experts differ in their widths."""
+        return len(set(self.inners)) > 1
 
     @property
     def up(self) -> int:
@@ -94,10 +105,27 @@ class Shape:
         return self.element if self.post is None else self.post.dtype
 
 
-def _float(op: Op, index: int) -> TensorType:
-    type = op.operands[index].type
-    assert isinstance(type, TensorType)
-    return type
+def _tensor(value: Value) -> TensorType:
+    assert isinstance(value.type, TensorType)
+    return value.type
+
+
+def _sizes(op: Op, name: str, index: int) -> tuple[int, int]:
+    """Outputs and inputs of a weight."""
+    *_, rows, columns = (int(d) for d in _tensor(op.group(name)[index]).shape)
+    return (rows, columns) if op_def(op.name).attr(op, f"{name}_form") == "nk" else (columns, rows)
+
+
+def _activation(op: Op, layout: str, parts: int, element: str, inner: int) -> str | RowFunction:
+    if layout != "rows":
+        return compile_activation(op.regions[0], parts, element).body
+    made = compile_rows(op.regions[0], "the activation")
+    given, outputs = f"{made.dtype} x {made.width}", _sizes(op, "up", 0)[0]
+    if given != f"{element} x {inner}":
+        raise UnsupportedError(f"the activation gives {given}, the down GEMM takes {element} x {inner}")
+    if outputs != made.takes:
+        raise UnsupportedError(f"the up GEMM gives {outputs} columns where {made.takes} are taken")
+    return made
 
 
 def read_shape(op: Op) -> Shape:
@@ -108,7 +136,7 @@ def read_shape(op: Op) -> Shape:
     """
     get = op_def(op.name).attr
     layout = get(op, "layout")
-    x, weights = _float(op, 0), _float(op, 2)
+    x, weights = _tensor(op.operands[0]), _tensor(op.operands[2])
     element = x.dtype.name
     result = op.result.type
     assert isinstance(result, TensorType)
@@ -127,34 +155,24 @@ def read_shape(op: Op) -> Shape:
             raise UnsupportedError(f"rows are {element} and {value!r} is {value.type.dtype}")
         if not all(d.is_Integer for d in value.type.shape):
             raise UnsupportedError(f"{value!r} has a size that is not fixed: {list(value.type.shape)}")
-    up, down = op.group("up")[0].type, op.group("down")[0].type
-    assert isinstance(up, TensorType)
-    assert isinstance(down, TensorType)
-    (n, k) = up.shape[-2:] if get(op, "up_form") == "nk" else up.shape[:-3:-1]
-    (width, inner) = down.shape[-2:] if get(op, "down_form") == "nk" else down.shape[:-3:-1]
+    _, hidden = _sizes(op, "up", 0)
+    downs = [_sizes(op, "down", i) for i in range(len(op.group("down")))]
+    width, inners = downs[0][0], tuple(inner for _, inner in downs)
     parts = 2 if layout in ("concat", "interleaved", "separate") else 1
-    activation: str | RowFunction
-    if layout == "rows":
-        activation = compile_rows(op.regions[0], "the activation")
-        wanted, given = activation.takes, f"{activation.dtype} x {activation.width}"
-        if given != f"{element} x {inner}":
-            raise UnsupportedError(f"the activation gives {given}, the down GEMM takes {element} x {inner}")
-    else:
-        activation = compile_activation(op.regions[0], parts, element).body
-        wanted = int(inner) * (2 if layout in ("concat", "interleaved") else 1)
-    if int(n) != wanted:
-        raise UnsupportedError(f"the up GEMM gives {n} columns where {wanted} are taken")
+    if len(set(inners)) > 1 and any(_tensor(v).shape not in ((), (1,)) for v in op.group("captures")):
+        raise UnsupportedError("experts differ in their widths and the activation has a captured tensor of a width")
+    activation = _activation(op, layout, parts, element, inners[0])
     post = compile_rows(op.regions[1], "the function after the down GEMM") if len(op.regions) > 1 else None
-    if post is not None and post.takes != int(width):
+    if post is not None and post.takes != width:
         raise UnsupportedError(f"the down GEMM gives {width} columns where {post.takes} are taken")
     return Shape(
         element=element,
         weight=weights.dtype.name,
         out=result.dtype.name,
         experts=get(op, "experts"),
-        hidden=int(k),
-        inner=int(inner),
-        down=int(width),
+        hidden=hidden,
+        inners=inners if len(inners) > 1 else inners * get(op, "experts"),
+        down=width,
         parts=parts,
         layout=layout,
         up_bias=bool(op.group("up_bias")),
@@ -198,6 +216,7 @@ def write_source(shape: Shape, up_nk: bool, down_nk: bool) -> str:
         down_bias=_bool(shape.down_bias),
         rows=_bool(not isinstance(shape.activation, str)),
         post=_bool(shape.post is not None),
+        ragged=_bool(shape.ragged),
         row_floats=row_floats,
         functions=functions,
     )

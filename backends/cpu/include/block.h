@@ -20,6 +20,7 @@ struct Matrix {
 struct Place {
     const char* at[2];
     int n;
+    int k = 0;  // elements of K, where experts differ in them
 };
 
 constexpr int up_to(int a, int b) { return (a + b - 1) / b * b; }
@@ -58,10 +59,12 @@ template <bool NK> constexpr int64_t room_of(int64_t rows) {
 }
 
 // Calls done(first token, tokens, c, ldc) for every tile, with c[t * ldc + part * ldc / 2 + n] filled.
-// x: the segment's packed rows. next: the block that this thread takes after this one.
+// x: the segment's packed rows. next: the block that this thread takes after this one. k: how much of K there is.
 template <class T, bool NK, int K, int PARTS, class Done>
-static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done) {
-    constexpr int LDC = COLUMNS<NK>, LENGTH = SLICE<T>, FIRST = K < LENGTH ? K : LENGTH;
+static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done,
+                              int k = K) {
+    constexpr int LDC = COLUMNS<NK>, LENGTH = SLICE<T>;
+    const int first = k < LENGTH ? k : LENGTH;
     float *panel = room, *sums = room + PANEL_BYTES / sizeof(float);
     const int groups = (w.n + GROUP - 1) / GROUP;
     auto ahead = [&](const char* at, int n, int length) {
@@ -69,12 +72,12 @@ static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, T
         return NK ? Ahead::over(at, row, n, length * sizeof(T), steps) : Ahead::over(at, row, length, n * sizeof(T), steps);
     };
     for (int part = 0; part < PARTS; part++)
-        for (int k0 = 0; k0 < K; k0 += LENGTH) {
-            const int length = K - k0 < LENGTH ? K - k0 : LENGTH, after = k0 + LENGTH;
-            auto slice = [&](int k) { return w.at[part] + (NK ? k * (int64_t)sizeof(T) : k * row); };
-            Ahead soon = after < K          ? ahead(slice(after), w.n, K - after < LENGTH ? K - after : LENGTH)
-                         : part + 1 < PARTS ? ahead(w.at[part + 1], w.n, FIRST)
-                                            : ahead(next.at[0], next.n, FIRST);
+        for (int k0 = 0; k0 < k; k0 += LENGTH) {
+            const int length = k - k0 < LENGTH ? k - k0 : LENGTH, after = k0 + LENGTH;
+            auto slice = [&](int from) { return w.at[part] + (NK ? from * (int64_t)sizeof(T) : from * row); };
+            Ahead soon = after < k          ? ahead(slice(after), w.n, k - after < LENGTH ? k - after : LENGTH)
+                         : part + 1 < PARTS ? ahead(w.at[part + 1], w.n, first)
+                                            : ahead(next.at[0], next.n, first);
             for (int g = 0; g < groups; g++) {
                 const int64_t from = g * GROUP * (NK ? row : (int64_t)sizeof(T));
                 fill_panel<T, NK>(slice(k0) + from, row, w.n - g * GROUP < GROUP ? w.n - g * GROUP : GROUP, length, panel);

@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "block.h"
 #include "math.h"
@@ -30,6 +31,8 @@ struct Call {
     Matrix up_bias[2], down_bias;  // `row`: from one element to the next
     const void* const* captures;
     const void* const* post_captures;
+    const int64_t* inner;                // widths of the activations, where experts differ in them
+    const int64_t *up_rows, *down_rows;  // `row` of every expert's matrices, where they differ in it
 };
 
 struct Segment {
@@ -81,10 +84,22 @@ template <class B> static inline void bias_block(float* to, const Matrix& m, int
 
 static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The GEMM of experts that differ in their widths: blocks of the same form, with as much of K as `Place` says.
+template <class T, bool NK> struct RaggedCore {
+    using Tiles = moec::Tiles;
+    template <int PARTS> static constexpr int BLOCK = moec::BLOCK<NK, PARTS>;
+    static constexpr int64_t room(int64_t rows) { return room_of<NK>(rows); }
+    static void seal(Packed<T>*, int, int, int) {}
+    template <int K, int PARTS, class Done>
+    static void block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done) {
+        gemm_block<T, NK, K, PARTS>(w, row, x, tiles, next, room, done, w.k);
+    }
+};
+
 template <class L> struct Layer {
     using T = typename L::T;
-    using UpCore = Core<T, L::UP_NK>;
-    using DownCore = Core<T, L::DOWN_NK>;
+    using UpCore = std::conditional_t<L::RAGGED, RaggedCore<T, L::UP_NK>, Core<T, L::UP_NK>>;
+    using DownCore = std::conditional_t<L::RAGGED, RaggedCore<T, L::DOWN_NK>, Core<T, L::DOWN_NK>>;
     using Tiles = typename UpCore::Tiles;
     // Gate and up are two matrices, or one whose outputs come in pairs, or there is one projection.
     static constexpr int MATRICES = L::PAIRED ? 1 : L::PARTS, OUTPUTS = L::PAIRED ? 2 : 1;
@@ -106,17 +121,25 @@ template <class L> struct Layer {
     const int32_t* order;
     Segments segments;
 
-    // The block of a task.
+    // Of an expert: the width of its activations, and from one row of its weights to the next.
+    int inner(int expert) const { return L::RAGGED ? (int)c.inner[expert] : L::I; }
+    int outputs(int expert) const { return L::ROWS ? L::M : inner(expert); }
+    int64_t up_row(int expert) const { return c.up_rows ? c.up_rows[expert] : c.up[0].row; }
+    int64_t down_row(int expert) const { return c.down_rows ? c.down_rows[expert] : c.down.row; }
+
+    // The block of a task; of experts narrower than the widest, the last have no outputs.
+    static int part_of(int all, int from, int most) { return all - from < most ? all - from : most; }
     Place up_at(Segment s, int block) const {
-        const int i0 = block * UP, n = L::M - i0 < UP ? L::M - i0 : UP;
-        Place at{{nullptr, nullptr}, n * OUTPUTS};
-        for (int p = 0; p < MATRICES; p++)
-            at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? c.up[p].row : (int64_t)sizeof(T));
+        const int i0 = block * UP, n = part_of(outputs(s.expert), i0, UP);
+        Place at{{nullptr, nullptr}, n * OUTPUTS, L::K};
+        for (int p = 0; p < MATRICES && n > 0; p++)
+            at.at[p] = c.up[p].of(s.expert) + (int64_t)i0 * OUTPUTS * (L::UP_NK ? up_row(s.expert) : (int64_t)sizeof(T));
         return at;
     }
     Place down_at(Segment s, int block) const {
-        const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
-        return {{c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? c.down.row : (int64_t)sizeof(T)), nullptr}, n};
+        const int n0 = block * DOWN, n = part_of(L::N, n0, DOWN);
+        const char* at = c.down.of(s.expert) + (int64_t)n0 * (L::DOWN_NK ? down_row(s.expert) : (int64_t)sizeof(T));
+        return {{at, nullptr}, n, inner(s.expert)};
     }
 
     Packed<T>* packed_x(const Segment& s) const { return (Packed<T>*)c.o + (int64_t)s.start * K_PADDED; }
@@ -139,7 +162,7 @@ template <class L> struct Layer {
 
     // The activations of columns i0 .. i0 + n - 1 of a tile, and in the last block zeros up to a whole run.
     void activate(const Segment& s, int i0, int n, int t0, int mt, const float* h, int ldh, const float (*bias)[UP + W]) const {
-        const int stop = i0 + UP < L::I ? n : up_to(L::I, RUN<T>) - i0;
+        const int all = inner(s.expert), stop = i0 + UP < all ? n : up_to(all, RUN<T>) - i0;
         Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
         for (int t = 0; t < mt; t++) {
             for (int i = 0; i < stop; i += W) {
@@ -176,7 +199,8 @@ template <class L> struct Layer {
     }
 
     void up(Segment s, int block, const Place& next) const {
-        const int i0 = block * UP, n = L::M - i0 < UP ? L::M - i0 : UP;
+        const int i0 = block * UP, n = part_of(outputs(s.expert), i0, UP);
+        if (n <= 0) return;
         alignas(64) float bias[2][UP + W];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
@@ -187,18 +211,18 @@ template <class L> struct Layer {
                 activate(s, i0, n, t0, mt, h, ldh, bias);
             }
         };
-        UpCore::template block<L::K, MATRICES>(up_at(s, block), c.up[0].row, packed_x(s), Tiles(s.rows), next, room(), done);
+        UpCore::template block<L::K, MATRICES>(up_at(s, block), up_row(s.expert), packed_x(s), Tiles(s.rows), next, room(), done);
     }
 
     void down(Segment s, int block, const Place& next) const {
-        const int n0 = block * DOWN, n = L::N - n0 < DOWN ? L::N - n0 : DOWN;
+        const int n0 = block * DOWN, n = part_of(L::N, n0, DOWN);
         alignas(64) float bias[DOWN + W];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
         auto done = [&](int t0, int mt, const float* h, int ldh) {
             for (int t = 0; t < mt; t++)
                 put_row<L::DOWN_BIAS>(h + t * ldh, bias, (T*)o_row(order[s.start + t0 + t]) + n0, n);
         };
-        DownCore::template block<L::I, 1>(down_at(s, block), c.down.row, packed_a(s), Tiles(s.rows), next, room(), done);
+        DownCore::template block<L::I, 1>(down_at(s, block), down_row(s.expert), packed_a(s), Tiles(s.rows), next, room(), done);
     }
 
     // A share of a segment's tiles: the activation of their rows.
