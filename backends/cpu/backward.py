@@ -21,6 +21,7 @@ from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
 from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, rows_are_outputs
 from moec.backends.cpu.source import Shape
+from moec.backends.cpu.uneven import alike
 from moec.ir.core import Op
 
 
@@ -102,8 +103,8 @@ class CpuBackward:
         item, experts = x.element_size(), self.shape.experts
         library = self.library(*forms[:2])
         keep, o = Pointers(), self.operands
-        up, bias = o.up(p.up, forms[0], self.spec.up_nk, keep), o.up_bias(p.up_bias, keep)
-        down, down_bias = o.matrix(p.down, 0, forms[1], self.spec.down_nk, keep), o.vector(p.down_bias, 0, keep)
+        up, bias = o.up(p.up, forms[0], self.spec.up_nk, keep), o.up_bias(alike(p.up_bias), keep)
+        down, down_bias = o.matrix(p.down, 0, forms[1], self.spec.down_nk, keep), o.vector(alike(p.down_bias), 0, keep)
         captures = [c.contiguous() for c in p.captures]
         gradients = self._gradients(found, forms[2], forms[3], keep)
         ints = torch.empty(4 * experts + 8 + ids.numel(), dtype=torch.int32)

@@ -29,7 +29,9 @@ EXPORT void moec_backward(const BackwardCall* call) {{ Backward<Sizes>(*call).ru
 EXPORT int64_t moec_plan(int64_t ids, int64_t tokens, int64_t top_k, int64_t threads, int64_t ints) {{
     return Plan<Sizes>::make((const int64_t*)ids, tokens, top_k, threads, (int32_t*)ints);
 }}
-EXPORT int64_t moec_bytes(int64_t rows, int64_t slots, int64_t threads) {{ return Plan<Sizes>::bytes(rows, slots, threads); }}
+EXPORT int64_t moec_bytes(int64_t rows, int64_t slots, int64_t threads) {{
+    return Plan<Sizes>::bytes(rows, slots, threads);
+}}
 """
 
 
@@ -54,7 +56,7 @@ def write_backward(shape: Shape, body: str, up_nk: bool, down_nk: bool) -> str:
         experts=shape.experts,
         hidden=shape.hidden,
         inner=shape.inner,
-        width=shape.width,
+        width=shape.down,
         parts=shape.parts,
         body=body,
         **{name: str(value).lower() for name, value in flags.items()},

@@ -1,7 +1,7 @@
 """Working memory that calls share: a big buffer of fresh pages costs a visible part of a layer's time.
 
-A prefill of 1024 tokens touches 50 MB of it. So a returned buffer is kept for the next call while it is small, and a big
-one asks the system for huge pages, of which there are 512 times fewer.
+A prefill of 1024 tokens touches 50 MB of it. So a returned buffer is kept for the next call while it is small, and a
+big one asks the system for huge pages, of which there are 512 times fewer.
 """
 
 from __future__ import annotations

@@ -24,6 +24,12 @@ struct Gradient {
         return base ? base + e * expert : nullptr;
     }
     bool wanted() const { return table || base; }
+    // Zeros; of a bias (by_left = 0), n lines of one element.
+    template <class T> void clear(int64_t e, int outputs, int columns) const {
+        char* to = of(e);
+        const int lines = by_left ? outputs : columns, length = by_left ? columns : outputs;
+        for (int i = 0; to && i < lines; i++) memset(to + i * row, 0, length * sizeof(T));
+    }
 };
 
 // What Python passes: 64-bit fields alone, in this order.
@@ -52,6 +58,15 @@ template <class Do> static inline void share(std::atomic<int>& counter, int tota
         run(task, after < total ? after : -1);
         task = after;
     }
+}
+
+// Tasks are numbered expert by expert; a cursor only moves forward. Returns the number among its expert's.
+struct Cursor {
+    int expert, before;
+};
+template <class Count> static inline int find(Cursor& k, int task, Count&& count) {
+    while (task >= k.before + count(k.expert)) k.before += count(k.expert++);
+    return task - k.before;
 }
 
 // Rows of one expert for one task. They lie from `pad` on in their group's memory, whole runs for every expert.

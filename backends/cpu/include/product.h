@@ -75,6 +75,11 @@ template <class T> struct Columns {
         for (int r = 0; r < rows; r += W) s = s + load_packed(at(column, r));
         return sum_lanes(s);
     }
+    // W columns from `column` on, `by` apart, of which n are there: W rows of them, which are lost.
+    void put(int column, int by, int n, int row, V* rows_of_columns) const {
+        transpose(rows_of_columns);
+        for (int q = 0; q < W && q < n; q++) Step<T>::put(at(column + q * by, row), rows_of_columns[q]);
+    }
     static V load_packed(const Packed<T>* p) {
         if constexpr (Step<T>::DEPTH == 2) return load((const T*)p);
         else return load(p);
@@ -105,15 +110,18 @@ struct Cut {
 };
 constexpr int64_t CUT_FLOATS = 192 * 256;
 
-// to_at[o][c], or to_at[c][o], = sum over rows of left[row][o] * right[row][c], for a task's outputs from o0 and columns from c0.
+// to[o][c], or to[c][o], = sum over rows of left[row][o] * right[row][c], for a task's outputs from o0 and columns from c0.
+// `to` is where these begin; its lines are fetched while the sums are made.
 template <class T>
-static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& right, int width, int o0, int c0, char* to_at, int64_t to_row,
+static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& right, int width, int o0, int c0, char* to, int64_t to_row,
                                             bool by_left, float* panel) {
     const Cut cut(by_left);
     const int no = left.count - o0 < cut.outputs ? left.count - o0 : cut.outputs;
     const int nc = width - c0 < cut.columns ? width - c0 : cut.columns, ldc = cut.columns;
+    to += by_left ? o0 * to_row + c0 * (int64_t)sizeof(T) : c0 * to_row + o0 * (int64_t)sizeof(T);
     float* sums = panel + PANEL_BYTES / sizeof(float);
-    Ahead none = Ahead::over(nullptr, 0, 0, 0, 1);
+    const int64_t steps = (int64_t)up_to(nc, GROUP) / GROUP * up_to(no, TILE_TOKENS) / TILE_TOKENS * padded<T>(right.count);
+    Ahead lines = by_left ? Ahead::over(to, to_row, no, nc * (int64_t)sizeof(T), steps) : Ahead::over(to, to_row, nc, no * (int64_t)sizeof(T), steps);
     for (int r0 = 0; r0 < right.count; r0 += SLICE<T>) {
         const int length = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
         const char* rows[SLICE<T>];
@@ -122,24 +130,28 @@ static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& 
             fill_rows<T>(rows, length, (c0 + g) * (int64_t)sizeof(T), nc - g, panel);
             for (int t = o0 / TILE_TOKENS; t * TILE_TOKENS < o0 + no; t++) {
                 const auto* xs = left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t);
-                float* to = sums + (t * TILE_TOKENS - o0) * ldc + g;
-                tile_of<T, false>(left.size(t), panel, xs, padded<T>(length) / W, to, ldc, r0 > 0, none);
+                float* c = sums + (t * TILE_TOKENS - o0) * ldc + g;
+                tile_of<T, false>(left.size(t), panel, xs, padded<T>(length) / W, c, ldc, r0 > 0, lines);
             }
         }
     }
     if (by_left) {
-        for (int o = 0; o < no; o++) {
-            T* p = (T*)(to_at + (o0 + o) * to_row) + c0;
-            for (int c = 0; c < nc; c += W) store_n(p + c, load(sums + o * ldc + c), nc - c);
+        for (int o = 0; o < no; o++, to += to_row) {
+            int c = 0;
+            for (; c + W <= nc; c += W) store_n((T*)to + c, load(sums + o * ldc + c), W);
+            if (c < nc) store_n((T*)to + c, load(sums + o * ldc + c), nc - c);
         }
         return;
     }
-    for (int c = 0; c < nc; c += W)
+    for (int c = 0; c < nc; c += W, to += W * to_row)
         for (int o = 0; o < no; o += W) {
             V r[W];
+#pragma GCC unroll 16
             for (int i = 0; i < W; i++) r[i] = load(sums + (o + i) * ldc + c);
             transpose(r);
-            for (int i = 0; i < W && c + i < nc; i++) store_n((T*)(to_at + (c0 + c + i) * to_row) + o0 + o, r[i], no - o);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++)
+                if (c + i < nc) store_n((T*)(to + i * to_row) + o, r[i], no - o);
         }
 }
 
