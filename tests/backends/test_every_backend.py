@@ -37,6 +37,8 @@ CASES = [
     ExpertsCase(sentinels=True, layout="separate", stacked=False, dtype="bf16"),
     ExpertsCase(top_k=5),
     ExpertsCase(top_k=1, experts=1),
+    ExpertsCase(stacked=False, bias=True, sentinels=True, widths=(8, 40, 3, 1, 17)),
+    ExpertsCase(layout="separate", up_form="kn", stacked=False, dtype="bf16", post=True, widths=(8, 40, 3, 1, 17)),
 ]  # fmt: skip
 ROUTERS = {
     "softmax": route_graph(8, k=2),

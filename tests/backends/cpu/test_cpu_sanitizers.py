@@ -27,6 +27,8 @@ backend, target = CpuBackend(), sys.argv[1]
 for case in (
     ExpertsCase(hidden=301, inner=70, dtype="bf16", weight_dtype="f32", layout="interleaved", bias=True),
     ExpertsCase(hidden=33, inner=21, dtype="bf16", up_form="kn", down_form="kn", layout="separate", stacked=False),
+    ExpertsCase(hidden=39, inner=75, dtype="f16", layout="rows", captures=True, post=True, sentinels=True),
+    ExpertsCase(hidden=37, dtype="bf16", stacked=False, bias=True, widths=(70, 3, 300, 1, 33)),
 ):
     kernel = backend.load(backend.lower(case.graph(), target))
     for tokens, skew in ((0, "uniform"), (1, "uniform"), (33, "one_expert"), (40, "uniform")):
