@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import product
 
 import torch
 
 from moec.backends.cpu.isa import Isa, isa_of
 from moec.calibration.layers import SyntheticLayer
-from moec.calibration.probes import Probes
+from moec.calibration.probes import Probes, beyond_caches
 from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
 from moec.cost.machine import ITEM_BYTES, ROWS, rising
 from moec.cost.store import fingerprint, processor_name
@@ -21,8 +22,10 @@ Progress = Callable[[str, float], None]
 
 _HIDDEN, _INNER = 2048, 1024
 _WEIGHT_BYTES = 320 << 20
-"""Of the layer that curves are measured on: its experts take turns, and none is in a cache when its turn comes."""
-_CALLS, _FEW_CALLS, _TINY_CALLS, _ROUNDS = 9, 5, 300, 3
+"""Least size of the layer that curves are measured on. Its experts take turns, and none is in a cache on its turn."""
+_ROUNDS, _CALLS, _TINY_CALLS = 3, 3, 300
+"""All points are measured in rounds, so that what changes with time (clock rates, other work) meets them alike."""
+_TIMES_SOLVED = 3
 _MANY_ROWS = 128
 """From so many rows on, calls touch few experts: arithmetic decides, and a call takes long enough."""
 
@@ -117,7 +120,7 @@ def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
         (LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype), 256),
         (LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype), 8),
     ):
-        seconds, _ = SyntheticLayer(shape).fixed_rows(1, touched, 1, 2 * _CALLS)
+        seconds = statistics.median(SyntheticLayer(shape).fixed_rows(1, touched, 1, _ROUNDS * _CALLS))
         per_element.append((seconds - call_seconds) / (touched * shape.elements))
         per_task.append(sum(shape.tasks) / shape.elements)
         per_byte.append(shape.moved_bytes(1) / shape.elements)
@@ -128,7 +131,7 @@ def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
         shape = LayerShape(_HIDDEN, inner, _HIDDEN, experts=top_k, top_k=top_k, dtype=dtype)
         layer = SyntheticLayer(shape)
         x, ids = layer.tokens(tokens), torch.arange(top_k).repeat(tokens, 1)
-        times.append(statistics.median(layer.seconds(x, ids) for _ in range(2 * _CALLS)))
+        times.append(statistics.median(layer.seconds(x, ids) for _ in range(_ROUNDS * _CALLS)))
     at_zero = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - call_seconds
     return _positive_solution(
         (per_task[0] - per_task[1], per_byte[0] - per_byte[1], per_element[0] - per_element[1]),
@@ -152,18 +155,16 @@ def _with_curves(
 ) -> MachineProfile:
     """The profile with the curves of one element type. ``spreads`` gets (median / least - 1) of every point."""
     shape = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=1, top_k=1, dtype=dtype)
-    experts = max(16, -(-_WEIGHT_BYTES // (shape.elements * shape.item)))
+    experts = max(16, -(-beyond_caches(_WEIGHT_BYTES) // (shape.elements * shape.item)))
     shape = replace(shape, experts=experts)
     layer = SyntheticLayer(shape)
     for n, threads in enumerate(teams):
-        calls = []
-        for i, rows in enumerate(ROWS):
-            progress(f"{dtype}, {threads} threads, {rows} rows an expert", (n + i / len(ROWS)) / len(teams))
-            few = rows >= _MANY_ROWS
-            touched = min(experts // 2, max(2 if few else 8, -(-threads // 4)))
-            seconds, least = layer.fixed_rows(rows, touched, threads, _FEW_CALLS if few else _CALLS)
-            spreads.append(seconds / least - 1)
-            calls.append(_Call(rows, touched, seconds))
+        calls = [_Call(r, min(experts // 2, max(2 if r >= _MANY_ROWS else 8, -(-threads // 4)))) for r in ROWS]
+        for i, (turn, call) in enumerate(product(range(_ROUNDS), calls)):
+            done = (n + i / (_ROUNDS * len(calls))) / len(teams)
+            progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", done)
+            call.times.extend(layer.fixed_rows(call.rows, call.touched, threads, _CALLS))
+        spreads += [call.seconds / min(call.times) - 1 for call in calls]
         curve = _solve(machine, shape, threads, calls)
         # The kernels may read faster than the probe does; then that is the bandwidth.
         seen = shape.item / curve.seconds(1)
@@ -174,20 +175,24 @@ def _with_curves(
 
 @dataclass(frozen=True)
 class _Call:
-    """A measured call: ``touched`` experts with ``rows`` rows each."""
+    """A kind of call, ``touched`` experts with ``rows`` rows each, and its times."""
 
     rows: int
     touched: int
-    seconds: float
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def _solve(machine: MachineProfile, shape: LayerShape, threads: int, calls: Sequence[_Call]) -> GemmCurve:
     """The curve with which the model predicts the measured calls.
 
-    What is no GEMM depends a little on the curve (threads wait for the last task), so it is taken off in rounds.
+    What is no GEMM depends a little on the curve (threads wait for the last task), so it is taken off several times.
     """
     others = [machine.call_seconds for _ in calls]
-    for _ in range(_ROUNDS):
+    for _ in range(_TIMES_SOLVED):
         points = []
         for call, other in zip(calls, others, strict=True):
             gemm = max(call.seconds - other, call.seconds / 2)

@@ -13,10 +13,20 @@ from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import openmp_library
 
 READ_BYTES = 512 << 20
-"""Read once for each measurement; several times the last cache of common servers' share of cores."""
+"""Read once for each measurement; more where the last cache is large."""
 _READS, _PEAKS, _REGIONS = 7, 5, 300
 
 _SOURCE = Path(__file__).with_name("probes.cpp")
+
+
+def beyond_caches(least: int) -> int:
+    """Bytes that no cache holds: ``least``, or four times the last cache; 2 GB at most."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()  # "32768K"
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return min(max(least, 4 * max(sizes, default=0)), 2 << 30)
 
 
 class Probes:
@@ -32,7 +42,7 @@ class Probes:
         for name in ("peak_f32", "peak_bf16", "read_seconds", "region_seconds"):
             getattr(self.library, name).restype = ctypes.c_double
         self.library.read_seconds.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        self.data = torch.zeros(READ_BYTES, dtype=torch.uint8).fill_(1)  # zeros alone may be one page of zeros
+        self.data = torch.zeros(beyond_caches(READ_BYTES), dtype=torch.uint8).fill_(1)  # pages of their own
 
     def flops_per_s(self, dtype: str) -> float:
         """Operations a second of one thread, the best of several; f16 is widened and multiplied as f32."""
@@ -41,9 +51,8 @@ class Probes:
 
     def bytes_per_s(self, threads: int) -> float:
         """Bytes that ``threads`` threads read in a second, median."""
-        address = self.data.data_ptr()
-        times = [float(self.library.read_seconds(address, READ_BYTES, threads)) for _ in range(_READS)]
-        return READ_BYTES / statistics.median(times)
+        address, size = self.data.data_ptr(), self.data.numel()
+        return size / statistics.median(float(self.library.read_seconds(address, size, threads)) for _ in range(_READS))
 
     def region_seconds(self, threads: int) -> float:
         """Seconds of one parallel region with three barriers, median of several runs of many."""

@@ -42,10 +42,10 @@ class Clock:
         rows = torch.bincount(ids.flatten(), minlength=self.shape.experts).tolist()
         return predict(self.shape, rows, TRUE, torch.get_num_threads()).seconds
 
-    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> tuple[float, float]:
+    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> list[float]:
         load = [rows] * touched + [0] * (self.shape.experts - touched)
         seconds = predict(self.shape, load, TRUE, threads).seconds
-        return seconds, seconds / (2.0 if rows < 3 else 1.25)  # now and then somebody else's work
+        return [seconds, seconds / (2.0 if rows < 3 else 1.25), 3 * seconds][:calls]  # the median is right
 
 
 class Probes:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +114,8 @@ def test_a_picture(measured: list[object], tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not RUNS, reason="needs g++ and an x86 processor with AVX2")
 def test_measuring_with_the_real_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "_WEIGHT_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "beyond_caches", lambda least: 1 << 20)
+    monkeypatch.setattr(measure, "beyond_caches", lambda least: 1 << 20)
     monkeypatch.setattr(measure, "_HIDDEN", 64)
     monkeypatch.setattr(measure, "_INNER", 64)
     monkeypatch.setattr(measure, "ROWS", (1, 8, 64))
@@ -127,6 +128,16 @@ def test_measuring_with_the_real_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(c.dtype, c.threads, [r for r, _ in c.points]) for c in machine.curves] == [("f32", 1, [1, 8, 64])]
     assert machine.flops_per_s("f32", machine.isa, 1) > 1e9
     assert from_json(to_json(machine)).curves == machine.curves
+
+
+def test_weights_are_larger_than_any_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"index0": "48K", "index2": "1024K", "index3": "384M", "index9": "odd"}
+    found = [SimpleNamespace(read_text=lambda t=text: t + "\n") for text in files.values()]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: found)
+    assert probes.beyond_caches(1 << 20) == 4 * 384 << 20
+    assert probes.beyond_caches(1 << 40) == 2 << 30
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
+    assert probes.beyond_caches(1 << 20) == 1 << 20
 
 
 def test_nothing_to_measure_on_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +158,6 @@ def test_experts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             return float(len(seen))
 
     before = torch.get_num_threads()
-    median, least = Recorder().fixed_rows(3, 4, before, 2)
+    times = Recorder().fixed_rows(3, 4, before, 2)
     assert seen == [[3, 3, 3, 3, 0, 0], [3, 3, 0, 0, 3, 3], [0, 0, 3, 3, 3, 3]]
-    assert (median, least) == (2.5, 2.0)
+    assert times == [2.0, 3.0]
