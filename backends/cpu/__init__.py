@@ -28,8 +28,10 @@ class CpuBackend(Backend):
     of weights and rows, so that one busy expert keeps every thread busy. A token's result has the same bits whatever
     the other tokens and the number of threads. ``moe.route`` is computed token by token, from logits to ids and
     weights, unless the router is a region; it chooses the experts that PyTorch chooses, where scores are equal too.
-    Compiled kernels are kept in the cache directory; a compiler (``g++``) must be there. Gradients are those of
-    ``aten``. Targets ``cpu:avx2``, ``cpu:avx512``, ``cpu:avx512_bf16`` and ``cpu:amx`` choose the instructions (AMX's
+    Compiled kernels are kept in the cache directory; a compiler (``g++``) must be there. Gradients
+    are generated code as well, built when they are first asked for; ``aten`` gives those of captured tensors, of
+    experts that differ in their widths, and where an activation takes whole rows or a region follows the down GEMM.
+    Targets ``cpu:avx2``, ``cpu:avx512``, ``cpu:avx512_bf16`` and ``cpu:amx`` choose the instructions (AMX's
     tiles for bf16, in the forward); ``cpu`` takes the best that the processor has.
     """
 
