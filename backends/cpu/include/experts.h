@@ -10,6 +10,7 @@
 #include "block.h"
 #include "math.h"
 #include "rows.h"
+#include "segments.h"
 #if defined(__AMX_BF16__) || defined(MOEC_EMULATE_AMX)
 #include "amx_block.h"
 #endif
@@ -35,10 +36,6 @@ struct Call {
     const int64_t *up_rows, *down_rows;  // `row` of every expert's matrices, where they differ in it
 };
 
-struct Segment {
-    int expert, start, rows;
-};
-
 // Slots in the order of their experts, stable; slots of no expert are left out. Returns how many there are.
 static inline int sort_slots(const Call& c, int experts, int32_t* offsets, int32_t* order) {
     const int64_t total = c.tokens * c.top_k;
@@ -52,28 +49,6 @@ static inline int sort_slots(const Call& c, int experts, int32_t* offsets, int32
     offsets[0] = 0;
     return offsets[experts];
 }
-
-// The rows of the i-th task's expert: experts with many rows have several segments.
-struct Segments {
-    const int32_t* offsets;
-    int most, count;  // rows of a segment, segments
-
-    Segments(const int32_t* o, int experts, int most_) : offsets(o), most(most_), count(0) {
-        for (int i = 0; i < experts; i++) count += pieces(i);
-    }
-    int pieces(int e) const { return (offsets[e + 1] - offsets[e] + most - 1) / most; }
-
-    // A cursor only moves forward: tasks are taken in order.
-    struct Cursor {
-        int expert = 0, before = 0;
-    };
-    Segment at(int i, Cursor& k) const {
-        while (i >= k.before + pieces(k.expert)) k.before += pieces(k.expert++);
-        int rows = offsets[k.expert + 1] - offsets[k.expert], n = pieces(k.expert), j = i - k.before;
-        int start = (int)((int64_t)rows * j / n), stop = (int)((int64_t)rows * (j + 1) / n);
-        return {k.expert, offsets[k.expert] + start, stop - start};
-    }
-};
 
 template <class B> static inline void bias_block(float* to, const Matrix& m, int64_t expert, int from, int n) {
     const char* at = m.of(expert);

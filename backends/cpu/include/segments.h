@@ -1,0 +1,33 @@
+// Slots sorted by expert, cut into the segments that tasks take.
+#pragma once
+#include <stdint.h>
+
+namespace moec {
+
+struct Segment {
+    int expert, start, rows;
+};
+
+// The rows of the i-th task's expert: experts with many rows have several segments.
+struct Segments {
+    const int32_t* offsets;
+    int most, count;  // rows of a segment, segments
+
+    Segments(const int32_t* o, int experts, int most_) : offsets(o), most(most_), count(0) {
+        for (int i = 0; i < experts; i++) count += pieces(i);
+    }
+    int pieces(int e) const { return (offsets[e + 1] - offsets[e] + most - 1) / most; }
+
+    // A cursor only moves forward: tasks are taken in order.
+    struct Cursor {
+        int expert = 0, before = 0;
+    };
+    Segment at(int i, Cursor& k) const {
+        while (i >= k.before + pieces(k.expert)) k.before += pieces(k.expert++);
+        int rows = offsets[k.expert + 1] - offsets[k.expert], n = pieces(k.expert), j = i - k.before;
+        int start = (int)((int64_t)rows * j / n), stop = (int)((int64_t)rows * (j + 1) / n);
+        return {k.expert, offsets[k.expert] + start, stop - start};
+    }
+};
+
+}  // namespace moec
