@@ -3,9 +3,10 @@
     python benchmarks/cost_model.py [--cases 60] [--threads 2] [--seed 0] [--skew 0] [--defaults] [--picture FILE.png]
 
 Layers are drawn at random (sizes of real models and others between them, bf16 and f32), three numbers of tokens each.
-Router choices change from call to call, so that weights come from memory. A time is the median of several calls. The
-profile is the one that `moec profile` stored; ``--defaults`` takes the assumed numbers instead. With ``--skew`` choices
-follow a Zipf distribution, and the model is given each call's histogram; otherwise it is given the number of tokens.
+Router choices change from call to call, so that weights come from memory. A time is the median of calls that no other
+work interrupted, as far as there were such. The profile is the one that `moec profile` stored; ``--defaults`` takes the
+assumed numbers instead. With ``--skew`` choices follow a Zipf distribution, and the model is given each call's
+histogram; otherwise it is given the number of tokens.
 
 Prints the mean absolute error in percent of the measured time, the five worst cases, and one line of JSON.
 """
@@ -16,7 +17,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from rich.table import Table
 
 from moec.calibration.layers import SyntheticLayer
 from moec.calibration.picture import require_matplotlib
+from moec.calibration.times import take_times
 from moec.cost import LayerShape, MachineProfile, defaults_for, machine_for, predict
 from moec.targets import parse_target
 
@@ -37,7 +38,7 @@ TOP_K = (1, 2, 4, 6, 8)
 TOKENS = (1, 2048)
 PER_LAYER = 3
 LEAST_BYTES, MOST_BYTES, MOST_FLOPS = 0.3e9, 1.5e9, 0.25e12
-SECONDS = 0.8  # of calls for one case
+SECONDS = 0.5  # of calls for one case
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,23 @@ def draw_tokens(rng: random.Random, shape: LayerShape) -> list[int]:
 
 
 def measure(layer: SyntheticLayer, tokens: int, skew: float, machine: MachineProfile, threads: int) -> Case:
-    """Medians of several calls, and of what is predicted for them."""
+    """The time of calls, and what is predicted for them."""
     shape = layer.shape
     popularity = torch.arange(1, shape.experts + 1, dtype=torch.float32).pow(-skew).log()
     x = layer.tokens(tokens)
-    times, told = [], []
-    stop = time.perf_counter() + SECONDS
-    while len(times) < 4 or (time.perf_counter() < stop and len(times) < 60):
+    told: list[float] = []
+
+    def call(_: int) -> float:
         ids = (popularity - torch.empty(tokens, shape.experts).exponential_().log()).topk(shape.top_k).indices
-        times.append(layer.seconds(x, ids))
+        seconds = layer.seconds(x, ids)
         load = torch.bincount(ids.flatten(), minlength=shape.experts).tolist() if skew else tokens
-        told.append(predict(shape, load, machine, threads))
-    return Case(
-        shape, tokens, statistics.median(t.seconds for t in told[1:]), statistics.median(times[1:]), told[0].bound
-    )
+        told.append(predict(shape, load, machine, threads).seconds)
+        return seconds
+
+    calls = max(5, min(40, int(SECONDS / max(call(0), call(0)))))
+    times = take_times(call, calls)
+    measured, predicted = statistics.median(times.clean or times.interrupted), statistics.median(told)
+    return Case(shape, tokens, predicted, measured, predict(shape, tokens, machine, threads).bound)
 
 
 def draw_picture(cases: list[Case], error: float, path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.backends.registry import get_backend
+from moec.calibration.times import Times, take_times
 from moec.cost import LayerShape
 from moec.ir.parser import parse_graph
 from moec.ir.torch_dtypes import TO_TORCH
@@ -58,15 +59,16 @@ class SyntheticLayer:
         self._kernel.forward([x, ids, weights, self._up, self._down])
         return time.perf_counter() - start
 
-    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> list[float]:
-        """Seconds of calls in which each of ``touched`` experts gets ``rows`` rows, after one that does not count.
+    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> Times:
+        """Calls in which each of ``touched`` experts gets ``rows`` rows.
 
         Every call takes the experts after the last call's, so that weights come from memory. For layers with top_k 1.
         """
         torch.set_num_threads(threads)
         x, slots = self.tokens(rows * touched), torch.arange(rows * touched)
-        times = []
-        for call in range(calls + 1):
-            ids = ((slots % touched + call * touched) % self.shape.experts).unsqueeze(1)
-            times.append(self.seconds(x, ids))
-        return times[1:]
+
+        def call(number: int) -> float:
+            ids = ((slots % touched + number * touched) % self.shape.experts).unsqueeze(1)
+            return self.seconds(x, ids)
+
+        return take_times(call, calls)

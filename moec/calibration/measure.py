@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from moec.backends.cpu.isa import Isa, isa_of
 from moec.calibration.layers import SyntheticLayer
 from moec.calibration.probes import Probes, beyond_caches
+from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
 from moec.cost.machine import ITEM_BYTES, ROWS, rising
 from moec.cost.store import fingerprint, processor_name
@@ -26,8 +28,8 @@ _WEIGHT_BYTES = 320 << 20
 _ROUNDS, _CALLS, _TINY_CALLS = 3, 3, 300
 """All points are measured in rounds, so that what changes with time (clock rates, other work) meets them alike."""
 _TIMES_SOLVED = 3
-_MANY_ROWS = 128
-"""From so many rows on, calls touch few experts: arithmetic decides, and a call takes long enough."""
+_TOUCHED = ((32, 8), (64, 4), (128, 2))
+"""(rows up to which, experts touched by a call): calls of some milliseconds, short enough to go by undisturbed."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
     progress("tasks and moving tokens", 0.05)
     task, row_byte = _overheads(dtypes[0], machine.call_seconds)
     machine = replace(machine, task_seconds=task, row_byte_seconds=row_byte)
-    spreads: list[float] = []
+    seen = Times()
     for i, dtype in enumerate(dtypes):
         steps = _Steps(progress, 0.1 + 0.9 * i / len(dtypes), 0.9 / len(dtypes))
-        machine = _with_curves(machine, dtype, sorted({1, threads}), spreads, steps)
+        machine = _with_curves(machine, dtype, sorted({1, threads}), seen, steps)
     progress("done", 1.0)
-    return replace(machine, spread=statistics.median(spreads))
+    return replace(machine, interrupted=len(seen.interrupted) / len(seen.clean + seen.interrupted))
 
 
 def _teams(threads: int) -> list[int]:
@@ -105,7 +107,7 @@ def _call_seconds(dtype: str) -> float:
     torch.set_num_threads(1)
     layer = SyntheticLayer(LayerShape(16, 16, 16, experts=4, top_k=1, dtype=dtype))
     x, ids = layer.tokens(1), torch.zeros(1, 1, dtype=torch.int64)
-    return statistics.median(layer.seconds(x, ids) for _ in range(_TINY_CALLS))
+    return take_times(partial(_same_call, layer, x, ids), _TINY_CALLS).seconds
 
 
 def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
@@ -120,7 +122,7 @@ def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
         (LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype), 256),
         (LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype), 8),
     ):
-        seconds = statistics.median(SyntheticLayer(shape).fixed_rows(1, touched, 1, _ROUNDS * _CALLS))
+        seconds = SyntheticLayer(shape).fixed_rows(1, touched, 1, _ROUNDS * _CALLS).seconds
         per_element.append((seconds - call_seconds) / (touched * shape.elements))
         per_task.append(sum(shape.tasks) / shape.elements)
         per_byte.append(shape.moved_bytes(1) / shape.elements)
@@ -131,12 +133,16 @@ def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
         shape = LayerShape(_HIDDEN, inner, _HIDDEN, experts=top_k, top_k=top_k, dtype=dtype)
         layer = SyntheticLayer(shape)
         x, ids = layer.tokens(tokens), torch.arange(top_k).repeat(tokens, 1)
-        times.append(statistics.median(layer.seconds(x, ids) for _ in range(_ROUNDS * _CALLS)))
+        times.append(take_times(partial(_same_call, layer, x, ids), _ROUNDS * _CALLS).seconds)
     at_zero = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - call_seconds
     return _positive_solution(
         (per_task[0] - per_task[1], per_byte[0] - per_byte[1], per_element[0] - per_element[1]),
         (top_k * shape.tasks[1], shape.moved_bytes(tokens * top_k), at_zero),
     )
+
+
+def _same_call(layer: SyntheticLayer, x: Tensor, ids: Tensor, number: int) -> float:
+    return layer.seconds(x, ids)
 
 
 def _positive_solution(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
@@ -151,24 +157,25 @@ def _positive_solution(a: tuple[float, float, float], b: tuple[float, float, flo
 
 
 def _with_curves(
-    machine: MachineProfile, dtype: str, teams: Sequence[int], spreads: list[float], progress: Progress
+    machine: MachineProfile, dtype: str, teams: Sequence[int], seen: Times, progress: Progress
 ) -> MachineProfile:
-    """The profile with the curves of one element type. ``spreads`` gets (median / least - 1) of every point."""
+    """The profile with the curves of one element type. ``seen`` gets the times of all its calls."""
     shape = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=1, top_k=1, dtype=dtype)
     experts = max(16, -(-beyond_caches(_WEIGHT_BYTES) // (shape.elements * shape.item)))
     shape = replace(shape, experts=experts)
     layer = SyntheticLayer(shape)
     for n, threads in enumerate(teams):
-        calls = [_Call(r, min(experts // 2, max(2 if r >= _MANY_ROWS else 8, -(-threads // 4)))) for r in ROWS]
+        calls = [_Call(rows, _touched(rows, threads, experts)) for rows in ROWS]
         for i, (turn, call) in enumerate(product(range(_ROUNDS), calls)):
             done = (n + i / (_ROUNDS * len(calls))) / len(teams)
             progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", done)
-            call.times.extend(layer.fixed_rows(call.rows, call.touched, threads, _CALLS))
-        spreads += [call.seconds / min(call.times) - 1 for call in calls]
+            call.times.add(layer.fixed_rows(call.rows, call.touched, threads, _CALLS))
+        for call in calls:
+            seen.add(call.times)
         curve = _solve(machine, shape, threads, calls)
         # The kernels may read faster than the probe does; then that is the bandwidth.
-        seen = shape.item / curve.seconds(1)
-        bandwidth = tuple((t, max(rate, seen) if t == threads else rate) for t, rate in machine.bandwidth)
+        reached = shape.item / curve.seconds(1)
+        bandwidth = tuple((t, max(rate, reached) if t == threads else rate) for t, rate in machine.bandwidth)
         machine = replace(machine, curves=(*machine.curves, curve), bandwidth=bandwidth)
     return machine
 
@@ -179,11 +186,13 @@ class _Call:
 
     rows: int
     touched: int
-    times: list[float] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
 
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.times)
+
+def _touched(rows: int, threads: int, experts: int) -> int:
+    """Experts that a call touches: few where each has many rows, and enough for all threads."""
+    count = next((count for most, count in _TOUCHED if rows <= most), 1)
+    return min(experts // 2, max(count, -(-threads // 4)))
 
 
 def _solve(machine: MachineProfile, shape: LayerShape, threads: int, calls: Sequence[_Call]) -> GemmCurve:
@@ -195,7 +204,7 @@ def _solve(machine: MachineProfile, shape: LayerShape, threads: int, calls: Sequ
     for _ in range(_TIMES_SOLVED):
         points = []
         for call, other in zip(calls, others, strict=True):
-            gemm = max(call.seconds - other, call.seconds / 2)
+            gemm = max(call.times.seconds - other, call.times.seconds / 2)
             points.append((call.rows, gemm / (call.touched * shape.elements) * 1e9))
         curve = GemmCurve(shape.dtype, machine.isa, threads, rising(points))
         trial = replace(machine, curves=(*machine.curves, curve))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
 from pathlib import Path
 
 import torch
@@ -50,10 +49,10 @@ class Probes:
         return max(float(peak()) for _ in range(_PEAKS))
 
     def bytes_per_s(self, threads: int) -> float:
-        """Bytes that ``threads`` threads read in a second, median."""
+        """Bytes that ``threads`` threads read in a second, the best of several."""
         address, size = self.data.data_ptr(), self.data.numel()
-        return size / statistics.median(float(self.library.read_seconds(address, size, threads)) for _ in range(_READS))
+        return size / min(float(self.library.read_seconds(address, size, threads)) for _ in range(_READS))
 
     def region_seconds(self, threads: int) -> float:
-        """Seconds of one parallel region with three barriers, median of several runs of many."""
-        return statistics.median(float(self.library.region_seconds(threads, _REGIONS)) for _ in range(5))
+        """Seconds of one parallel region with three barriers, the best of several runs of many."""
+        return min(float(self.library.region_seconds(threads, _REGIONS)) for _ in range(5))

@@ -14,7 +14,7 @@ from moec.ir.errors import nearest
 if TYPE_CHECKING:
     from moec.cost import MachineProfile
 
-_NOISY = 0.15
+_BUSY = 0.25
 
 
 def profile(
@@ -53,9 +53,9 @@ def profile(
     stored = save_profile(machine, out_file)
     if picture is not None:
         draw(machine, picture)
-    if machine.spread > _NOISY:
+    if machine.interrupted > _BUSY:
         err().print(
-            f"warning: times varied by {machine.spread:.0%} while measuring; other work was running, measure again",
+            f"warning: other work interrupted {machine.interrupted:.0%} of the calls; stop it and measure again",
             soft_wrap=True,
         )
     if as_json:

@@ -84,7 +84,7 @@ class MachineProfile:
         barriers: (threads, seconds that the team's start and all barriers of a layer add) pairs.
         row_byte_seconds: For each byte of tokens that is packed or combined, on one thread.
         task_seconds: For each task, on its thread.
-        spread: Median over all measured points of (median / least time - 1): what other work did to the measurement.
+        interrupted: Part of the measured calls that other work interrupted; they do not count where others went by.
         measured: When, as text; empty for assumed numbers.
     """
 
@@ -100,7 +100,7 @@ class MachineProfile:
     barriers: Points
     row_byte_seconds: float
     task_seconds: float
-    spread: float = 0.0
+    interrupted: float = 0.0
     measured: str = ""
 
     def bytes_per_s(self, threads: int) -> float:

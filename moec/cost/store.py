@@ -77,7 +77,7 @@ def to_json(machine: MachineProfile) -> str:
         "barrier_seconds_by_threads": machine.barriers,
         "row_byte_seconds": machine.row_byte_seconds,
         "task_seconds": machine.task_seconds,
-        "spread": machine.spread,
+        "interrupted_part_of_calls": machine.interrupted,
         "gemm_ns_per_weight_element_by_rows": [
             {"dtype": c.dtype, "isa": c.isa, "threads": c.threads, "points": c.points} for c in machine.curves
         ],
@@ -125,7 +125,7 @@ def _machine(m: Mapping[str, Any]) -> MachineProfile:
         barriers=_points(m["barrier_seconds_by_threads"], least=0.0),
         row_byte_seconds=_number(m["row_byte_seconds"], least=0.0),
         task_seconds=_number(m["task_seconds"], least=0.0),
-        spread=_number(m["spread"], least=0.0),
+        interrupted=_number(m["interrupted_part_of_calls"], least=0.0),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 
 from moec.backends.cpu.isa import LEVELS
-from moec.calibration import measure
+from moec.calibration import measure, times
+from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, predict
 from moec.cost.machine import ROWS
 
@@ -42,10 +45,10 @@ class Clock:
         rows = torch.bincount(ids.flatten(), minlength=self.shape.experts).tolist()
         return predict(self.shape, rows, TRUE, torch.get_num_threads()).seconds
 
-    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> list[float]:
+    def fixed_rows(self, rows: int, touched: int, threads: int, calls: int) -> Times:
         load = [rows] * touched + [0] * (self.shape.experts - touched)
         seconds = predict(self.shape, load, TRUE, threads).seconds
-        return [seconds, seconds / (2.0 if rows < 3 else 1.25), 3 * seconds][:calls]  # the median is right
+        return Times([seconds, seconds, 3 * seconds], [9.0])
 
 
 class Probes:
@@ -96,5 +99,23 @@ def test_layers_of_other_sizes_are_predicted(found: MachineProfile) -> None:
                 assert predict(shape, tokens, found, threads).seconds == pytest.approx(want, rel=0.02)
 
 
-def test_the_spread_is_the_median_one(found: MachineProfile) -> None:
-    assert found.spread == pytest.approx(0.25)
+def test_interrupted_calls_are_counted_and_do_not_count(found: MachineProfile) -> None:
+    assert found.interrupted == pytest.approx(0.25)
+
+
+def test_calls_are_tried_again_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter(
+        [0, 1, 1, 1, 1, 2, 2, 2]
+    )  # before and after each call that counts: the first and third are interrupted
+    monkeypatch.setattr(times, "switches", lambda: next(taken))
+    got = take_times(float, 2)
+    assert (got.clean, got.interrupted) == ([2.0, 4.0], [1.0, 3.0])
+    assert got.seconds == 2.0
+
+
+def test_on_a_busy_machine_the_better_calls_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "switches", count(0).__next__)
+    got = take_times(lambda n: 100.0 - n, 4)
+    assert got.clean == []
+    assert len(got.interrupted) == 16
+    assert got.seconds == 100.0 - 12

@@ -27,7 +27,7 @@ def here() -> dict[str, object]:
 
 
 def test_round_trip() -> None:
-    machine = round_machine(spread=0.25, measured="today", row_byte_seconds=1e-10)
+    machine = round_machine(interrupted=0.25, measured="today", row_byte_seconds=1e-10)
     assert dataclasses.asdict(from_json(to_json(machine))) == dataclasses.asdict(machine)
 
 
