@@ -1,6 +1,6 @@
 // One task of a GEMM: a block of outputs for the rows of a segment.
 #pragma once
-#include "tile.h"
+#include "direct.h"
 
 namespace moec {
 
@@ -58,12 +58,29 @@ template <bool NK> constexpr int64_t room_of(int64_t rows) {
     return PANEL_BYTES + (int64_t)sizeof(float) * COLUMNS<NK> * (rows < SEGMENT ? rows : SEGMENT);
 }
 
+// gemm_block for a few tokens.
+template <class T, int K, int PARTS, class Done>
+static inline void few_block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* sums, Done&& done,
+                             int k) {
+    constexpr int LDC = COLUMNS<true>;
+    const auto* second = tiles.count > 1 ? x + (int64_t)tiles.start(1) * PADDED<T, K> : x;
+    for (int part = 0; part < PARTS; part++)
+        for (int at = 0; at < w.n; at += W) {
+            const char *rows = w.at[part] + at * row, *then = at + W < w.n ? rows + W * row : part + 1 < PARTS ? w.at[part + 1] : next.at[0];
+            direct_of<T>(tiles.rows, rows, row, w.n - at < W ? w.n - at : W, then ? then : rows, x, second, k,
+                         sums + part * (LDC / 2) + at, LDC);
+        }
+    for (int t = 0; t < tiles.count; t++) done(tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
+}
+
 // Calls done(first token, tokens, c, ldc) for every tile, with c[t * ldc + part * ldc / 2 + n] filled.
 // x: the segment's packed rows. next: the block that this thread takes after this one. k: how much of K there is.
 template <class T, bool NK, int K, int PARTS, class Done>
 static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done,
                               int k = K) {
     constexpr int LDC = COLUMNS<NK>, LENGTH = SLICE<T>;
+    if constexpr (NK)
+        if (tiles.rows <= DIRECT_TOKENS) return few_block<T, K, PARTS>(w, row, x, tiles, next, room, done, k);
     const int first = k < LENGTH ? k : LENGTH;
     float *panel = room, *sums = room + PANEL_BYTES / sizeof(float);
     const int groups = (w.n + GROUP - 1) / GROUP;
