@@ -16,7 +16,7 @@ from moec.calibration.layers import SyntheticLayer
 from moec.calibration.probes import Probes, beyond_caches
 from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
-from moec.cost.machine import ITEM_BYTES, ROWS, rising
+from moec.cost.machine import ITEM_BYTES, ROWS, Points, rising
 from moec.cost.store import fingerprint, processor_name
 
 Progress = Callable[[str, float], None]
@@ -81,14 +81,14 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
         curves=(),
         call_seconds=_call_seconds(dtypes[0]),
         barriers=tuple((t, probes.region_seconds(t) if t > 1 else 0.0) for t in teams),
-        row_byte_seconds=0.0,
-        task_seconds=0.0,
+        row_byte=0.0,
+        tasks=((1, 0.0),),
         measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     del probes
     progress("tasks and moving tokens", 0.05)
-    task, row_byte = _overheads(dtypes[0], machine.call_seconds)
-    machine = replace(machine, task_seconds=task, row_byte_seconds=row_byte)
+    tasks, row_byte = _overheads(machine, dtypes[0], sorted({1, threads}))
+    machine = replace(machine, tasks=tasks, row_byte=row_byte)
     seen = Times()
     for i, dtype in enumerate(dtypes):
         steps = _Steps(progress, 0.1 + 0.9 * i / len(dtypes), 0.9 / len(dtypes))
@@ -110,22 +110,32 @@ def _call_seconds(dtype: str) -> float:
     return take_times(partial(_same_call, layer, x, ids), _TINY_CALLS).seconds
 
 
-def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
-    """Seconds for each task, and for each byte that is packed or combined, on one thread.
+def _overheads(machine: MachineProfile, dtype: str, teams: Sequence[int]) -> tuple[Points, float]:
+    """Seconds for each task by threads, and for each byte that is packed or combined on one thread.
 
-    Two measurements that differ in both: experts of one row, small against large, whose times are w x curve(1) + tasks
-    + bytes for w weight elements; and layers of many rows, wide against narrow, where what remains as the inner width
-    goes to zero is bytes and the tasks of the down GEMM.
+    Experts of one row, small against large: their times are w x curve(1) + tasks + bytes for w weight elements. Layers
+    of many rows, wide against narrow, tell bytes from tasks: what remains as the inner width goes to zero is bytes and
+    the tasks of the down GEMM.
     """
-    per_element, per_task, per_byte = [], [], []
-    for shape, touched in (
-        (LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype), 256),
-        (LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype), 8),
-    ):
-        seconds = SyntheticLayer(shape).fixed_rows(1, touched, 1, _ROUNDS * _CALLS).seconds
-        per_element.append((seconds - call_seconds) / (touched * shape.elements))
-        per_task.append(sum(shape.tasks) / shape.elements)
-        per_byte.append(shape.moved_bytes(1) / shape.elements)
+    small = LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype)
+    large = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype)
+    differences = dict.fromkeys(teams, 0.0)
+    for shape, touched, sign in ((small, 256, 1), (large, 8, -1)):
+        layer = SyntheticLayer(shape)
+        for threads in teams:
+            seconds = layer.fixed_rows(1, touched, threads, _ROUNDS * _CALLS).seconds
+            gemm = seconds - machine.call_seconds - machine.barriers_at(threads)
+            differences[threads] += sign * gemm / (touched * shape.elements)
+    task = sum(small.tasks) / small.elements - sum(large.tasks) / large.elements
+    byte = small.moved_bytes(1) / small.elements - large.moved_bytes(1) / large.elements
+    one, row_byte = _positive_solution((task, byte, differences[1]), _at_zero_width(machine, dtype))
+    known = replace(machine, row_byte=row_byte)
+    rest = {t: max(0.0, (differences[t] - byte * known.row_byte_seconds(t)) / task) for t in teams}
+    return tuple((t, one if t == 1 else rest[t]) for t in teams), row_byte
+
+
+def _at_zero_width(machine: MachineProfile, dtype: str) -> tuple[float, float, float]:
+    """Tasks and bytes of a call on one thread whose inner width is almost zero, and its seconds."""
     torch.set_num_threads(1)
     tokens, top_k, narrow, wide = 256, 8, 64, 192
     times = []
@@ -134,11 +144,8 @@ def _overheads(dtype: str, call_seconds: float) -> tuple[float, float]:
         layer = SyntheticLayer(shape)
         x, ids = layer.tokens(tokens), torch.arange(top_k).repeat(tokens, 1)
         times.append(take_times(partial(_same_call, layer, x, ids), _ROUNDS * _CALLS).seconds)
-    at_zero = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - call_seconds
-    return _positive_solution(
-        (per_task[0] - per_task[1], per_byte[0] - per_byte[1], per_element[0] - per_element[1]),
-        (top_k * shape.tasks[1], shape.moved_bytes(tokens * top_k), at_zero),
-    )
+    seconds = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - machine.call_seconds
+    return top_k * shape.tasks[1], shape.moved_bytes(tokens * top_k), seconds
 
 
 def _same_call(layer: SyntheticLayer, x: Tensor, ids: Tensor, number: int) -> float:

@@ -76,8 +76,9 @@ def _machine_table(machine: MachineProfile) -> Table:
         table.add_row(f"multiply-adds in {dtype}, 1 thread", f"{rate / 1e9:.0f} GFLOP/s")
     table.add_row("a call", f"{machine.call_seconds * 1e6:.1f} µs")
     table.add_row(f"barriers, {_threads(machine.cores)}", f"{machine.barriers_at(machine.cores) * 1e6:.1f} µs")
-    table.add_row("packing and combining, 1 thread", f"{1e-9 / max(machine.row_byte_seconds, 1e-15):.1f} GB/s")
-    table.add_row("a task", f"{machine.task_seconds * 1e6:.2f} µs")
+    table.add_row("packing and combining, 1 thread", f"{1e-9 / max(machine.row_byte, 1e-15):.1f} GB/s")
+    for team, seconds in machine.tasks:
+        table.add_row(f"a task, {_threads(team)}", f"{seconds * 1e6:.2f} µs")
     return table
 
 

@@ -1,8 +1,8 @@
 """Predicted time of one MoE layer's experts: gather, up GEMM, activation, down GEMM, combine.
 
     seconds = sum over touched experts of (weight elements x curve(rows))      weights and multiply-adds, overlapped
-            + tasks x task_seconds / threads                                   begin of a stream of weights
-            + bytes of tokens packed and combined x row_byte_seconds           scaled as bandwidth is
+            + tasks x task_seconds(threads)                                    begin of a stream of weights
+            + bytes of tokens packed and combined x row_byte_seconds(threads)  between the GEMMs
             + half a task, and never less than the longest one                 what the last thread is waited for
             + call_seconds + barriers
 
@@ -135,8 +135,8 @@ def _overhead(
 ) -> float:
     """All that is no GEMM, but the call itself."""
     segments = sum(count * math.ceil(rows / SEGMENT) for rows, count in load)
-    tasks = segments * sum(shape.tasks) * machine.task_seconds / threads
-    moving = shape.moved_bytes(slots) * machine.row_byte_seconds * machine.bytes_per_s(1) / machine.bytes_per_s(threads)
+    tasks = segments * sum(shape.tasks) * machine.task_seconds(threads)
+    moving = shape.moved_bytes(slots) * machine.row_byte_seconds(threads)
     return machine.barriers_at(threads) + tasks + moving + _waiting(shape, load, machine, threads, isa, gemm)
 
 

@@ -82,8 +82,8 @@ class MachineProfile:
         curves: Measured curves; where one is missing, a default is made from the numbers above.
         call_seconds: Of a call that does nothing, on one thread.
         barriers: (threads, seconds that the team's start and all barriers of a layer add) pairs.
-        row_byte_seconds: For each byte of tokens that is packed or combined, on one thread.
-        task_seconds: For each task, on its thread.
+        row_byte: Seconds for each byte of tokens that is packed or combined, on one thread.
+        tasks: (threads, seconds that each task adds to a call) pairs. Reading weights hides them where it binds.
         interrupted: Part of the measured calls that other work interrupted; they do not count where others went by.
         measured: When, as text; empty for assumed numbers.
     """
@@ -98,8 +98,8 @@ class MachineProfile:
     curves: tuple[GemmCurve, ...]
     call_seconds: float
     barriers: Points
-    row_byte_seconds: float
-    task_seconds: float
+    row_byte: float
+    tasks: Points
     interrupted: float = 0.0
     measured: str = ""
 
@@ -118,6 +118,14 @@ class MachineProfile:
     def barriers_at(self, threads: int) -> float:
         """Seconds that a team of ``threads`` threads adds to a call: its start and the barriers between the phases."""
         return at(self.barriers, threads)
+
+    def task_seconds(self, threads: int) -> float:
+        """Seconds that a task adds to a call of ``threads`` threads, beyond its share of the curve."""
+        return at(self.tasks, threads)
+
+    def row_byte_seconds(self, threads: int) -> float:
+        """Seconds for each byte of tokens that ``threads`` threads move: in equal parts, as far as memory lets them."""
+        return max(self.row_byte / threads, min(self.row_byte, 1 / self.bytes_per_s(threads)))
 
     def floor(self, dtype: str, isa: str, threads: int, rows: float) -> float:
         """Seconds that an expert with ``rows`` rows takes at least, for each weight element."""
@@ -197,6 +205,6 @@ def defaults_for(target: Target) -> MachineProfile:
         curves=(),
         call_seconds=_CALL_SECONDS,
         barriers=tuple((t, _BARRIER_SECONDS * (t - 1).bit_length()) for t in teams),
-        row_byte_seconds=1 / one,
-        task_seconds=_TASK_SECONDS,
+        row_byte=1 / one,
+        tasks=tuple((t, _TASK_SECONDS / t) for t in teams),
     )

@@ -75,8 +75,8 @@ def to_json(machine: MachineProfile) -> str:
         "flops_per_s_of_one_thread": machine.flops,
         "call_seconds": machine.call_seconds,
         "barrier_seconds_by_threads": machine.barriers,
-        "row_byte_seconds": machine.row_byte_seconds,
-        "task_seconds": machine.task_seconds,
+        "row_byte_seconds": machine.row_byte,
+        "task_seconds_by_threads": machine.tasks,
         "interrupted_part_of_calls": machine.interrupted,
         "gemm_ns_per_weight_element_by_rows": [
             {"dtype": c.dtype, "isa": c.isa, "threads": c.threads, "points": c.points} for c in machine.curves
@@ -123,8 +123,8 @@ def _machine(m: Mapping[str, Any]) -> MachineProfile:
         ),
         call_seconds=_number(m["call_seconds"], least=0.0),
         barriers=_points(m["barrier_seconds_by_threads"], least=0.0),
-        row_byte_seconds=_number(m["row_byte_seconds"], least=0.0),
-        task_seconds=_number(m["task_seconds"], least=0.0),
+        row_byte=_number(m["row_byte_seconds"], least=0.0),
+        tasks=_points(m["task_seconds_by_threads"], least=0.0),
         interrupted=_number(m["interrupted_part_of_calls"], least=0.0),
     )
 

@@ -22,7 +22,7 @@ def round_machine(**changes: object) -> MachineProfile:
         "curves": (ONE, TWO),
         "call_seconds": 100e-6,
         "barriers": ((1, 0.0), (2, 10e-6)),
-        "row_byte_seconds": 0.0,
-        "task_seconds": 0.0,
+        "row_byte": 0.0,
+        "tasks": ((1, 0.0),),
     }
     return MachineProfile(**{**numbers, **changes})  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ TRUE = MachineProfile(
     ),
     call_seconds=50e-6,
     barriers=((1, 0.0), (2, 5e-6), (4, 9e-6)),
-    row_byte_seconds=2e-10,
-    task_seconds=1e-6,
+    row_byte=2e-10,
+    tasks=((1, 1e-6), (4, 1e-7)),
 )
 
 
@@ -82,8 +82,9 @@ def test_probes_are_kept_as_found(found: MachineProfile) -> None:
 
 
 def test_parts_are_told_apart(found: MachineProfile) -> None:
-    assert found.row_byte_seconds == pytest.approx(TRUE.row_byte_seconds, rel=0.05)
-    assert found.task_seconds == pytest.approx(TRUE.task_seconds, rel=0.05)
+    assert found.row_byte == pytest.approx(TRUE.row_byte, rel=0.05)
+    assert found.task_seconds(1) == pytest.approx(TRUE.task_seconds(1), rel=0.05)
+    assert found.task_seconds(4) == pytest.approx(TRUE.task_seconds(4), abs=5e-8)
     for threads in (1, 4):
         for rows in ROWS:
             want = TRUE.curve("f32", "avx2", threads).seconds(rows)

@@ -16,7 +16,7 @@ from tests.cost.machines import round_machine
 # 64 x (2 x 100 + 50) = 16 000 elements an expert; one task in either GEMM.
 SMALL = LayerShape(hidden=100, inner=64, width=50, experts=4, top_k=2)
 LAYER = LayerShape(hidden=1024, inner=512, width=1024, experts=32, top_k=4)
-MACHINES = [round_machine(row_byte_seconds=1e-10, task_seconds=1e-7), defaults_for(parse_target("cpu:avx512,cores=8"))]
+MACHINES = [round_machine(row_byte=1e-10, tasks=((1, 1e-7),)), defaults_for(parse_target("cpu:avx512,cores=8"))]
 
 
 def test_by_hand_on_one_thread() -> None:
@@ -33,11 +33,14 @@ def test_by_hand_on_one_thread() -> None:
 
 
 def test_every_kind_of_overhead_by_hand() -> None:
-    machine = round_machine(row_byte_seconds=1e-9, task_seconds=1e-6)
+    machine = round_machine(row_byte=1e-9, tasks=((1, 1e-6), (2, 3e-7)))
     time = predict(SMALL, [0, 1, 0, 3], machine, 1)
     moved = (4 * (2 * 100 + 50) + 2 * 50) * 2
     tasks = 2 * (1 + 1)
     assert time.overhead_seconds == pytest.approx(100e-6 + tasks * 1e-6 + moved * 1e-9)
+    two = predict(SMALL, [0, 1, 0, 3], machine, 2).overhead_seconds
+    none = predict(SMALL, [0, 1, 0, 3], round_machine(), 2).overhead_seconds
+    assert two - none == pytest.approx(tasks * 3e-7 + moved * 0.5e-9)
 
 
 def test_two_threads_wait_for_the_longest_task() -> None:

@@ -55,6 +55,12 @@ def test_between_thread_counts_the_ratio_to_the_limit_is_kept() -> None:
     assert got.seconds(512) == pytest.approx(1.5 * 128e-9)
 
 
+def test_moving_tokens_is_shared_as_far_as_memory_lets() -> None:
+    machine = round_machine(row_byte=4e-9, bandwidth=((1, 1e9), (8, 1e9)))
+    assert [machine.row_byte_seconds(t) for t in (1, 2, 4, 8)] == [4e-9, 2e-9, 1e-9, 1e-9]
+    assert round_machine(row_byte=1e-10).row_byte_seconds(8) == 1e-10
+
+
 def test_an_unmeasured_type_gets_a_default_curve() -> None:
     machine = round_machine()
     assert machine.has_curve("bf16", "avx2")

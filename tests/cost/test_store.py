@@ -27,7 +27,7 @@ def here() -> dict[str, object]:
 
 
 def test_round_trip() -> None:
-    machine = round_machine(interrupted=0.25, measured="today", row_byte_seconds=1e-10)
+    machine = round_machine(interrupted=0.25, measured="today", row_byte=1e-10)
     assert dataclasses.asdict(from_json(to_json(machine))) == dataclasses.asdict(machine)
 
 
@@ -64,7 +64,7 @@ BAD = {
     "another processor": changed(fingerprint="f" * 16),
     "'fast' ": changed(call_seconds="fast "),
     "NaN": changed(call_seconds=float("nan")),
-    "-1": changed(task_seconds=-1),
+    "-1": changed(row_byte_seconds=-1),
     "is no curve": changed(bandwidth_bytes_per_s_by_threads=[]),
     "[[1, 2.0], [2, 1.0]] is no curve": changed(
         gemm_ns_per_weight_element_by_rows=[{**CURVE, "points": [[1, 2.0], [2, 1.0]]}]
