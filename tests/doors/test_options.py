@@ -48,7 +48,19 @@ def test_all_taken() -> None:
         }
     )
     assert got == CompileOptions(
-        "eager", "fuse-routing", ("reference",), "cpu:avx512", 2, "strict", Path("d"), True, True, True, 3, False, callback
+        "eager",
+        "fuse-routing",
+        ("reference",),
+        "cpu:avx512",
+        2,
+        "strict",
+        Path("d"),
+        True,
+        True,
+        True,
+        3,
+        False,
+        callback,
     )
     assert got.target_description.name == "cpu:avx512"
 
