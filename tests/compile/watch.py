@@ -67,9 +67,10 @@ def moec_compile(
         inner: The inner compiler; tests take the quick one unless they say more.
         fullgraph: A graph break is an error.
         watch: A mode to be on while compiled graphs run. (Dynamo runs nothing compiled under a mode from outside.)
-        **options: Further options of moec.
+        **options: Further options of moec. Tests of the door run layers on ``aten``, which has eager's bits and nothing
+            to compile; test_cpu_backend.py takes the default.
     """
-    options = {"inner": inner, **options}
+    options = {"inner": inner, "backends": ["aten"], **options}
     if watch is None:
         return torch.compile(model, backend="moec", fullgraph=fullgraph, options=options)
     backend = torch._dynamo.lookup_backend("moec")
