@@ -14,7 +14,8 @@ from moec.ir.errors import nearest
 if TYPE_CHECKING:
     from moec.cost import MachineProfile
 
-_BUSY = 0.25
+_BUSY, _TOO_BUSY = 0.3, 0.5
+"""Interrupted parts of calls from which a profile is doubted, and not trusted at all. Idle machines have 0.15."""
 
 
 def profile(
@@ -49,6 +50,11 @@ def profile(
         task = bar.add_task("", total=1.0)
         machine = calibrate(
             threads or cpu_cores(), dtypes, lambda what, done: bar.update(task, description=what, completed=done)
+        )
+    if machine.interrupted > _TOO_BUSY and out_file is None:
+        raise ProfileError(
+            f"other work interrupted {machine.interrupted:.0%} of the calls, so nothing is stored",
+            hint="stop it and run again; --out FILE writes the profile all the same",
         )
     stored = save_profile(machine, out_file)
     if picture is not None:

@@ -18,7 +18,7 @@ from moec.calibration import layers, measure, probes
 from moec.calibration import times as times_module
 from moec.cli.app import main
 from moec.cost import MachineProfile, load_profile
-from moec.cost.store import from_json, to_json
+from moec.cost.store import from_json, profile_path, to_json
 from tests.cost.machines import round_machine
 
 RUNS = compiler() is not None and not isinstance(isa_of("cpu"), str)
@@ -77,6 +77,17 @@ def test_a_busy_machine_is_told_of(
     monkeypatch.setattr(moec.calibration, "calibrate", lambda *a: round_machine(interrupted=0.4))
     assert run() == 0
     assert "interrupted 40% of the calls" in capsys.readouterr().err
+
+
+def test_a_profile_of_other_work_is_not_stored(
+    measured: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(moec.calibration, "calibrate", lambda *a: round_machine(interrupted=0.6))
+    assert run() == 2
+    assert "60% of the calls, so nothing is stored" in capsys.readouterr().err
+    assert not profile_path().exists()
+    assert run("--out", str(tmp_path / "p.json")) == 0
+    assert (tmp_path / "p.json").exists()
 
 
 @pytest.mark.parametrize(
