@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,22 @@ class Code:
     def __init__(self, library: Library) -> None:
         self.run = library.entry("moec_experts")
         self.a_row, self.o_row = library.number("moec_a_row"), library.number("moec_o_row")
-        self.room = partial(library.number, "moec_room")
+        self.room = lru_cache(maxsize=64)(lambda slots: aligned(library.number("moec_room", slots)))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a call's weights lie.
+
+    Attributes:
+        code: The functions for weights that lie so.
+        fields: The end of the table that they take, from the weights on.
+        keep: The tables that ``fields`` point to.
+    """
+
+    code: Code
+    fields: list[int]
+    keep: Pointers
 
 
 class CpuExperts(Kernel):
@@ -48,6 +64,7 @@ class CpuExperts(Kernel):
         self.apart = 1 if self.spec.stacked else shape.experts  # weights of a kind, and of a part
         self.codes: dict[tuple[bool, bool], Code] = {}
         self.lock = threading.Lock()
+        self.last: tuple[list[tuple[int, tuple[int, ...]]], Placed] | None = None
         self.code(self.spec.up_nk, self.spec.down_nk)
 
     def code(self, up_nk: bool, down_nk: bool) -> Code:
@@ -66,43 +83,62 @@ class CpuExperts(Kernel):
         out = torch.empty((tokens, shape.width), dtype=spec.out_dtype)
         if not tokens:
             return [out]
-        p = spec.params(inputs)
-        up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
-        up_rows = row_bytes(p.up, self.apart, -2 if up_nk == spec.up_nk else -1)
-        down_rows = row_bytes(p.down, self.apart, -2 if down_nk == spec.down_nk else -1)
-        if up_nk is None or down_nk is None or up_rows is None or down_rows is None:
+        placed = self._placed(inputs)
+        if placed is None:
             return self.aten.forward(inputs)  # no side of the matrix is contiguous, or not the same one of all
         if x.stride(1) != 1:
             x = x.contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.contiguous()
-        item, slots = x.element_size(), tokens * top_k
-        code = self.code(up_nk, down_nk)
-        room = aligned(code.room(slots))
-        a_bytes, o_bytes, ints = (
-            aligned(slots * code.a_row),
-            aligned(slots * code.o_row),
-            aligned(4 * (shape.experts + 1 + slots)),
-        )
-        keep = Pointers()
-        gate, up, bias_gate, bias_up = self._up(p, up_nk, up_rows, keep)
-        captures, post_captures = ([c.contiguous() for c in group] for group in (p.captures, p.post_captures))
-        with team.SHARED.borrow(self.threads or torch.get_num_threads()) as threads:
+        code, slots = placed.code, tokens * top_k
+        a_bytes, o_bytes = aligned(slots * code.a_row), aligned(slots * code.o_row)
+        ints, room = aligned(4 * (shape.experts + 1 + slots)), code.room(slots)
+        threads = team.SHARED.take(self.threads or torch.get_num_threads())
+        try:
             work = workspace.SHARED.take(a_bytes + o_bytes + ints + threads * room + ALIGN)
-            base = aligned(work.data_ptr())
+            a = aligned(work.data_ptr())
+            o, sorted_slots, rooms = a + a_bytes, a + a_bytes + o_bytes, a + a_bytes + o_bytes + ints
             code.run(
                 [
-                    x.data_ptr(), x.stride(0) * item, ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
-                    tokens, top_k, threads, room,
-                    base, base + a_bytes, base + a_bytes + o_bytes + ints, base + a_bytes + o_bytes,
-                    *gate, *up, *self.operands.matrix(p.down, 0, down_nk, spec.down_nk, keep),
-                    *bias_gate, *bias_up, *self.operands.vector(alike(p.down_bias), 0, keep),
-                    keep.table(captures), keep.table(post_captures),
-                    table_of(shape.inners, keep), table_of(up_rows, keep), table_of(down_rows, keep),
+                    x.data_ptr(), x.stride(0) * x.element_size(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(),
+                    tokens, top_k, threads, room, a, o, rooms, sorted_slots, *placed.fields,
                 ]
             )  # fmt: skip
             workspace.SHARED.give_back(work)
+        finally:
+            team.SHARED.give_back(threads)
         return [out]
+
+    def _placed(self, inputs: list[Tensor]) -> Placed | None:
+        """Where this call's weights lie, mostly where those of the last call lay; None where kernels cannot read them.
+
+        While a model decodes, what Python does for a layer is done on caches that the weights have just swept: looking
+        the fields up again costs a tenth of the layer's time.
+        """
+        key = [(t.data_ptr(), t.stride()) for t in inputs[3:]]
+        last = self.last
+        if last is not None and last[0] == key:
+            return last[1]
+        p, spec = self.spec.params(inputs), self.spec
+        up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
+        up_rows = row_bytes(p.up, self.apart, -2 if up_nk == spec.up_nk else -1)
+        down_rows = row_bytes(p.down, self.apart, -2 if down_nk == spec.down_nk else -1)
+        if up_nk is None or down_nk is None or up_rows is None or down_rows is None:
+            return None
+        keep = Pointers()
+        gate, up, bias_gate, bias_up = self._up(p, up_nk, up_rows, keep)
+        captures, post_captures = ([c.contiguous() for c in group] for group in (p.captures, p.post_captures))
+        fields = [
+            *gate, *up, *self.operands.matrix(p.down, 0, down_nk, spec.down_nk, keep),
+            *bias_gate, *bias_up, *self.operands.vector(alike(p.down_bias), 0, keep),
+            keep.table(captures), keep.table(post_captures),
+            table_of(self.shape.inners, keep), table_of(up_rows, keep), table_of(down_rows, keep),
+        ]  # fmt: skip
+        placed = Placed(self.code(up_nk, down_nk), fields, keep)
+        small = (*p.captures, *p.post_captures, *p.up_bias, *p.down_bias)
+        if all(t.is_contiguous() for t in small):  # otherwise there may be a copy among them, good for this call alone
+            self.last = (key, Placed(placed.code, fields, keep.without_tensors()))
+        return placed
 
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]

@@ -33,6 +33,12 @@ class Pointers:
         self.kept.append(tensors)
         return self.numbers([0 if t is None else t.data_ptr() for t in tensors])
 
+    def without_tensors(self) -> Pointers:
+        """The same tables; tensors are left to whoever owns them."""
+        other = Pointers()
+        other.kept = [k for k in self.kept if isinstance(k, ctypes.Array)]
+        return other
+
     def numbers(self, values: Sequence[int]) -> int:
         """Address of an array of 64-bit numbers."""
         array = (ctypes.c_int64 * len(values))(*values)

@@ -25,20 +25,29 @@ class Cores:
         self.busy = 0
         self._changed = threading.Condition()
 
-    @contextmanager
-    def borrow(self, wanted: int) -> Iterator[int]:
-        """Between 1 and ``wanted`` threads for one call; more than there are cores only where it is alone."""
+    def take(self, wanted: int) -> int:
+        """Between 1 and ``wanted`` threads, to be given back; more than the cores only for a call that is alone."""
         with self._changed:
             while self.busy and self.busy >= self.count:
                 self._changed.wait()
             granted = wanted if not self.busy else max(1, min(wanted, self.count - self.busy))
             self.busy += granted
+        return granted
+
+    def give_back(self, granted: int) -> None:
+        """The call is over."""
+        with self._changed:
+            self.busy -= granted
+            self._changed.notify_all()
+
+    @contextmanager
+    def borrow(self, wanted: int) -> Iterator[int]:
+        """``take`` and ``give_back`` around a block."""
+        granted = self.take(wanted)
         try:
             yield granted
         finally:
-            with self._changed:
-                self.busy -= granted
-                self._changed.notify_all()
+            self.give_back(granted)
 
 
 SHARED = Cores()
