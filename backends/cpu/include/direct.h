@@ -8,11 +8,10 @@
 namespace moec {
 
 #if defined(__AVX512F__)
-constexpr int DIRECT_TOKENS = 8;  // more of them, with a vector for each, no longer fit beside the W rows
+constexpr int DIRECT_TOKENS = 12;  // more of them, with a vector for each, no longer fit beside the W rows
 #else
 constexpr int DIRECT_TOKENS = 4;
 #endif
-constexpr int DIRECT_AHEAD = 1024;  // bytes of a row that are fetched ahead
 
 // c[t * ldc + n] = sum over `count` elements of K, for W outputs and two tiles of M0 and M1 tokens (the second from x1 on).
 // Rows are `row` bytes apart, and n of the W are there. next: the rows that this thread reads then.
@@ -20,21 +19,22 @@ template <class T, int M0, int M1>
 static __attribute__((noinline)) void direct(const char* w, int64_t row, int n, const char* next, const typename Step<T>::X* x0,
                                              const typename Step<T>::X* x1, int count, float* c, int ldc) {
     using S = Step<T>;
-    constexpr int M = M0 + M1;
-    const int64_t bytes = count * (int64_t)sizeof(T);
+    constexpr int M = M0 + M1, LINES = W * RUN<T> * (int)sizeof(T) / 64;  // of weights in a run
+    // The next rows are fetched in the order in which they lie, as memory likes it best, if nothing is between them.
+    const bool gapless = row == count * (int64_t)sizeof(T);
     for (int k0 = 0; k0 < count; k0 += SLICE<T>) {
         const int stop = count - k0 < SLICE<T> ? count : k0 + SLICE<T>;
         V acc[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int t = 0; t < M; t++) acc[t] = zero();
         for (int k = k0; k < stop; k += RUN<T>, x0 += W * M0, x1 += W * M1) {
-            const int64_t at = k * (int64_t)sizeof(T), then = at + DIRECT_AHEAD;
-            const char* soon = then < bytes ? w + then : next + (then - bytes);
+            const char* soon = next + (gapless ? k / RUN<T> * LINES * 64 : k * (int64_t)sizeof(T));
+            const int64_t step = gapless ? 64 : row * (W / LINES);
             V r[W];
             if (n == W && k + RUN<T> <= count) {
 #pragma GCC unroll 16
                 for (int i = 0; i < W; i++) {
-                    _mm_prefetch(soon + i * row, _MM_HINT_T1);
+                    if (i % (W / LINES) == 0) _mm_prefetch(soon + i / (W / LINES) * step, _MM_HINT_T0);
                     r[i] = S::row((const T*)(w + i * row) + k);
                 }
             } else {
@@ -43,13 +43,13 @@ static __attribute__((noinline)) void direct(const char* w, int64_t row, int n, 
             transpose(r);
 #pragma GCC unroll 16
             for (int i = 0; i < W; i++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int t = 0; t < M0; t++) acc[t] = S::add(acc[t], r[i], S::token(x0 + t * W + i));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int t = 0; t < M1; t++) acc[M0 + t] = S::add(acc[M0 + t], r[i], S::token(x1 + t * W + i));
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int t = 0; t < M; t++) store(c + t * ldc, k0 ? load(c + t * ldc) + acc[t] : acc[t]);
     }
 }
@@ -67,6 +67,10 @@ static inline void direct_of(int tokens, const char* w, int64_t row, int n, cons
         case 6: return direct<T, 6, 0>(w, row, n, next, x0, x1, count, c, ldc);
         case 7: return direct<T, 4, 3>(w, row, n, next, x0, x1, count, c, ldc);
         case 8: return direct<T, 4, 4>(w, row, n, next, x0, x1, count, c, ldc);
+        case 9: return direct<T, 5, 4>(w, row, n, next, x0, x1, count, c, ldc);
+        case 10: return direct<T, 5, 5>(w, row, n, next, x0, x1, count, c, ldc);
+        case 11: return direct<T, 6, 5>(w, row, n, next, x0, x1, count, c, ldc);
+        case 12: return direct<T, 6, 6>(w, row, n, next, x0, x1, count, c, ldc);
 #endif
     }
 }
