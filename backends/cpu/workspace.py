@@ -12,8 +12,8 @@ import threading
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 64 << 20
-"""A returned buffer up to this size is kept, one at a time; a larger one goes back to the system."""
+KEPT_BYTES = 256 << 20
+"""A returned buffer up to this size is kept, the largest alone; a larger one goes back to the system."""
 HUGE_BYTES = 8 << 20
 """From this size on a buffer asks for huge pages."""
 _PAGE = 4096
