@@ -76,7 +76,7 @@ class CpuBackward:
         p = spec.params(inputs)
         up_nk, down_nk = rows_are_outputs(p.up, spec.up_nk), rows_are_outputs(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]
-        found = [_gradient(t) if need else None for t, need in zip(inputs, needs, strict=True)]
+        found = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs, strict=True)]
         found[0] = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
         found[1] = None
         found[2] = torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None
@@ -135,12 +135,6 @@ class CpuBackward:
         for vector in (*o.up_bias_gradient(up_bias, keep), o.vector(down_bias, 0, keep)):
             fields += [*vector, 0]
         return fields
-
-
-def _gradient(t: Tensor) -> Tensor:
-    made = torch.empty_like(t)
-    workspace.ask_for_huge_pages(made)
-    return made
 
 
 def _rows(t: Tensor) -> Tensor:
