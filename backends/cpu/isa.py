@@ -38,6 +38,8 @@ LEVELS = {
     "amx": Isa("amx", _BF16_NEEDS | {"amx_tile", "amx_bf16"}, (*_BF16, "-mamx-tile", "-mamx-bf16")),
 }
 """From the lowest to the highest."""
+USE_AMX = "MOEC_AMX"
+"""Environment variable: ``1`` lets kernels use AMX where the processor has it."""
 EMULATED_AMX = Isa("amx_emulated", _BF16_NEEDS, (*_BF16, "-DMOEC_EMULATE_AMX"))
 """The kernels of ``amx`` with its tile instructions in plain C++: for tests where the processor lacks them."""
 
@@ -52,15 +54,18 @@ def isa_of(target: str) -> Isa | str:
         return EMULATED_AMX
     if level:
         return LEVELS.get(level) or f"there are no kernels for {name}; the levels are {', '.join(LEVELS)}"
-    here = [isa for isa in LEVELS.values() if isa.needs <= cpu_flags() and not refusal(isa)]
+    here = [isa for isa in LEVELS.values() if not missing(isa) and not refusal(isa)]
     if not here:
         return f"this processor ({platform.machine()}) has none of {', '.join(LEVELS)}"
     return here[-1]
 
 
 def missing(isa: Isa) -> str:
-    """The flags that this machine's processor lacks for ``isa``, as text; empty if it has them all."""
-    return ", ".join(sorted(isa.needs - cpu_flags()))
+    """What this machine lacks for ``isa``: flags of its processor, or leave to use tiles; empty if nothing."""
+    lacks = ", ".join(sorted(isa.needs - cpu_flags()))
+    if not lacks and "amx_tile" in isa.needs and os.environ.get(USE_AMX) != "1":
+        return f"the setting {USE_AMX}=1 (these kernels have run in emulation alone so far)"
+    return lacks
 
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # x86-64 Linux: the call, its code, the state's number
