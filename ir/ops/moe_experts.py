@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moec.ir.core import Graph, Op
-from moec.ir.moe_semantics import combine, expert_gemm, make_plan, split_gate
+from moec.ir.moe_semantics import combine, expert_gemm, grouped_gemm, make_plan, split_gate
 from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, register_op, torch_dtype
 from moec.ir.ops.moe_activation import LAYOUTS
 from moec.ir.types import TensorType
@@ -117,6 +117,17 @@ class Experts(OpDef):
         layout, stacked, experts = (self.attr(op, name) for name in ("layout", "stacked", "experts"))
         plan = make_plan(ids, experts, self.attr(op, "sentinels"))
         rows = x[plan.order // plan.top_k]
+        out_dtype = torch_dtype(op.result.type.dtype.name) if isinstance(op.result.type, TensorType) else x.dtype
+        post = op.regions[1] if len(op.regions) > 1 else None
+        if stacked or len({w_up.shape for w_up in up}) == 1:  # all rows at once: the very ops of the chain
+            apart = len(up) // self.parts(op)
+            h = [
+                grouped_gemm(rows, up[i : i + apart], up_bias[i : i + apart], plan, self.attr(op, "up_form"), stacked)
+                for i in range(0, len(up), apart)
+            ]
+            a = run(op.regions[0], [*split_gate(h, layout), *captures])[0]
+            o = grouped_gemm(a, down, down_bias, plan, self.attr(op, "down_form"), stacked)
+            return [combine(run(post, [o, *post_captures])[0] if post else o, w, plan, out_dtype)]
         found = []
         for expert, start, stop in plan.segments():
             h = [
@@ -125,8 +136,8 @@ class Experts(OpDef):
             ]
             a = run(op.regions[0], [*split_gate(h, layout), *captures])[0]
             o = expert_gemm(a, down, down_bias, expert, experts, self.attr(op, "down_form"), stacked)
-            found.append(run(op.regions[1], [o, *post_captures])[0] if len(op.regions) > 1 else o)
+            found.append(run(post, [o, *post_captures])[0] if post else o)
         assert isinstance(op.result.type, TensorType)
         like = found[0] if found else x
         dead = like.new_zeros((rows.shape[0] - sum(plan.counts), int(op.result.type.shape[-1])))
-        return [combine(torch.cat([*found, dead]), w, plan, torch_dtype(op.result.type.dtype.name))]
+        return [combine(torch.cat([*found, dead]), w, plan, out_dtype)]
