@@ -9,23 +9,11 @@ import torch
 from torch import Tensor
 
 from moec.backends.registry import get_backend
-from moec.ir.parser import parse_graph
+from moec.calibration.layers import swiglu_layer
+from moec.cost import LayerShape
 from routing import Batch
 from shapes import Shape
 
-PROGRAM = """
-graph @layer(%x: {dt}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}],
-             %up: {dt}[{e}, {i2}, {h}], %down: {dt}[{e}, {h}, {i}]) -> {dt}[T, {h}] {{
-  %y = moe.experts %x, %ids, %w, [%up], [%down] {{experts = {e}}} {{
-    (%g: {dt}[R, {i}], %u: {dt}[R, {i}]) -> {dt}[R, {i}] {{
-      %s = torch.call @aten.silu.default(%g) : {dt}[R, {i}]
-      %m = torch.call @aten.mul.Tensor(%s, %u) : {dt}[R, {i}]
-      return %m
-    }}
-  }} : {dt}[T, {h}]
-  return %y
-}}
-"""
 Call = Callable[[Batch], Tensor]
 
 
@@ -52,8 +40,8 @@ def moec_calls(backend: str, target: str, dtype: str, shape: Shape, copies: Sequ
     Raises:
         MoecError: The backend cannot run the layer here.
     """
-    sizes = {"h": shape.hidden, "i": shape.inner, "i2": 2 * shape.inner, "e": shape.experts, "k": shape.top_k}
-    graph = parse_graph(PROGRAM.format(dt=dtype, **sizes))
+    sizes = (shape.hidden, shape.inner, shape.hidden, shape.experts, shape.top_k)
+    graph = swiglu_layer(LayerShape(*sizes, dtype=dtype))
     found = get_backend(backend)
     kernel = found.load(found.lower(graph, target))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moec.backends.registry import get_backend
 from moec.calibration.times import Times, take_times
 from moec.cost import LayerShape
+from moec.ir.core import Graph
 from moec.ir.parser import parse_graph
 from moec.ir.torch_dtypes import TO_TORCH
 
@@ -28,6 +29,12 @@ graph @layer(%x: {dt}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}],
 """
 
 
+def swiglu_layer(shape: LayerShape) -> Graph:
+    """The program of a layer with silu(gate)·up and stacked weights: x, ids, weights, up [E, 2I, H], down [E, H, I]."""
+    sizes = {"h": shape.hidden, "i": shape.inner, "i2": 2 * shape.inner, "e": shape.experts, "k": shape.top_k}
+    return parse_graph(_PROGRAM.format(dt=shape.dtype, **sizes))
+
+
 class SyntheticLayer:
     """A layer with silu(gate)·up, weights of one expert copied to all (memory counts, values do not).
 
@@ -38,9 +45,8 @@ class SyntheticLayer:
     def __init__(self, shape: LayerShape, target: str = "cpu") -> None:
         self.shape = shape
         h, i, e = shape.hidden, shape.inner, shape.experts
-        graph = parse_graph(_PROGRAM.format(dt=shape.dtype, h=h, i=i, i2=2 * i, e=e, k=shape.top_k))
         backend = get_backend("cpu")
-        self._kernel = backend.load(backend.lower(graph, target))
+        self._kernel = backend.load(backend.lower(swiglu_layer(shape), target))
         self._dtype = TO_TORCH[shape.dtype]
         self._up, self._down = self._copies(e, 2 * i, h), self._copies(e, h, i)
 

@@ -4,7 +4,6 @@
 #pragma once
 #include <omp.h>
 
-#include <atomic>
 #include <type_traits>
 
 #include "block.h"
@@ -244,16 +243,6 @@ template <class L> struct Layer {
                 sum = sum + round_to<R>(load_n((const typename L::Row*)o_row(s) + n, L::WIDTH - n) * weight);
             }
             store_n(out + n, round_to<R>(sum), L::WIDTH - n);
-        }
-    }
-
-    // Tasks are taken one at a time by whoever is free, each thread knowing the one after its own.
-    template <class Do> static void share(std::atomic<int>& counter, int total, Do&& run) {
-        int task = counter.fetch_add(1, std::memory_order_relaxed);
-        while (task < total) {
-            int after = counter.fetch_add(1, std::memory_order_relaxed);
-            run(task, after < total ? after : -1);
-            task = after;
         }
     }
 

@@ -50,16 +50,6 @@ struct BackwardCall {
     const void* const* captures;
 };
 
-// Tasks are taken one at a time by whoever is free; `run` also learns which one the thread takes after it, or -1.
-template <class Do> static inline void share(std::atomic<int>& counter, int total, Do&& run) {
-    int task = counter.fetch_add(1, std::memory_order_relaxed);
-    while (task < total) {
-        const int after = counter.fetch_add(1, std::memory_order_relaxed);
-        run(task, after < total ? after : -1);
-        task = after;
-    }
-}
-
 // Tasks are numbered expert by expert; a cursor only moves forward. Returns the number among its expert's.
 struct Cursor {
     int expert, before;

@@ -1,6 +1,8 @@
-// Slots sorted by expert, cut into the segments that tasks take.
+// Slots sorted by expert, cut into the segments that tasks take; and how threads take tasks.
 #pragma once
 #include <stdint.h>
+
+#include <atomic>
 
 namespace moec {
 
@@ -29,5 +31,15 @@ struct Segments {
         return {k.expert, offsets[k.expert] + start, stop - start};
     }
 };
+
+// Tasks are taken one at a time by whoever is free; `run` also learns which one the thread takes after it, or -1.
+template <class Do> static inline void share(std::atomic<int>& counter, int total, Do&& run) {
+    int task = counter.fetch_add(1, std::memory_order_relaxed);
+    while (task < total) {
+        const int after = counter.fetch_add(1, std::memory_order_relaxed);
+        run(task, after < total ? after : -1);
+        task = after;
+    }
+}
 
 }  // namespace moec

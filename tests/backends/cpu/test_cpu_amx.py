@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -48,13 +47,6 @@ BITS = ExpertsCase(hidden=150, inner=90, dtype="bf16", weight_dtype="f32", up_fo
 @cache
 def load(case: ExpertsCase, level: str) -> Kernel:
     return BACKEND.load(BACKEND.lower(case.graph(), f"cpu:{level}"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @each_level

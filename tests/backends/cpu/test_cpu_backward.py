@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import pytest
@@ -12,15 +11,14 @@ from torch import Tensor
 from moec.backends.aten.spec import Spec
 from moec.backends.cpu import CpuBackend
 from moec.backends.cpu.backward import CpuBackward
-from moec.backends.cpu.build import compiler
-from moec.backends.cpu.isa import LEVELS, missing
+from moec.backends.cpu.isa import LEVELS
 from moec.backends.cpu.source import read_shape
 from moec.ir.core import Graph
 from moec.ir.types import TensorType
 from tests.backends.cases import TOLERANCE, ExpertsCase, call, case_id, close, relative_error
+from tests.backends.cpu.kernels import HERE, needs_kernels
 
-HERE = [name for name, isa in LEVELS.items() if not missing(isa)]
-pytestmark = pytest.mark.skipif(compiler() is None or not HERE, reason="no C++ compiler, or no AVX2 in this processor")
+pytestmark = needs_kernels
 ODD = ExpertsCase(hidden=37, inner=19, bias=True)
 PAIRS = ExpertsCase(
     hidden=45, inner=70, dtype="bf16", weight_dtype="f32", layout="interleaved", up_form="kn", down_form="kn", bias=True
@@ -38,13 +36,6 @@ Gradients = list[Tensor | None]
 def kernel(case: ExpertsCase, level: str) -> CpuBackward:
     op = case.graph().ops[0]
     return CpuBackward(op, read_shape(op), Spec.of(op), LEVELS[level])
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def wanted(case: ExpertsCase, inputs: list[Tensor]) -> list[bool]:

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from moec.backends.base import Kernel
-from moec.backends.cpu import CpuBackend
-from moec.backends.cpu.build import compiler
-from moec.backends.cpu.isa import LEVELS, missing
 from moec.backends.reference import run_graph
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, call, case_id, close, loop_experts, relative_error
+from tests.backends.cpu.kernels import BACKEND, HERE, TOKENS, load, needs_kernels
 
-BACKEND = CpuBackend()
-HERE = [name for name, isa in LEVELS.items() if not missing(isa)]
-pytestmark = pytest.mark.skipif(compiler() is None or not HERE, reason="no C++ compiler, or no AVX2 in this processor")
+pytestmark = needs_kernels
 Activation = Callable[[Graph, list[Value], TensorType], Value]
-TOKENS = (0, 1, 2, 31, 33, 257)
 ODD = [
     ExpertsCase(hidden=37, inner=19, dtype="f32", bias=True),
     ExpertsCase(hidden=45, inner=70, dtype="bf16", weight_dtype="f32", layout="interleaved", bias=True, sentinels=True),
     ExpertsCase(hidden=33, inner=21, dtype="bf16", up_form="kn", down_form="kn", layout="interleaved", bias=True),
     ExpertsCase(hidden=21, inner=35, dtype="f16", up_form="kn", layout="separate", stacked=False, bias=True),
 ]
-
-
-def load(graph: Graph, target: str = "cpu") -> Kernel:
-    return BACKEND.load(BACKEND.lower(graph, target))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("level", HERE)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from moec.backends.base import Kernel
-from moec.backends.cpu import CpuBackend
-from moec.backends.cpu.build import compiler
 from moec.backends.cpu.expression import UnsupportedError
-from moec.backends.cpu.isa import LEVELS, missing
 from moec.backends.cpu.row_ops import compile_rows
 from moec.backends.reference import run_graph
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, call, case_id, close, loop_experts, relative_error
+from tests.backends.cpu.kernels import BACKEND, HERE, TOKENS, load, needs_kernels
 
-BACKEND = CpuBackend()
-HERE = [name for name, isa in LEVELS.items() if not missing(isa)]
-pytestmark = pytest.mark.skipif(compiler() is None or not HERE, reason="no C++ compiler, or no AVX2 in this processor")
-TOKENS = (0, 1, 2, 31, 33, 257)
+pytestmark = needs_kernels
 Region = Callable[[Graph, Value], Value]
 CASES = [
     (ExpertsCase(layout="rows", hidden=37, inner=19, bias=True, captures=True), 0),
@@ -32,17 +26,6 @@ CASES = [
     (ExpertsCase(layout="interleaved", hidden=39, inner=22, bias=True, post=True, sentinels=True), 0),
     (ExpertsCase(layout="separate", hidden=45, inner=70, dtype="bf16", stacked=False, post=True), -1),
 ]
-
-
-def load(graph: Graph, target: str = "cpu") -> Kernel:
-    return BACKEND.load(BACKEND.lower(graph, target))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("case", "level"), CASES, ids=lambda v: case_id(v) if isinstance(v, ExpertsCase) else "")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from moec.backends.aten import AtenBackend
-from moec.backends.base import Kernel
-from moec.backends.cpu import CpuBackend
-from moec.backends.cpu.build import compiler
-from moec.backends.cpu.isa import LEVELS, missing
-from moec.ir.core import Graph
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, case_id, loop_experts, relative_error
+from tests.backends.cpu.kernels import BACKEND, HERE, TOKENS, load, needs_kernels
 
-BACKEND = CpuBackend()
-HERE = [name for name, isa in LEVELS.items() if not missing(isa)]
-pytestmark = pytest.mark.skipif(compiler() is None or not HERE, reason="no C++ compiler, or no AVX2 in this processor")
-TOKENS = (0, 1, 2, 31, 33, 257)
+pytestmark = needs_kernels
 WIDTHS = (70, 3, 300, 1, 33)
 RAGGED = [
     (ExpertsCase("concat", stacked=False, bias=True, hidden=37, widths=WIDTHS), 0),
@@ -28,17 +21,6 @@ RAGGED = [
     (ExpertsCase("single", "kn", "kn", stacked=False, bias=True, post=True, dtype="f16", widths=WIDTHS), -1),
     (ExpertsCase("concat", "kn", stacked=False, bias=True, dtype="bf16", hidden=40, widths=WIDTHS), -1),
 ]
-
-
-def load(graph: Graph, target: str = "cpu") -> Kernel:
-    return BACKEND.load(BACKEND.lower(graph, target))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
