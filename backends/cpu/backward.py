@@ -19,7 +19,7 @@ from moec.backends.cpu.derivative import compile_derivative
 from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
-from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, rows_are_outputs
+from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, form_of, one_stride
 from moec.backends.cpu.source import Shape
 from moec.backends.cpu.uneven import alike
 from moec.ir.core import Op
@@ -74,16 +74,18 @@ class CpuBackward:
         if self.reason or any(needs[b[6] :]):
             return None  # gradients of captured tensors are sums over all rows
         p = spec.params(inputs)
-        up_nk, down_nk = rows_are_outputs(p.up, spec.up_nk), rows_are_outputs(p.down, spec.down_nk)
+        up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]
         found = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs, strict=True)]
         found[0] = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
         found[1] = None
         found[2] = torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None
         d_up, d_down = found[b[2] : b[3]], found[b[3] : b[4]]
-        forms = up_nk, down_nk, rows_are_outputs(d_up, spec.up_nk), rows_are_outputs(d_down, spec.down_nk)
+        forms = up_nk, down_nk, form_of(d_up, spec.up_nk), form_of(d_down, spec.down_nk)
         if up_nk is None or down_nk is None or None in forms:
             return None  # no side of a matrix is contiguous
+        if not all(one_stride(kind) for kind in (p.up, p.down, d_up, d_down)):
+            return None  # weights of a kind lie differently
         x, grad = _rows(x), _rows(grad.to(x.dtype))
         ids, weights = ids.to(torch.int64).contiguous(), weights.contiguous()
         self._run(grad, [x, ids, weights], p, found, (up_nk, down_nk, bool(forms[2]), bool(forms[3])), threads)

@@ -18,9 +18,9 @@ from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
-from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned
+from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, form_of
 from moec.backends.cpu.source import Shape, write_source
-from moec.backends.cpu.uneven import alike, form_of, later, row_bytes, table_of
+from moec.backends.cpu.uneven import alike, later, row_bytes, table_of
 from moec.ir.core import Op
 
 

@@ -46,23 +46,22 @@ class Pointers:
         return ctypes.addressof(array)
 
 
-def rows_are_outputs(tensors: Tensors, form_nk: bool) -> bool | None:
-    """Whether a weight's rows in memory are outputs: True or False, or None where the kernels cannot read it.
+def form_of(tensors: Tensors, form_nk: bool) -> bool | None:
+    """Whether the weights' rows in memory are outputs: True or False, or None where that differs or is neither.
 
-    What the op calls ``nk`` may be a transposed view. Weights of one kind have one set of strides.
+    What the op calls ``nk`` may be a transposed view. A side of one element says nothing.
     """
     there = [t for t in tensors if t is not None]
-    if not there:
+    if all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in there):
         return form_nk
-    first = there[0].stride()[-2:]
-    if any(t.stride()[-2:] != first for t in there):
-        return None
-    height, width = there[0].shape[-2:]
-    if first[1] == 1 or width == 1:
-        return form_nk
-    if first[0] == 1 or height == 1:
+    if all(t.stride(-2) == 1 or t.shape[-2] == 1 for t in there):
         return not form_nk
     return None
+
+
+def one_stride(tensors: Tensors) -> bool:
+    """The rows of all weights lie equally far apart."""
+    return len({t.stride()[-2:] for t in tensors if t is not None}) < 2
 
 
 class Operands:

@@ -9,18 +9,6 @@ from torch import Tensor
 from moec.backends.cpu.operands import Pointers
 
 
-def form_of(tensors: Sequence[Tensor], form_nk: bool) -> bool | None:
-    """Whether the weights' rows in memory are outputs: True or False, or None where that differs or is neither.
-
-    What the op calls ``nk`` may be a transposed view. A side of one element says nothing.
-    """
-    if all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors):
-        return form_nk
-    if all(t.stride(-2) == 1 or t.shape[-2] == 1 for t in tensors):
-        return not form_nk
-    return None
-
-
 def row_bytes(tensors: Sequence[Tensor], experts: int, row_dim: int) -> list[int] | None:
     """Bytes between the rows of every expert's weight; None where those of its gate and of its up differ.
 

@@ -35,20 +35,6 @@ struct Call {
     const int64_t *up_rows, *down_rows;  // `row` of every expert's matrices, where they differ in it
 };
 
-// Slots in the order of their experts, stable; slots of no expert are left out. Returns how many there are.
-static inline int sort_slots(const Call& c, int experts, int32_t* offsets, int32_t* order) {
-    const int64_t total = c.tokens * c.top_k;
-    for (int e = 0; e <= experts; e++) offsets[e] = 0;
-    for (int64_t s = 0; s < total; s++)
-        if (c.ids[s] >= 0 && c.ids[s] < experts) offsets[c.ids[s] + 1]++;
-    for (int e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
-    for (int64_t s = 0; s < total; s++)
-        if (c.ids[s] >= 0 && c.ids[s] < experts) order[offsets[c.ids[s]]++] = (int32_t)s;
-    for (int e = experts; e > 0; e--) offsets[e] = offsets[e - 1];
-    offsets[0] = 0;
-    return offsets[experts];
-}
-
 template <class B> static inline void bias_block(float* to, const Matrix& m, int64_t expert, int from, int n) {
     const char* at = m.of(expert);
     for (int i = 0; i < n; i++) {
@@ -280,7 +266,7 @@ template <class L> struct Layer {
 
 template <class L> static void experts(const Call& c) {
     int32_t *offsets = c.ints, *order = c.ints + L::E + 1;
-    sort_slots(c, L::E, offsets, order);
+    sort_slots(c.ids, c.tokens * c.top_k, L::E, offsets, order);
     Layer<L>{c, order, Segments(offsets, L::E, SEGMENT)}.run();
 }
 

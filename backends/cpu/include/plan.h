@@ -98,11 +98,7 @@ template <class L> struct Plan {
     static int64_t make(const int64_t* ids, int64_t tokens, int64_t top_k, int64_t threads, int32_t* ints) {
         const Plan p(ints);
         auto *pads = (int32_t*)p.pads, *firsts = (int32_t*)p.firsts;
-        Call call{};
-        call.ids = ids;
-        call.tokens = tokens;
-        call.top_k = top_k;
-        sort_slots(call, L::E, (int32_t*)p.offsets, (int32_t*)p.order);
+        sort_slots(ids, tokens * top_k, L::E, (int32_t*)p.offsets, (int32_t*)p.order);
         int64_t rows = 0, most = 0, tasks = 0;
         int groups = 0;
         firsts[0] = 0;
@@ -124,13 +120,12 @@ template <class L> struct Plan {
     }
 
     // Bytes of working memory.
-    static int64_t dots_bytes(int64_t slots) { return up_to(slots * BLOCKS * (int64_t)sizeof(float)); }
-    static int64_t slots_bytes(int64_t slots) { return up_to(slots * L::K * (int64_t)sizeof(T)); }
+    static int64_t dots_bytes(int64_t slots) { return lines(slots * BLOCKS * (int64_t)sizeof(float)); }
+    static int64_t slots_bytes(int64_t slots) { return lines(slots * L::K * (int64_t)sizeof(T)); }
     static int64_t bytes(int64_t rows, int64_t slots, int64_t threads) {
         return rows * ROW + dots_bytes(slots) + slots_bytes(slots) + threads * ROOM;
     }
-    static int64_t up_to(int64_t size) { return (size + 63) / 64 * 64; }
-    static int up_to(int a, int b) { return moec::up_to(a, b); }
+    static int64_t lines(int64_t size) { return (size + 63) / 64 * 64; }  // up to whole lines of the cache
 };
 
 }  // namespace moec

@@ -6,6 +6,18 @@
 
 namespace moec {
 
+// Slots in the order of their experts, stable; slots of no expert are left out. offsets: [experts + 1].
+static inline void sort_slots(const int64_t* ids, int64_t slots, int experts, int32_t* offsets, int32_t* order) {
+    for (int e = 0; e <= experts; e++) offsets[e] = 0;
+    for (int64_t s = 0; s < slots; s++)
+        if (ids[s] >= 0 && ids[s] < experts) offsets[ids[s] + 1]++;
+    for (int e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    for (int64_t s = 0; s < slots; s++)
+        if (ids[s] >= 0 && ids[s] < experts) order[offsets[ids[s]]++] = (int32_t)s;
+    for (int e = experts; e > 0; e--) offsets[e] = offsets[e - 1];
+    offsets[0] = 0;
+}
+
 struct Segment {
     int expert, start, rows;
 };
