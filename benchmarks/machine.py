@@ -9,7 +9,6 @@ Three rates for one number of threads and one element type:
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +17,13 @@ from pathlib import Path
 
 import torch
 
-from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import isa_of
-from moec.backends.cpu.load import openmp_library
+from moec.calibration.probes import Probes
 from moec.ir.errors import MoecError
 from ours import make_weights, moec_calls
 from routing import Batch, draw_tokens
 from shapes import DTYPES, Shape
 
-REPEATS = 3
 _GEMM_SECONDS = 3.0  # longest that one product may take: some types have no fast GEMM everywhere
 
 
@@ -46,14 +43,6 @@ class Effort:
 
 
 FULL, QUICK = Effort(), Effort(1 << 26, (512,), (512, 256))
-
-#: name -> bytes of a row, rows of a block, bytes that lines are asked for ahead
-PATTERNS = {
-    "one stream": (1 << 16, 4, 0),
-    "four rows": (4096, 32, 0),
-    "four rows, asked for ahead": (4096, 32, 16384),
-    "long rows, asked for ahead": (1 << 15, 8, 2048),
-}
 
 
 @dataclass(frozen=True)
@@ -97,36 +86,20 @@ def measure(dtype: str, threads: int, target: str, tell: Callable[[str], None], 
     Raises:
         MoecError: This processor has none of the cpu backend's instruction sets.
     """
-    library = _library()
-    peak = getattr(library, f"peak_{dtype}")
-    peak.restype = ctypes.c_double
-    read = library.bandwidth
-    read.restype = ctypes.c_double
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 3]
-    registers, gemms, reads = 0.0, {}, dict.fromkeys(PATTERNS, 0.0)
+    isa = isa_of(target)
+    if isinstance(isa, str):
+        raise MoecError(f"nothing to measure: {isa}")
+    probes = Probes(isa)
+    registers, gemms, reads = 0.0, {}, dict[str, float]()
     for turn in range(2):  # before and after the products: one of them may meet somebody else's work
         tell("arithmetic on registers, and reading")
-        data = torch.ones(effort.read_bytes, dtype=torch.uint8)
-        for _ in range(REPEATS):
-            registers = max(registers, peak(threads))
-            for name, pattern in PATTERNS.items():
-                # The end is left out: lines are asked for beyond a block.
-                rate = read(data.data_ptr(), effort.read_bytes - (1 << 18), threads, *pattern)
-                reads[name] = max(reads[name], rate)
-        del data
+        registers = max(registers, probes.flops_per_s(dtype, threads))
+        for name, rate in probes.reads(threads, effort.read_bytes).items():
+            reads[name] = max(reads.get(name, 0.0), rate)
         if turn == 0:
             with torch.no_grad():
                 gemms = _gemms(dtype, target, tell, effort)
     return Machine(dtype, threads, _processor(), registers, gemms, reads)
-
-
-def _library() -> ctypes.CDLL:
-    isa = isa_of("cpu")
-    if isinstance(isa, str):
-        raise MoecError(f"nothing to measure: {isa}")
-    openmp_library()
-    source = Path(__file__).with_name("peaks.cpp").read_text(encoding="utf-8")
-    return ctypes.CDLL(str(build(source, isa)))
 
 
 def _gemms(dtype: str, target: str, tell: Callable[[str], None], effort: Effort) -> dict[str, float]:
