@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.backends.cpu.expression import C_TYPES
+from moec.backends.cpu.cpp import C_TYPES, boolean
 from moec.backends.cpu.source import Shape
 
 _TEMPLATE = """\
@@ -43,13 +43,6 @@ def write_backward(shape: Shape, body: str, up_nk: bool, down_nk: bool) -> str:
         body: From ``compile_derivative``.
         up_nk, down_nk: The forms.
     """
-    flags = {
-        "up_nk": up_nk,
-        "down_nk": down_nk,
-        "paired": shape.layout == "interleaved",
-        "up_bias": shape.up_bias,
-        "down_bias": shape.down_bias,
-    }
     return _TEMPLATE.format(
         element=C_TYPES[shape.element],
         weight=C_TYPES[shape.weight],
@@ -59,5 +52,9 @@ def write_backward(shape: Shape, body: str, up_nk: bool, down_nk: bool) -> str:
         width=shape.down,
         parts=shape.parts,
         body=body,
-        **{name: str(value).lower() for name, value in flags.items()},
+        up_nk=boolean(up_nk),
+        down_nk=boolean(down_nk),
+        paired=boolean(shape.layout == "interleaved"),
+        up_bias=boolean(shape.up_bias),
+        down_bias=boolean(shape.down_bias),
     )

@@ -6,17 +6,14 @@ by op, so that a result differs from the reference's by no more than the element
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moec.backends.cpu.cpp import C_TYPES, real
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
-
-C_TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
-"""Element types that kernels read and write, and their names in C++."""
 
 
 class UnsupportedError(Exception):
@@ -125,12 +122,7 @@ _SHARED_BY_OVERLOADS = {"default", "Tensor", "Scalar", "dtype", "self", "other",
 
 def number(value: float) -> str:
     """A vector of one number in C++."""
-    value = float(value)
-    if math.isnan(value):
-        return 'set1(__builtin_nanf(""))'
-    if math.isinf(value):
-        return f"set1({'-' if value < 0 else ''}__builtin_inff())"
-    return f"set1((float){value.hex()})"
+    return f"set1({real(value)})"
 
 
 def read_call(op: Op, names: Mapping[Value, str], where: str = "the activation") -> Call:

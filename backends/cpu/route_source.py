@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moec.backends.cpu.expression import C_TYPES, UnsupportedError
+from moec.backends.cpu.cpp import C_TYPES, boolean, real
+from moec.backends.cpu.expression import UnsupportedError
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -142,18 +143,6 @@ def _check(r: Router) -> None:
         raise UnsupportedError(f"group_fill = {r.fill} is out of the range of {r.choice}")
 
 
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return '__builtin_nanf("")'
-    if math.isinf(value):
-        return f"{'-' if value < 0 else ''}__builtin_inff()"
-    return f"(float){value.hex()}"
-
-
-def _bool(value: bool) -> str:
-    return "true" if value else "false"
-
-
 def write_router(r: Router) -> str:
     """The source; routers that differ in nothing but names have the same."""
     return _TEMPLATE.format(
@@ -167,12 +156,12 @@ def write_router(r: Router) -> str:
         k=r.k,
         groups=r.groups,
         top_groups=r.top_groups,
-        has_bias=_bool(bool(r.bias)),
-        topk_first=_bool(r.topk_first),
-        sorted=_bool(r.sorted),
-        two=_bool(r.two),
-        renormalize=_bool(r.renormalize),
-        fill=_number(r.fill),
-        eps=_number(r.eps),
-        scale=_number(r.scale),
+        has_bias=boolean(bool(r.bias)),
+        topk_first=boolean(r.topk_first),
+        sorted=boolean(r.sorted),
+        two=boolean(r.two),
+        renormalize=boolean(r.renormalize),
+        fill=real(r.fill),
+        eps=real(r.eps),
+        scale=real(r.scale),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.backends.cpu.expression import C_TYPES, UnsupportedError, compile_activation
+from moec.backends.cpu.cpp import C_TYPES, boolean
+from moec.backends.cpu.expression import UnsupportedError, compile_activation
 from moec.backends.cpu.row_ops import RowFunction, compile_rows
 from moec.backends.cpu.row_program import padded
 from moec.ir.core import Op, Value
@@ -182,10 +183,6 @@ def read_shape(op: Op) -> Shape:
     )
 
 
-def _bool(value: bool) -> str:
-    return "true" if value else "false"
-
-
 def write_source(shape: Shape, up_nk: bool, down_nk: bool) -> str:
     """The source for weights whose rows are outputs (``nk``) or inputs (``kn``), as they lie in memory."""
     wide = shape.weight if shape.weight == shape.row else "f32"
@@ -209,14 +206,14 @@ def write_source(shape: Shape, up_nk: bool, down_nk: bool) -> str:
         down=shape.down,
         width=shape.width,
         parts=shape.parts,
-        up_nk=_bool(up_nk),
-        down_nk=_bool(down_nk),
-        paired=_bool(shape.layout == "interleaved"),
-        up_bias=_bool(shape.up_bias),
-        down_bias=_bool(shape.down_bias),
-        rows=_bool(not isinstance(shape.activation, str)),
-        post=_bool(shape.post is not None),
-        ragged=_bool(shape.ragged),
+        up_nk=boolean(up_nk),
+        down_nk=boolean(down_nk),
+        paired=boolean(shape.layout == "interleaved"),
+        up_bias=boolean(shape.up_bias),
+        down_bias=boolean(shape.down_bias),
+        rows=boolean(not isinstance(shape.activation, str)),
+        post=boolean(shape.post is not None),
+        ragged=boolean(shape.ragged),
         row_floats=row_floats,
         functions=functions,
     )
