@@ -25,6 +25,7 @@ class Task:
         calls: By variant; ``eager`` must be there.
         look: Makes of a call's result what is compared with eager's: floats of any shape.
         compare: Of eager's and a variant's; the largest relative difference.
+        lead: Calls of a variant before each one that is timed, for what a call finds as its own last call left it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     calls: dict[str, Callable[[], Any]]
     look: Callable[[Any], Tensor]
     compare: Callable[[Tensor, Tensor], float]
+    lead: int = 0
 
 
 @dataclass
@@ -90,6 +92,8 @@ def take_turns(tasks: Sequence[Task], seconds: float, screen: Console) -> list[T
         stop, turn = time.perf_counter() + seconds, 0
         while turn < FEWEST_ROUNDS or time.perf_counter() < stop:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+                for _ in range(task.lead):
+                    task.calls[name]()
                 start = time.perf_counter()
                 task.calls[name]()
                 found.seconds[name].append(time.perf_counter() - start)

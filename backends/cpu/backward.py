@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moec.backends.aten.spec import Params, Spec
-from moec.backends.cpu import team, workspace
+from moec.backends.cpu import recycle, team, workspace
 from moec.backends.cpu.backward_source import write_backward
 from moec.backends.cpu.build import build
 from moec.backends.cpu.derivative import compile_derivative
@@ -76,7 +76,8 @@ class CpuBackward:
         p = spec.params(inputs)
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]
-        found = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs, strict=True)]
+        make = recycle.SHARED.empty_like
+        found = [make(t) if need else None for t, need in zip(inputs, needs, strict=True)]
         found[0] = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
         found[1] = None
         found[2] = torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.backends.aten.spec import Spec
-from moec.backends.cpu import CpuBackend
+from moec.backends.cpu import CpuBackend, recycle
 from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.isa import LEVELS
 from moec.backends.cpu.source import read_shape
@@ -219,3 +219,20 @@ def test_the_backend_gives_these_gradients() -> None:
     got, direct = loaded.backward([grad], inputs, needs), kernel(ODD, HERE[-1])(grad, inputs, needs, 1)
     assert direct is not None
     assert all((g is None and d is None) or torch.equal(g, d) for g, d in zip(got, direct, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [ODD, PAIRS], ids=case_id)
+def test_what_the_last_step_left_in_memory_is_not_seen(
+    case: ExpertsCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycle, "FROM_BYTES", 0)
+    for _ in range(2):
+        inputs = case.inputs(33, "half_empty")
+        grad, needs = gradient(case, 33), wanted(case, inputs)
+        got = kernel(case, HERE[-1])(grad, inputs, needs, 2)
+        compare(case, got, autograd(case, inputs, grad), needs, inputs)
+        for g in got or ():
+            if g is not None:
+                g.fill_(float("nan"))
+        del got
+        assert recycle.SHARED.idle_bytes() > 0
