@@ -222,9 +222,7 @@ def test_the_backend_gives_these_gradients() -> None:
 
 
 @pytest.mark.parametrize("case", [ODD, PAIRS], ids=case_id)
-def test_what_the_last_step_left_in_memory_is_not_seen(
-    case: ExpertsCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_last_step_left_in_memory_is_not_seen(case: ExpertsCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycle, "FROM_BYTES", 0)
     for _ in range(2):
         inputs = case.inputs(33, "half_empty")
