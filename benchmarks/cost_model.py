@@ -3,10 +3,14 @@
     python benchmarks/cost_model.py [--cases 60] [--threads 2] [--seed 0] [--skew 0] [--defaults] [--picture FILE.png]
 
 Layers are drawn at random (sizes of real models and others between them, bf16 and f32), three numbers of tokens each.
-Router choices change from call to call, so that weights come from memory. A time is the median of calls that no other
-work interrupted, as far as there were such. The profile is the one that `moec profile` stored; ``--defaults`` takes the
-assumed numbers instead. With ``--skew`` choices follow a Zipf distribution, and the model is given each call's
-histogram; otherwise it is given the number of tokens.
+Router choices change from call to call and sets of weights take turns, 1 GB or more, so that weights come from memory.
+A time is the median of calls that no other work interrupted, as far as there were such. The profile is the one that
+`moec profile` stored; ``--defaults`` takes the assumed numbers instead. With ``--skew`` choices follow a Zipf
+distribution, and the model is given each call's histogram; otherwise it is given the number of tokens.
+
+The memory of a virtual machine is shared with its neighbours, and what they leave changes within minutes. So a call of
+the profile's own kind (one row an expert) is timed before and after every layer's cases, and the model is told how much
+slower or faster memory is than when the profile was taken (``--as-profiled`` leaves that out).
 
 Prints the mean absolute error in percent of the measured time, the five worst cases, and one line of JSON.
 """
@@ -38,6 +42,8 @@ TOP_K = (1, 2, 4, 6, 8)
 TOKENS = (1, 2048)
 PER_LAYER = 3
 LEAST_BYTES, MOST_BYTES, MOST_FLOPS = 0.3e9, 1.5e9, 0.25e12
+TOGETHER = 1.0e9  # bytes of weights that take turns
+REFERENCE_EXPERTS, REFERENCE_CALLS = 24, 9
 SECONDS = 0.5  # of calls for one case
 
 
@@ -72,24 +78,56 @@ def draw_tokens(rng: random.Random, shape: LayerShape) -> list[int]:
     return sorted(round(TOKENS[0] * (most / TOKENS[0]) ** rng.random()) for _ in range(PER_LAYER))
 
 
-def measure(layer: SyntheticLayer, tokens: int, skew: float, machine: MachineProfile, threads: int) -> Case:
-    """The time of calls, and what is predicted for them."""
+@dataclass(frozen=True)
+class Call:
+    """Seconds of a call, and the rows that its experts got; None for uniform choices."""
+
+    seconds: float
+    load: list[int] | None
+
+
+def measure_times(layer: SyntheticLayer, tokens: int, skew: float) -> list[Call]:
+    """Calls that nothing interrupted, as far as there were such."""
     shape = layer.shape
     popularity = torch.arange(1, shape.experts + 1, dtype=torch.float32).pow(-skew).log()
     x = layer.tokens(tokens)
-    told: list[float] = []
+    made: list[Call] = []
 
     def call(_: int) -> float:
         ids = (popularity - torch.empty(tokens, shape.experts).exponential_().log()).topk(shape.top_k).indices
-        seconds = layer.seconds(x, ids)
-        load = torch.bincount(ids.flatten(), minlength=shape.experts).tolist() if skew else tokens
-        told.append(predict(shape, load, machine, threads).seconds)
-        return seconds
+        load = torch.bincount(ids.flatten(), minlength=shape.experts).tolist() if skew else None
+        made.append(Call(layer.seconds(x, ids), load))
+        return made[-1].seconds
 
     calls = max(5, min(40, int(SECONDS / max(call(0), call(0)))))
     times = take_times(call, calls)
-    measured, predicted = statistics.median(times.clean or times.interrupted), statistics.median(told)
-    return Case(shape, tokens, predicted, measured, predict(shape, tokens, machine, threads).bound)
+    kept = set(times.clean or times.interrupted)
+    return [c for c in made if c.seconds in kept]
+
+
+def judge(shape: LayerShape, tokens: int, calls: list[Call], machine: MachineProfile, threads: int) -> Case:
+    """Medians of what was measured and of what is predicted for it."""
+    measured = statistics.median(c.seconds for c in calls)
+    told = [predict(shape, tokens if c.load is None else c.load, machine, threads).seconds for c in calls]
+    bound = predict(shape, tokens, machine, threads).bound
+    return Case(shape, tokens, statistics.median(told), measured, bound)
+
+
+class Memory:
+    """How fast weights are read now, by a call that the profile's curve has a point for."""
+
+    def __init__(self, machine: MachineProfile, threads: int) -> None:
+        self.shape = LayerShape(2048, 1024, 2048, experts=96, top_k=1)
+        self.layer, self.threads = SyntheticLayer(self.shape, least_bytes=TOGETHER), threads
+        self.expected = predict(self.shape, self._load(), machine, threads).seconds
+
+    def _load(self) -> list[int]:
+        return [1] * REFERENCE_EXPERTS + [0] * (self.shape.experts - REFERENCE_EXPERTS)
+
+    def seconds(self) -> float:
+        """Of one reference call, median."""
+        times = self.layer.fixed_rows(1, REFERENCE_EXPERTS, self.threads, REFERENCE_CALLS)
+        return statistics.median(times.clean or times.interrupted)
 
 
 def draw_picture(cases: list[Case], error: float, path: Path) -> None:
@@ -134,6 +172,7 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=0.0, help="exponent of a Zipf distribution over experts")
     parser.add_argument("--dtypes", default="bf16,f32", help="element types, in turn")
     parser.add_argument("--defaults", action="store_true", help="assumed numbers in place of the stored profile")
+    parser.add_argument("--as-profiled", action="store_true", help="memory is taken to be as fast as in the profile")
     parser.add_argument("--all", action="store_true", help="print every case")
     parser.add_argument("--picture", type=Path, help="draw predicted against measured (PNG)")
     args = parser.parse_args()
@@ -146,10 +185,15 @@ def main() -> None:
     rng, dtypes = random.Random(args.seed), args.dtypes.split(",")
     layers = [draw_layer(rng, dtypes[i % len(dtypes)]) for i in range(-(-args.cases // PER_LAYER))]
     cases: list[Case] = []
+    memory, factors = Memory(machine, args.threads), list[float]()
     with torch.no_grad():
         for shape in track(layers, description="measuring", console=Console(stderr=True), transient=True):
-            layer = SyntheticLayer(shape)
-            cases += [measure(layer, t, args.skew, machine, args.threads) for t in draw_tokens(rng, shape)]
+            layer = SyntheticLayer(shape, least_bytes=TOGETHER)
+            before = memory.seconds()
+            found = [(t, measure_times(layer, t, args.skew)) for t in draw_tokens(rng, shape)]
+            factor = 1.0 if args.as_profiled else memory.expected / statistics.mean([before, memory.seconds()])
+            factors.append(factor)
+            cases += [judge(shape, t, times, machine.with_memory(factor), args.threads) for t, times in found]
             del layer
     error = statistics.mean(abs(c.error) for c in cases)
     console = Console()
@@ -160,7 +204,8 @@ def main() -> None:
     console.print(
         f"{len(cases)} cases, {args.threads} threads, profile {source}: mean absolute error {error:.1%}, "
         f"mean error {statistics.mean(c.error for c in cases):+.1%}, "
-        f"within 10 %: {sum(abs(c.error) <= 0.1 for c in cases)}"
+        f"within 10 %: {sum(abs(c.error) <= 0.1 for c in cases)}; "
+        f"memory at {min(factors):.2f} to {max(factors):.2f} of the profile's speed"
     )
     if args.picture:
         draw_picture(cases, error, args.picture)

@@ -23,25 +23,14 @@ Progress = Callable[[str, float], None]
 """Told what is measured, and the part of the whole that is done (0 to 1)."""
 
 _HIDDEN, _INNER = 2048, 1024
-_WEIGHT_BYTES = 320 << 20
+_WEIGHT_BYTES = 1 << 30
 """Least size of the layer that curves are measured on. Its experts take turns, and none is in a cache on its turn."""
 _ROUNDS, _CALLS, _TINY_CALLS = 3, 3, 300
-"""All points are measured in rounds, so that what changes with time (clock rates, other work) meets them alike."""
+"""All points of all types are measured in rounds, so that what changes with time (clock rates, the bandwidth that a
+virtual machine's neighbours leave, other work) meets them alike."""
 _TIMES_SOLVED = 3
 _TOUCHED = ((32, 8), (64, 4), (128, 2))
 """(rows up to which, experts touched by a call): calls of some milliseconds, short enough to go by undisturbed."""
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """A part of the whole for one stage: from ``start``, ``share`` of it."""
-
-    progress: Progress
-    start: float
-    share: float
-
-    def __call__(self, what: str, done: float) -> None:
-        self.progress(what, self.start + self.share * done)
 
 
 def calibrate(
@@ -90,9 +79,7 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
     tasks, row_byte = _overheads(machine, dtypes[0], sorted({1, threads}))
     machine = replace(machine, tasks=tasks, row_byte=row_byte)
     seen = Times()
-    for i, dtype in enumerate(dtypes):
-        steps = _Steps(progress, 0.1 + 0.9 * i / len(dtypes), 0.9 / len(dtypes))
-        machine = _with_curves(machine, dtype, sorted({1, threads}), seen, steps)
+    machine = _with_curves(machine, dtypes, sorted({1, threads}), seen, progress)
     progress("done", 1.0)
     return replace(machine, interrupted=len(seen.interrupted) / len(seen.clean + seen.interrupted))
 
@@ -121,7 +108,7 @@ def _overheads(machine: MachineProfile, dtype: str, teams: Sequence[int]) -> tup
     large = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype)
     differences = dict.fromkeys(teams, 0.0)
     for shape, touched, sign in ((small, 256, 1), (large, 8, -1)):
-        layer = SyntheticLayer(shape)
+        layer = SyntheticLayer(shape, least_bytes=beyond_caches(_WEIGHT_BYTES))
         for threads in teams:
             seconds = layer.fixed_rows(1, touched, threads, _ROUNDS * _CALLS).seconds
             gemm = seconds - machine.call_seconds - machine.barriers_at(threads)
@@ -164,27 +151,36 @@ def _positive_solution(a: tuple[float, float, float], b: tuple[float, float, flo
 
 
 def _with_curves(
-    machine: MachineProfile, dtype: str, teams: Sequence[int], seen: Times, progress: Progress
+    machine: MachineProfile, dtypes: Sequence[str], teams: Sequence[int], seen: Times, progress: Progress
 ) -> MachineProfile:
-    """The profile with the curves of one element type. ``seen`` gets the times of all its calls."""
-    shape = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=1, top_k=1, dtype=dtype)
-    experts = max(16, -(-beyond_caches(_WEIGHT_BYTES) // (shape.elements * shape.item)))
-    shape = replace(shape, experts=experts)
-    layer = SyntheticLayer(shape)
-    for n, threads in enumerate(teams):
-        calls = [_Call(rows, _touched(rows, threads, experts)) for rows in ROWS]
-        for i, (turn, call) in enumerate(product(range(_ROUNDS), calls)):
-            done = (n + i / (_ROUNDS * len(calls))) / len(teams)
-            progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", done)
-            call.times.add(layer.fixed_rows(call.rows, call.touched, threads, _CALLS))
+    """The profile with the curves of all element types. ``seen`` gets the times of all calls."""
+    layers = {dtype: _layer(dtype) for dtype in dtypes}
+    curves = {
+        (dtype, threads): [_Call(rows, _touched(rows, threads, layers[dtype].shape.experts)) for rows in ROWS]
+        for dtype, threads in product(dtypes, teams)
+    }
+    for turn, (n, ((dtype, threads), calls)) in product(range(_ROUNDS), enumerate(curves.items())):
+        done = (turn + n / len(curves)) / _ROUNDS
+        for call in calls:
+            progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", 0.1 + 0.9 * done)
+            call.times.add(layers[dtype].fixed_rows(call.rows, call.touched, threads, _CALLS))
+    for (dtype, threads), calls in curves.items():
         for call in calls:
             seen.add(call.times)
+        shape = layers[dtype].shape
         curve = _solve(machine, shape, threads, calls)
         # The kernels may read faster than the probe does; then that is the bandwidth.
         reached = shape.item / curve.seconds(1)
         bandwidth = tuple((t, max(rate, reached) if t == threads else rate) for t, rate in machine.bandwidth)
         machine = replace(machine, curves=(*machine.curves, curve), bandwidth=bandwidth)
     return machine
+
+
+def _layer(dtype: str) -> SyntheticLayer:
+    """A layer of more experts than any cache holds."""
+    shape = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=1, top_k=1, dtype=dtype)
+    experts = max(16, -(-beyond_caches(_WEIGHT_BYTES) // (shape.elements * shape.item)))
+    return SyntheticLayer(replace(shape, experts=experts))
 
 
 @dataclass(frozen=True)

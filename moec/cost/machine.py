@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.targets import Target, detect_level, parse_target
@@ -130,6 +130,21 @@ class MachineProfile:
     def floor(self, dtype: str, isa: str, threads: int, rows: float) -> float:
         """Seconds that an expert with ``rows`` rows takes at least, for each weight element."""
         return max(ITEM_BYTES[dtype] / self.bytes_per_s(threads), 2 * rows / self.flops_per_s(dtype, isa, threads))
+
+    def with_memory(self, factor: float) -> MachineProfile:
+        """The same processor while its memory reads ``factor`` times as fast: neighbours on a host change that.
+
+        What stays is the ratio of the measured times to the machine's limit.
+        """
+        slowed = replace(self, bandwidth=tuple((t, rate * factor) for t, rate in self.bandwidth))
+        curves = []
+        for c in self.curves:
+
+            def scaled(rows: int, ns: float, c: GemmCurve = c) -> float:
+                return ns * slowed.floor(c.dtype, c.isa, c.threads, rows) / self.floor(c.dtype, c.isa, c.threads, rows)
+
+            curves.append(replace(c, points=rising([(rows, scaled(rows, ns)) for rows, ns in c.points])))
+        return replace(slowed, curves=tuple(curves))
 
     def has_curve(self, dtype: str, isa: str) -> bool:
         """Whether the GEMM was measured for this type and instruction set."""

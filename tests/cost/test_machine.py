@@ -94,3 +94,15 @@ def test_a_profile_is_its_own_key() -> None:
     machine = round_machine()
     assert hash(machine) == hash(machine)
     assert machine != dataclasses.replace(machine)
+
+
+def test_slower_memory_is_felt_by_few_rows_and_not_by_many() -> None:
+    # 1e9 bytes and 1e9 operations a second and thread: one row is bound by memory, 512 by arithmetic, 2 by both.
+    points = ((1, 2.0), (2, 4.0), (512, 1100.0))
+    machine = round_machine(bandwidth=((1, 1e9),), curves=(GemmCurve("bf16", "avx2", 1, points),))
+    peak = machine.flops_per_s("bf16", "avx2", 1)
+    half = machine.with_memory(0.5)
+    assert half.bytes_per_s(1) == 0.5e9
+    assert half.curve("bf16", "avx2", 1).seconds(1) == pytest.approx(2e-9 * max(4e-9, 2 / peak) / max(2e-9, 2 / peak))
+    assert half.curve("bf16", "avx2", 1).seconds(512) == pytest.approx(1100e-9)
+    assert machine.with_memory(1.0).curve("bf16", "avx2", 1).points == points
