@@ -35,7 +35,7 @@ TRUE = MachineProfile(
 class Clock:
     """A layer whose calls take as long as ``TRUE`` says."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, least_bytes: float = 0.0) -> None:
         self.shape = shape
 
     def tokens(self, count: int) -> torch.Tensor:

@@ -164,6 +164,7 @@ def test_experts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             self.shape = layers.LayerShape(4, 4, 4, experts=6, top_k=1, dtype="f32")
             self._dtype = torch.float32
+            self._order, self._at = torch.arange(6), 0
 
         def seconds(self, x: torch.Tensor, ids: torch.Tensor) -> float:
             seen.append(torch.bincount(ids.flatten(), minlength=6).tolist())
