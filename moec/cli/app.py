@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.cli import backends, demo, doctor, explain, opt, passes, profile
+from moec.cli import backends, coverage, demo, doctor, explain, opt, passes, profile
 from moec.cli.console import show_error, show_internal
 from moec.ir.errors import MoecError
 
@@ -32,6 +32,7 @@ app.command("opt")(opt.opt)
 app.command("passes")(passes.passes)
 app.command("backends")(backends.backends)
 app.command("profile")(profile.profile)
+app.command("coverage")(coverage.coverage)
 app.command("doctor")(doctor.doctor)
 
 

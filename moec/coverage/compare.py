@@ -1,0 +1,102 @@
+"""How far two runs of one model in float32 are apart, and where such a comparison would say nothing.
+
+Two compilers round differently in the last bit, and where two experts score alike a last bit sends the token elsewhere.
+So inputs are chosen for which no choice hangs on a small difference; then every difference is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOLERANCE = 2e-5
+"""Largest |difference| / largest |value| of two outputs."""
+GRADIENT_TOLERANCE = 1e-3
+"""The same for a parameter's gradient, against the largest of that gradient."""
+TIE_MARGIN = 1e-5
+"""A choice is a near tie where the last chosen and the first refused differ by less than this part of the best."""
+_FAINT = 1e-4
+"""A gradient below this part of the model's largest is compared with that part: it is rounding itself."""
+
+_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.max.dim, torch.ops.aten.argmax.default)
+
+
+class _Margins(TorchDispatchMode):
+    """Watches every choice among scores and counts the near ties."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ties = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _CHOICES:
+            scores = args[0]
+            k = args[1] if func is torch.ops.aten.topk.default else 1
+            if scores.is_floating_point() and scores.dim() >= 2 and k < scores.shape[-1]:
+                self.ties += near_ties(scores, k)
+        return func(*args, **(kwargs or {}))
+
+
+def near_ties(scores: torch.Tensor, k: int) -> int:
+    """In how many rows of ``[..., n]`` the choice of the best ``k`` hangs on a small difference."""
+    best = scores.detach().float().sort(dim=-1, descending=True).values
+    gap = best[..., k - 1] - best[..., k]
+    scale = torch.where(best.isfinite(), best.abs(), 0).amax(dim=-1).clamp(min=1e-30)
+    masked = ~best[..., k].isfinite()  # what a mask refuses can never be chosen
+    return int(((gap / scale < TIE_MARGIN) & ~masked).sum())
+
+
+@torch.no_grad()
+def ties_in(model: Any, inputs: Mapping[str, Any]) -> int:
+    """How many choices of one eager run hang on a small difference."""
+    with _Margins() as seen:
+        model(**inputs)
+    return seen.ties
+
+
+def output_of(result: Any) -> torch.Tensor:
+    """What a model's result is judged by: its logits, else its last hidden state, else its last feature map."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(result, name, None), torch.Tensor):
+            return found
+    found = result.feature_maps[-1]
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest |difference| / largest |value|; infinite where shapes differ or one isn't finite."""
+    if got.shape != want.shape or not bool(got.isfinite().all()) or not bool(want.isfinite().all()):
+        return float("inf")
+    if want.numel() == 0:
+        return 0.0
+    a, b = got.detach().double(), want.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def gradient_error(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """The parameter whose gradient is furthest off.
+
+    Args:
+        got: Gradients by parameter.
+        want: The reference's.
+
+    Returns:
+        The error, infinite where a gradient is missing or one too many, and the parameter.
+    """
+    if odd := set(got) ^ set(want):
+        return float("inf"), min(odd)
+    floor = _FAINT * max((float(g.abs().max()) for g in want.values() if g.numel()), default=0.0)
+    worst = (0.0, "")
+    for name, reference in want.items():
+        if not reference.numel():
+            continue
+        scale = max(float(reference.abs().max()), floor, 1e-30)
+        error = float((got[name].double() - reference.double()).abs().max()) / scale
+        worst = max(worst, (error if error == error else float("inf"), name))
+    return worst

@@ -1,0 +1,173 @@
+"""From a family to its row, stage by stage, so that what fails in one stage hides nothing of the others."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from moec.coverage.compare import GRADIENT_TOLERANCE, TOLERANCE, error_of, gradient_error, output_of
+from moec.coverage.families import Family
+from moec.coverage.row import NO, NONE, YES, Row
+from moec.coverage.study import Run, Study, layers_of, ran_in
+from moec.coverage.tiny import build
+from moec.missed import add_missed
+from moec.runtime import counters
+
+_LONGEST_REASON = 240
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")
+
+
+def measure(family: Family, backends: tuple[str, ...] = ("cpu", "aten")) -> Iterator[Row]:
+    """The row of a family, again after every stage: the last one is the whole answer.
+
+    A stage that raises leaves its columns empty and a reason.
+
+    Args:
+        family: Which.
+        backends: Which of moec's backends may claim ops.
+    """
+    row = Row(family.name, bool(family.decorated))
+    begun = time.perf_counter()
+    study = _begin(family, row, backends)
+    row.seconds = time.perf_counter() - begun
+    yield row
+    if study is None:
+        return
+    stages: tuple[tuple[str, Callable[[Study, Row], None]], ...] = (
+        ("prefill", _prefill),
+        ("decode", _decode),
+        ("training", _train),
+    )
+    for name, stage in stages:
+        try:
+            stage(study, row)
+        except Exception as e:  # noqa: BLE001 - Dynamo, the family and moec all run in here; the row says what failed
+            row.reasons.append(f"{name}: {reason_of(e)}")
+        row.seconds = time.perf_counter() - begun
+        yield row
+
+
+def _begin(family: Family, row: Row, backends: tuple[str, ...]) -> Study | None:
+    """The small model, tried once; None, and a reason, where the family's own code fails."""
+    try:
+        tiny = build(family)
+        row.entry, row.parameters = tiny.entry, tiny.parameters
+        study = Study(tiny, backends)
+        study.find_inputs()
+    except Exception as e:  # noqa: BLE001 - whatever the family raises is its row's reason
+        row.reasons.append(f"no small model: {reason_of(e)}")
+        return None
+    row.found = len(study.blocks)
+    if row.found < (there := len(tiny.blocks())):
+        row.reasons.append(f"{there - row.found} more blocks do not run on this input")
+    if study.ties:
+        row.reasons.append(f"near ties in all inputs tried ({study.ties}): errors may be no errors")
+    return study
+
+
+def reason_of(error: Exception) -> str:
+    """An error as one line, without the paths of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return clean(text)
+
+
+def clean(text: str) -> str:
+    """One line of bounded length without the paths of this machine."""
+    text = _FOLDERS.sub("", " ".join(text.split()))
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def _prefill(study: Study, row: Row) -> None:
+    inputs = study.inputs()
+    with torch.no_grad():
+        want = study.eager(inputs)
+        row.own_breaks = study.own_breaks(inputs)
+        run = study.run(inputs)
+    row.breaks = run.breaks
+    row.error = error_of(run.output, want)
+    _fill_blocks(study, row, run)
+    if not row.equal:
+        row.reasons.append(f"prefill: the output is off by {row.error:.1e}")
+
+
+def _fill_blocks(study: Study, row: Row, run: Run) -> None:
+    layers = {block: layers_of(block, run.report) for block in study.blocks}
+    row.recognised = sum(any(layer.recognised for layer in found) for found in layers.values())
+    fused = [
+        block
+        for block, found in layers.items()
+        if found and all(layer.fused for layer in found) and ran_in(block, "moec::experts", run.ran)
+    ]
+    row.fused = len(fused)
+    told = [layer for found in layers.values() for layer in found]
+    row.routers = _unique(layer.router for layer in told if layer.router)
+    row.experts = _unique(layer.experts for layer in told if layer.experts)
+    row.backends = _unique(layer.backend for layer in told if layer.backend)
+    row.how = _how(study, row)
+    if not row.all_fused:
+        add_missed(run.report, study.tiny.model)
+        why = _unique(clean(layer.reason) for layer in run.report.layers if layer.reason)
+        row.reasons += why or _unique(clean(r) for r in run.report.remarks) or ["moec gives no reason"]
+
+
+def _how(study: Study, row: Row) -> str:
+    if row.decorated:
+        return "interface"
+    if not row.fused:
+        return "refused"
+    old = {name: type(module) for name, module in study.reference.named_modules()}
+    new = {name: type(module) for name, module in study.tiny.model.named_modules()}
+    return "as written" if old == new else "rewritten"
+
+
+def _decode(study: Study, row: Row) -> None:
+    if study.tiny.images:
+        row.decode = NONE
+        return
+    with torch.no_grad():
+        cache, step = study.cache()
+        if cache is None:
+            row.decode = NONE
+            return
+        want = output_of(study.reference(**step, past_key_values=cache))
+        cache, step = study.cache()
+        run = study.run({**step, "past_key_values": cache})
+    error = error_of(run.output, want)
+    ran = any(ran_in(block, "moec::experts", run.ran) for block in study.blocks)
+    row.decode = YES if ran and error <= TOLERANCE else NO
+    if error > TOLERANCE:
+        row.reasons.append(f"decode: the output is off by {error:.1e}")
+
+
+def _train(study: Study, row: Row) -> None:
+    inputs = study.inputs()
+    reference, model = study.reference.train(), study.tiny.model.train()
+    try:
+        _loss(study.eager(inputs)).backward()
+        run = study.run(inputs)
+        _loss(run.output).backward()
+        ran = counters.snapshot().by_label  # with the backward's
+    finally:
+        reference.eval()
+        model.eval()
+    want, got = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (reference, model))
+    error, where = gradient_error(got, want)
+    blocks = study.blocks
+    backward = sum(ran_in(block, "moec::experts_backward", ran) for block in blocks)
+    row.training = YES if backward == len(blocks) and error <= GRADIENT_TOLERANCE else NO
+    if error > GRADIENT_TOLERANCE:
+        row.reasons.append(f"training: the gradient of {where} is off by {error:.1e}")
+    elif row.all_fused and backward < len(blocks):
+        row.reasons.append(f"training: moec's backward ran in {backward} of {len(blocks)} blocks")
+
+
+def _loss(output: torch.Tensor) -> torch.Tensor:
+    return output.float().square().mean()
+
+
+def _unique(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
