@@ -24,9 +24,12 @@ def route_text(op: Op) -> str:
         return f"custom top-{_attr(op, 'k')} (region)"
     score = _attr(op, "scoring") + ("+bias" if op.operand("bias") is not None else "")
     parts = [score]
-    if _attr(op, "groups"):
-        parts.append(f"{_attr(op, 'top_groups')}/{_attr(op, 'groups')} groups")
-    parts.append(f"top-{_attr(op, 'k')}")
+    if _attr(op, "per_group"):
+        parts.append(f"top-{_attr(op, 'per_group')} of each of {_attr(op, 'groups')} groups")
+    else:
+        if _attr(op, "groups"):
+            parts.append(f"{_attr(op, 'top_groups')}/{_attr(op, 'groups')} groups")
+        parts.append(f"top-{_attr(op, 'k')}")
     if _attr(op, "order") == "topk_first":
         parts = [f"top-{_attr(op, 'k')}", "then", score]
     if _attr(op, "renormalize"):

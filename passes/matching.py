@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
+
 from moec.ir.attributes import ListAttr, Operand
 from moec.ir.core import Op, Value
-from moec.ir.types import TensorType
+from moec.ir.types import SymType, TensorType
 
 # Functions that hand on the same elements in the same order (shape may differ).
-VIEWS = frozenset({"view", "reshape", "_unsafe_view", "alias", "contiguous", "clone", "squeeze", "unsqueeze"})
+VIEWS = frozenset(
+    ("view", "reshape", "_unsafe_view", "alias", "contiguous", "clone", "squeeze", "unsqueeze", "flatten", "unflatten")
+)
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 
 
@@ -57,6 +61,13 @@ def rank(value: Any) -> int:
     return t.rank if t is not None else -1
 
 
+def whole(value: Any) -> sympy.Expr | None:
+    """A Python int, or the number computed from sizes that ``value`` is, as an expression; None for anything else."""
+    if isinstance(value, Value) and isinstance(value.type, SymType) and isinstance(value.type.expr, sympy.Expr):
+        return value.type.expr if value.type.kind == "int" else None
+    return sympy.Integer(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def same_dim(a: Any, b: Any) -> bool:
     """True if two dimensions are the same expression."""
     return bool((a - b).expand() == 0)
@@ -74,7 +85,7 @@ def peel_views(value: Any) -> Any:
     return peel(value, VIEWS)
 
 
-def as_slots(value: Any, tokens: Any, top_k: int) -> Value | None:
+def as_slots(value: Any, tokens: Any, top_k: Any) -> Value | None:
     """The ``[T, k]`` (or ``[T*k]``) tensor that ``value`` is a view of, the matrix nearest to where it is made."""
     found: Value | None = None
     while True:

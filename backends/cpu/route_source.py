@@ -28,7 +28,9 @@ struct Kind {{
     using Out = {out};
     static constexpr Scoring SCORING = Scoring::{scoring};
     static constexpr int E = {experts}, K = {k}, GROUPS = {groups}, TOP_GROUPS = {top_groups};
+    static constexpr int PER_GROUP = {per_group};
     static constexpr bool BIAS = {has_bias}, TOPK_FIRST = {topk_first}, SORTED = {sorted}, TWO = {two};
+    static constexpr bool BY_GROUP = {by_group}, FIRST = {first};
     static constexpr bool RENORMALIZE = {renormalize};
     static constexpr float FILL = {fill}, EPS = {eps}, SCALE = {scale};
 }};
@@ -47,6 +49,9 @@ class Router:
         bias: Element type of the bias that the selection adds; empty if there is none.
         groups: Number of expert groups, 0 for none.
         two: A group is worth the sum of its best two.
+        per_group: Experts that every group gives, 0 where they may come from anywhere.
+        by_group: Those come group after group.
+        first: Of equal scores the first is taken; else as torch.topk takes them.
         fill: Selection score outside the kept groups.
         eps: Added to the sum that weights are divided by.
     """
@@ -67,6 +72,9 @@ class Router:
     eps: float
     scale: float
     sorted: bool
+    per_group: int
+    by_group: bool
+    first: bool
 
     @property
     def choice(self) -> str:
@@ -120,6 +128,9 @@ def read_router(op: Op) -> Router:
         eps=get(op, "renorm_eps"),
         scale=get(op, "scale"),
         sorted=get(op, "sorted"),
+        per_group=get(op, "per_group"),
+        by_group=get(op, "by_group"),
+        first=get(op, "ties") == "first",
     )
     _check(router)
     return router
@@ -137,6 +148,8 @@ def _check(r: Router) -> None:
         return
     if r.experts % r.groups:
         raise UnsupportedError(f"{r.experts} experts do not make {r.groups} groups of one size")
+    if r.per_group:
+        return
     if r.two and r.experts < 2 * r.groups:
         raise UnsupportedError("a group of one expert has no best two")
     if math.isfinite(r.fill) and abs(r.fill) > _LARGEST[r.choice]:
@@ -160,6 +173,9 @@ def write_router(r: Router) -> str:
         topk_first=boolean(r.topk_first),
         sorted=boolean(r.sorted),
         two=boolean(r.two),
+        per_group=r.per_group,
+        by_group=boolean(r.by_group),
+        first=boolean(r.first),
         renormalize=boolean(r.renormalize),
         fill=real(r.fill),
         eps=real(r.eps),

@@ -2,7 +2,8 @@
 
 Contract:
 1. The ids and weights that a block dispatches and combines by come out of one ``moe.route`` on the router logits.
-2. A router that the attributes of ``moe.route`` describe becomes those attributes; any other becomes its region.
+2. A router that the attributes of ``moe.route`` describe becomes those attributes. Where they describe its choice and
+   not what follows, torch calls on the weights or ids stay after it. Any other router becomes a region.
 3. Logits, scores and whatever else is used elsewhere stay computed as they were.
 4. A router whose logits cannot be told apart stays as torch calls, with a remark; the experts are fused all the same.
 """
@@ -21,7 +22,8 @@ from moec.ir.types import SymType, TensorType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.dce import erase_unused
 from moec.passes.effects import is_pure
-from moec.passes.fuse_routing.read import NoAttribute, read_router
+from moec.passes.fuse_routing.cut import read_part
+from moec.passes.fuse_routing.scores import NoAttribute
 from moec.passes.hazards import write_within
 from moec.passes.matching import ancestors, function, rank, same_dim, tensor
 from moec.passes.regions import NotClosed, extract
@@ -34,21 +36,32 @@ class _Unknown(Exception):
     """The router cannot be cut out; ``str`` is the reason."""
 
 
-def _fused(weights: Value, ids: Value) -> Op:
+@dataclass(frozen=True)
+class _Routed:
+    """A ``moe.route`` to insert, the values whose place its results take, and the torch calls that stay after it."""
+
+    op: Op
+    weights: Value
+    ids: Value
+    after: list[Op]
+
+
+def _fused(weights: Value, ids: Value) -> _Routed:
     """``moe.route`` with attributes.
 
     Raises:
-        NoAttribute: They do not describe this router.
+        NoAttribute: They do not describe this router, nor the choice in it.
     """
-    router = read_router(weights, ids)
-    return Op(
+    router, w, i, after = read_part(weights, ids, _stops([weights, ids]))
+    op = Op(
         "moe.route",
         [router.logits, *([router.bias] if router.bias else [])],
-        [weights.type, ids.type],
+        [w.type, i.type],
         attrs=router.attrs,
         groups=[1, 1 if router.bias else 0, 0],
         names=["weights", "ids"],
     )
+    return _Routed(op, w, i, after)
 
 
 def _stops(values: list[Value]) -> list[Value]:
@@ -116,6 +129,12 @@ def _region(weights: Value, ids: Value) -> Op:
     )
 
 
+def _has_route(weights: Value, ids: Value) -> bool:
+    """True if a ``moe.route`` chooses these experts, whatever torch calls follow it."""
+    read = {v for op in ancestors([weights, ids], _stops([weights, ids])) for v in op.operands}
+    return any(v.op is not None and v.op.name == "moe.route" for v in (weights, ids, *read))
+
+
 def _routed(graph: Graph) -> list[tuple[Value, Value, Op]]:
     """``(weights, ids, op that uses the weights)`` of every block that is not routed by ``moe.route`` yet."""
     found = []
@@ -126,7 +145,7 @@ def _routed(graph: Graph) -> list[tuple[Value, Value, Op]]:
             weights, ids = op.operands[1], op.operands[2].op.operands[1]
         else:
             continue
-        if ids.op is not None and ids.op.name != "moe.route":
+        if ids.op is not None and not _has_route(weights, ids):
             found.append((weights, ids, op))
     return found
 
@@ -175,23 +194,26 @@ class FuseRouting(Pass):
                 continue
             try:
                 route = self._route(weights, ids, user, ctx)
-                what = f"router of top {route.attrs['k']} in one op"
+                what = f"router of top {route.op.attrs['k']} in one op"
                 if not ctx.take_fuel(self.name, what, user):
-                    route.drop_operands()
+                    route.op.drop_operands()
                     break
-                _insert(graph, route, weights, ids)
+                _insert(graph, route.op, route.weights, route.ids)
             except _Unknown as reason:
                 ctx.remark("missed", self.name, str(reason), user)
                 continue
-            stats["regions" if route.regions else "attributes"] += 1
+            stats["regions" if route.op.regions else "attributes"] += 1
             ctx.remark("applied", self.name, what, user)
         return PassResult(any(stats.values()), stats)
 
-    def _route(self, weights: Value, ids: Value, user: Op, ctx: PassContext) -> Op:
+    def _route(self, weights: Value, ids: Value, user: Op, ctx: PassContext) -> _Routed:
         try:
             route = _fused(weights, ids)
         except NoAttribute as reason:
-            route = _region(weights, ids)
+            route = _Routed(_region(weights, ids), weights, ids, [])
             ctx.remark("note", self.name, f"the router is a region: {reason}", user)
-        route.loc = user.loc
+        if route.after:
+            calls = ", ".join(dict.fromkeys(function(op) for op in route.after))
+            ctx.remark("note", self.name, f"torch calls follow the choice of experts: {calls}", user)
+        route.op.loc = user.loc
         return route

@@ -118,45 +118,14 @@ def _biased_weights(logits: Tensor, bias: Tensor) -> Routed:
     return (logits.float().sigmoid() + bias).topk(K, -1)
 
 
-def _other_sum(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1).topk(K)
-    return w / w.sum(0, keepdim=True), ids
-
-
-def _extra_term(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1).topk(K)
-    return w / (w.sum(-1, keepdim=True) + w.amax(-1, keepdim=True)), ids
-
-
 def _sum_of_all(logits: Tensor, bias: Tensor) -> Routed:
     p = logits.sigmoid()
     w, ids = p.topk(K)
     return w / p.sum(-1, keepdim=True), ids
 
 
-def _wide_sum(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1).topk(K)
-    return (w / w.sum(-1, keepdim=True, dtype=torch.float64)).float(), ids
-
-
 def _smallest(logits: Tensor, bias: Tensor) -> Routed:
     return logits.softmax(-1).topk(K, -1, largest=False)
-
-
-def _two_casts(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1, dtype=torch.float32).topk(K)
-    return w.to(torch.bfloat16).to(torch.float32), ids
-
-
-def _scale_of_a_tensor(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1).topk(K)
-    return w * bias[0], ids
-
-
-def _scaled_before(logits: Tensor, bias: Tensor) -> Routed:
-    w, ids = logits.softmax(-1).topk(K)
-    w = w * 3
-    return w / (w.sum(-1, keepdim=True) + 1), ids
 
 
 def _other_scores(logits: Tensor, bias: Tensor) -> Routed:
@@ -180,22 +149,12 @@ def _sharper(logits: Tensor, bias: Tensor) -> Routed:
     return scores.topk(K)
 
 
-def _narrow_scores(logits: Tensor, bias: Tensor) -> Routed:
-    top, ids = logits.float().topk(K)
-    return top.softmax(-1, dtype=torch.bfloat16).float(), ids
-
-
 def _masked_weights(logits: Tensor, bias: Tensor) -> Routed:
     p = logits.float().softmax(-1)
     value = p.view(-1, GROUPS, 2).amax(-1)
     mask = torch.zeros_like(value).scatter(1, value.topk(1)[1], 1)
     wide = mask.unsqueeze(-1).expand(-1, GROUPS, 2).reshape(-1, E)
     return p.masked_fill(~wide.bool(), 0.0).topk(3)
-
-
-def _argmax(logits: Tensor, bias: Tensor) -> Routed:
-    ids = logits.argmax(-1, keepdim=True)
-    return logits.softmax(-1).gather(1, ids), ids
 
 
 def _sorted(logits: Tensor, bias: Tensor) -> Routed:
@@ -205,21 +164,13 @@ def _sorted(logits: Tensor, bias: Tensor) -> Routed:
 
 REGIONS: dict[str, tuple[Router, str]] = {
     "weights from biased scores": (_biased_weights, "contain the selection bias"),
-    "renormalised over tokens": (_other_sum, "over another dimension than k"),
-    "an extra term in the sum": (_extra_term, "something is added to the sum"),
     "divided by the sum of all scores": (_sum_of_all, "something else than their sum"),
-    "a sum in f64": (_wide_sum, "in another type"),
     "the smallest": (_smallest, "does not take the largest"),
-    "two casts": (_two_casts, "not the scores of the chosen"),
-    "a scale that is a tensor": (_scale_of_a_tensor, "not the scores of the chosen"),
-    "scaled before renormalising": (_scaled_before, "not the scores of the chosen"),
     "weights of other scores": (_other_scores, "come from other scores"),
     "weights of other experts": (_other_ids, "other indices than the chosen"),
     "softmax over tokens": (_over_tokens, "does not run over the experts"),
     "a softplus of another slope": (_sharper, "not of a softplus"),
-    "scores narrower than logits": (_narrow_scores, "narrower than the logits"),
     "masked scores as weights": (_masked_weights, "the masked scores"),
-    "argmax": (_argmax, "not the indices of a top-k"),
     "a sort": (_sorted, "not the indices of a top-k"),
     "groups that are not neighbours": (_grouped(0.0, "max", near=False), "not spread over neighbouring experts"),
     "the mask not turned round": (_grouped(0.0, "max", turn=False), "not those outside the kept groups"),

@@ -31,18 +31,25 @@ struct RouteCall {
 
 enum class Scoring { softmax, sigmoid, identity, sqrtsoftplus };
 
-// torch.topk on the CPU: std::partial_sort, or std::nth_element and std::sort, on pairs compared by value, NaN first.
-// The algorithms see nothing but the outcomes of comparisons, so integers in the same order give the same ids.
-template <int N> static __attribute__((noinline)) void top_as_torch(const float* c, int k, bool sorted, int32_t* ids) {
-    struct Entry {
-        int32_t key, at;
-    } q[N];
+struct Entry {
+    int32_t key, at;
+};
+
+// Values as integers in the same order, NaN above all.
+template <int N> static inline void keys(const float* c, Entry* q) {
     for (int i = 0; i < N; i++) {
         float value = c[i] + 0.0f;  // -0 and 0 are one value
         int32_t bits;
         memcpy(&bits, &value, 4);
         q[i] = {value != value ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX), i};
     }
+}
+
+// torch.topk on the CPU: std::partial_sort, or std::nth_element and std::sort, on pairs compared by value, NaN first.
+// The algorithms see nothing but the outcomes of comparisons, so integers in the same order give the same ids.
+template <int N> static __attribute__((noinline)) void top_as_torch(const float* c, int k, bool sorted, int32_t* ids) {
+    Entry q[N];
+    keys<N>(c, q);
     auto before = [](const Entry& x, const Entry& y) { return x.key > y.key; };
     if (k * 64 <= N) {
         std::partial_sort(q, q + k, q + N, before);
@@ -50,6 +57,15 @@ template <int N> static __attribute__((noinline)) void top_as_torch(const float*
         std::nth_element(q, q + k - 1, q + N, before);
         if (sorted) std::sort(q, q + k - 1, before);
     }
+    for (int j = 0; j < k; j++) ids[j] = q[j].at;
+}
+
+// The k largest, best first; of equal ones the first.
+template <int N> static __attribute__((noinline)) void top_and_first(const float* c, int k, int32_t* ids) {
+    Entry q[N];
+    keys<N>(c, q);
+    auto before = [](const Entry& x, const Entry& y) { return x.key > y.key || (x.key == y.key && x.at < y.at); };
+    std::partial_sort(q, q + k, q + N, before);
     for (int j = 0; j < k; j++) ids[j] = q[j].at;
 }
 
@@ -150,7 +166,7 @@ template <class R> struct Router {
             if (R::BIAS) x = round_to<C>(x + piece<R::E>(bias, i));
             store(c + i * W, x);
         }
-        if constexpr (R::GROUPS > 0) {
+        if constexpr (R::GROUPS > 0 && R::PER_GROUP == 0) {
             constexpr int G = R::E / R::GROUPS;
             alignas(64) float worth[ROOM<R::GROUPS>];
             int32_t best[R::GROUPS];
@@ -164,9 +180,24 @@ template <class R> struct Router {
         }
     }
 
-    static void top(const float* c, int32_t* ids) {
+    template <int N> static void top(const float* c, int k, int32_t* ids) {
         // Unsorted, torch leaves them as its algorithm does: in an order that only the algorithm knows.
-        if (!R::SORTED || !top_if_clear<R::E>(c, R::K, ids)) top_as_torch<R::E>(c, R::K, R::SORTED, ids);
+        if (R::SORTED && top_if_clear<N>(c, k, ids)) return;
+        if (R::FIRST) top_and_first<N>(c, k, ids);
+        else top_as_torch<N>(c, k, R::SORTED, ids);
+    }
+
+    // The best of every group; then, unless they are wanted group after group, the order of all.
+    static void top_of_groups(float* c, int32_t* ids) {
+        constexpr int G = R::E / R::GROUPS, EACH = R::PER_GROUP;
+        bool taken[R::E] = {};
+        for (int g = 0; g < R::GROUPS; g++) {
+            top<G>(c + g * G, EACH, ids + g * EACH);
+            for (int j = 0; j < EACH; j++) taken[ids[g * EACH + j] += g * G] = true;
+        }
+        if (R::BY_GROUP) return;
+        for (int i = 0; i < R::E; i++) c[i] = taken[i] ? c[i] : LOWEST;
+        top<R::E>(c, R::K, ids);
     }
 
     void token(int64_t t) const {
@@ -178,9 +209,10 @@ template <class R> struct Router {
         if constexpr (!R::TOPK_FIRST && (R::BIAS || R::GROUPS > 0)) {
             alignas(64) float c[ROOM<R::E>];
             choice(s, c);
-            top(c, ids);
+            if constexpr (R::PER_GROUP > 0) top_of_groups(c, ids);
+            else top<R::E>(c, R::K, ids);
         } else {
-            top(s, ids);
+            top<R::E>(s, R::K, ids);
         }
         for (int j = 0; j < R::K; j++) {
             w[j] = s[ids[j]];

@@ -81,6 +81,17 @@ CASES = {
     "eight_of_many": RouterCase(512, 8, attrs={"sorted": False}),
     "all_of_many": RouterCase(256, 256, logits="f16", result="f16"),
     "logits_alone": RouterCase(128, 1, attrs={"scoring": "identity", "scale": 0.5}),
+    "moge": RouterCase(64, 8, attrs={"groups": 8, "per_group": 1, "by_group": True}),
+    "moge_of_maxima": RouterCase(
+        64, 8, "bf16", result="bf16", attrs={"groups": 8, "per_group": 1, "by_group": True, "ties": "first"}
+    ),
+    "moge_biased": RouterCase(
+        60, 15, bias="f32", level=0, attrs={"scoring": "sigmoid", "groups": 5, "per_group": 3, "by_group": True}
+    ),
+    "moge_unsorted": RouterCase(64, 8, attrs={"groups": 4, "per_group": 2, "by_group": True, "sorted": False}),
+    "moge_best_first": RouterCase(64, 8, attrs={"groups": 4, "per_group": 2, "renormalize": True}),
+    "switch": RouterCase(128, 1, attrs={"ties": "first"}),
+    "first_of_equal": RouterCase(60, 7, bias="f32", attrs={"scoring": "sigmoid", "ties": "first"}),
     "softplus": RouterCase(128, 8, bias="f32", attrs={"scoring": "sqrtsoftplus", "renormalize": True}),
     "narrow_scores": RouterCase(64, 2, "bf16", "bf16", "f32", "bf16", attrs={"renormalize": True, "scale": 1.5}),
     "half_scores": RouterCase(
@@ -174,7 +185,20 @@ def test_scores_have_torchs_bits(name: str) -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "odd_groups", "gpt_oss", "best_of_many", "logits_alone"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "deepseek_v3",
+        "odd_groups",
+        "gpt_oss",
+        "best_of_many",
+        "logits_alone",
+        "moge_best_first",
+        "moge_of_maxima",
+        "first_of_equal",
+    ],
+)
 def test_infinities_and_nan_do_as_in_torch(name: str) -> None:
     case = CASES[name]
     inputs = case.inputs(96)
@@ -251,6 +275,7 @@ def test_what_it_does_not_take_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     assert "3 groups" in reason(RouterCase(8, 2, attrs={"groups": 3, "top_groups": 2}))
     assert "best two" in reason(RouterCase(8, 2, attrs={**DEEPSEEK, "groups": 8}))
     assert "range of f16" in reason(RouterCase(8, 2, score="f16", attrs={**DEEPSEEK, "groups": 4, "group_fill": -1e9}))
+    assert "groups of one size" in reason(RouterCase(10, 4, attrs={"groups": 4, "per_group": 1, "by_group": True}))
     assert "at most" in reason(RouterCase(5000, 2))
     region = Graph("router")
     logits = region.add_arg(TensorType.of("f32", "T", 8))
