@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moec.api import explain as explain
     from moec.exported import optimize as optimize
     from moec.ir.errors import MoecError as MoecError
-    from moec.readiness import prepare as prepare
+    from moec.readiness.prepare import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
     from moec.session import recording as recording
 

@@ -1,4 +1,4 @@
-"""Which modules of a model run experts, and through what: transformers' experts interface, or a loop of their own.
+"""Which modules of a model run experts, and how: by transformers' interface, a method of moec's, or their own loop.
 
 transformers' ``use_experts_implementation`` decorator replaces an experts class's forward by one that looks its
 implementation up, in an interface, under the name that the module's config holds. An undecorated class ignores the
@@ -15,6 +15,7 @@ import torch
 
 from moec.ir.errors import MoecError, nearest
 from moec.readiness.report import ExpertsSite, LeftOut
+from moec.readiness.rewriters import is_rewritten, verdict
 
 # Locked when the weights are loaded: they are laid out for it, and another implementation would read garbage.
 _LOCKED = "deepgemm_megamoe"
@@ -48,19 +49,37 @@ def followers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def lookalikes(model: torch.nn.Module) -> list[LeftOut]:
-    """Modules that run experts and follow no interface."""
+    """Modules that run experts, follow no interface and are not rewritten."""
     following = followers(model)
     found: list[LeftOut] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         if name in following or any(name.startswith(prefix) for prefix in inside):
             continue
-        why = _looks_like_experts(module)
-        if why is not None and not any(f.startswith(f"{name}." if name else "") for f in following):
-            reason = f"{why}, but its forward does not ask the experts interface: it runs as it is written"
+        below = f"{name}." if name else ""
+        if is_rewritten(module):
+            inside.append(below)
+            continue
+        reason = _known_reason(module) or _unknown_reason(module)
+        if reason is not None and not any(f.startswith(below) for f in following):
             found.append(LeftOut(name, type(module).__name__, reason))
-            inside.append(f"{name}.")
+            inside.append(below)
     return found
+
+
+def _known_reason(module: torch.nn.Module) -> str | None:
+    """Why a module of a class that the rewriters know is as it is; None for other classes."""
+    known = verdict(module)
+    if known is None:
+        return None
+    return known.reason or "its own forward does not fit into one graph; moec.prepare(model) rewrites it"
+
+
+def _unknown_reason(module: torch.nn.Module) -> str | None:
+    why = _looks_like_experts(module)
+    if why is None:
+        return None
+    return f"{why}, but its forward does not ask the experts interface: it runs as it is written"
 
 
 def _looks_like_experts(module: torch.nn.Module) -> str | None:

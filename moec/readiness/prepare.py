@@ -11,6 +11,7 @@ from moec.ir.errors import MoecError
 from moec.readiness.experts import ImplementationChange, followers, lookalikes
 from moec.readiness.regions import RegionChange
 from moec.readiness.report import PrepareReport
+from moec.readiness.rewriters import RewriteChange
 
 DEFAULT_IMPLEMENTATION = "grouped_mm"
 
@@ -24,12 +25,15 @@ class PrepareError(MoecError):
 class _Changes:
     """What was done to one model, to be undone in reverse."""
 
-    def __init__(self, implementation: ImplementationChange, regions: RegionChange | None) -> None:
-        self.implementation, self.regions = implementation, regions
+    def __init__(
+        self, implementation: ImplementationChange, rewriting: RewriteChange, regions: RegionChange | None
+    ) -> None:
+        self.implementation, self.rewriting, self.regions = implementation, rewriting, regions
 
     def undo(self) -> None:
         if self.regions is not None:
             self.regions.undo()
+        self.rewriting.undo()
         self.implementation.undo()
 
 
@@ -41,14 +45,16 @@ def prepare(
     *,
     implementation: str | None = DEFAULT_IMPLEMENTATION,
     regions: bool | Literal["auto"] = "auto",
+    free_unused: bool = False,
 ) -> PrepareReport:
     """Ready a model for capture, in place; its outputs stay what they were.
 
-    Two things are done. Every experts module that follows transformers' experts interface is set to one
-    implementation (the default eager loop of some models cannot be traced); modules that run experts but ignore the
-    interface are named. And decoder layers that are alike are marked, so that torch.compile traces and compiles one of
-    them and reuses it for the others: the whole layer in inference without a cache, its MoE block where a cache is
-    passed, nothing where gradients are on. Outside torch.compile the marks do nothing.
+    Three things are done. Every experts module that follows transformers' experts interface is set to one
+    implementation (the default eager loop of some models cannot be traced). Modules that ignore the interface and are
+    of a class that moec knows get a forward that computes the same and can be traced; others are named. And decoder
+    layers that are alike are marked, so that torch.compile traces and compiles one of them and reuses it for the
+    others: the whole layer in inference without a cache, its MoE block where a cache is passed, nothing where gradients
+    are on. Outside torch.compile the marks do nothing.
 
     Preparing again starts afresh from the unprepared model, so that ``prepare(model).undo()`` always leaves the model
     as it was before the first call. A model without transformers' experts is left alone, and a note says so.
@@ -57,6 +63,9 @@ def prepare(
         model: Any module.
         implementation: Name in transformers' experts interface; None leaves it as it is.
         regions: ``"auto"`` marks groups of at least four alike layers, True of at least two, False none.
+        free_unused: Give back weights that the model allocates and never reads (those of LongCat-Flash's identity
+            experts). They stay freed after ``undo()``, and a saved ``state_dict`` has the smaller shape; one of the
+            full shape still loads. An optimizer that has state for these weights must be made anew.
 
     Returns:
         What was done and what was left, with ``undo()``.
@@ -73,12 +82,13 @@ def prepare(
         _prepared.pop(model).undo()
     report = PrepareReport(type(model).__name__, implementation)
     experts = followers(model)
+    setting = ImplementationChange(experts, implementation if experts else None)  # first: it may refuse its argument
+    change = _Changes(setting, RewriteChange(model, free_unused=free_unused), None)
+    report.experts, report.rewritten = setting.sites, change.rewriting.sites
     report.ignored = lookalikes(model)
-    if not experts:
+    if not experts and not report.rewritten:
         report.notes.append(_nothing_to_do(report))
         return report
-    change = _Changes(ImplementationChange(experts, implementation), None)
-    report.experts = change.implementation.sites
     if regions:
         change.regions = RegionChange(model, experts, regions)
         report.regions, report.left_out = change.regions.groups, change.regions.left_out
@@ -96,5 +106,5 @@ def prepare(
 
 def _nothing_to_do(report: PrepareReport) -> str:
     if report.ignored:
-        return "no module follows transformers' experts interface: nothing was changed"
+        return "no module follows transformers' experts interface or is of a known class: nothing was changed"
     return "the model has no experts: nothing was changed"

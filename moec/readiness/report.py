@@ -35,6 +35,25 @@ class ExpertsSite:
 
 
 @dataclass(frozen=True)
+class RewrittenSite:
+    """One module whose own way to run experts was replaced by one that can be captured.
+
+    Attributes:
+        name: Dotted path in the model.
+        kind: Its class.
+        how: How it runs its experts now.
+        note: What to know about it, such as a mode in which its own forward still runs; or "".
+        freed: Bytes of weights that were never read and are given back.
+    """
+
+    name: str
+    kind: str
+    how: str
+    note: str = ""
+    freed: int = 0
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """A module that was left as it was, and why."""
 
@@ -66,7 +85,8 @@ class PrepareReport:
         model: Class of the model.
         implementation: The experts implementation asked for; None where none was to be set.
         experts: Modules that follow the experts interface.
-        ignored: Modules that look like experts and do not follow it.
+        rewritten: Modules that do not follow it and got a forward that can be captured.
+        ignored: Modules that look like experts, do not follow it and are as they were.
         regions: Groups of layers that share a compiled region.
         left_out: Layers that are compiled one by one.
         notes: What concerns the whole model.
@@ -75,6 +95,7 @@ class PrepareReport:
     model: str
     implementation: str | None
     experts: list[ExpertsSite] = field(default_factory=list)
+    rewritten: list[RewrittenSite] = field(default_factory=list)
     ignored: list[LeftOut] = field(default_factory=list)
     regions: list[RegionGroup] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -84,7 +105,7 @@ class PrepareReport:
     @property
     def found(self) -> int:
         """How many modules run experts, whether they follow the interface or not."""
-        return len(self.experts) + len(self.ignored)
+        return len(self.experts) + len(self.rewritten) + len(self.ignored)
 
     @property
     def will_use(self) -> int:
@@ -99,7 +120,7 @@ class PrepareReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, with the counts."""
-        names = ("experts", "ignored", "regions", "left_out")
+        names = ("experts", "rewritten", "ignored", "regions", "left_out")
         return {
             "model": self.model,
             "implementation": self.implementation,
@@ -115,7 +136,11 @@ class PrepareReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         used = self.implementation or "what they had"
-        yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}")
+        own = f", {len(self.rewritten)} are rewritten" if self.rewritten else ""
+        yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}{own}")
+        if self.rewritten:
+            rewritten = (LeftOut(s.name, s.kind, _what(s)) for s in self.rewritten)
+            yield _table("rewritten", ("module", "kind", "how it runs now"), _merged(rewritten))
         if self.regions:
             yield _table("one compiled region each", ("layers", "count", "kind"), self._region_rows())
         left = [*_unfollowed(self.experts), *self.ignored, *self.left_out]
@@ -133,6 +158,11 @@ class PrepareReport:
     def _region_rows(self) -> Iterator[tuple[str, ...]]:
         for group in self.regions:
             yield f"{group.layers[0]} … {group.layers[-1]}", str(len(group.layers)), group.kind
+
+
+def _what(site: RewrittenSite) -> str:
+    freed = f"; {site.freed / 2**20:.1f} MiB of unread weights are freed" if site.freed else ""
+    return site.how + freed + (f"; {site.note}" if site.note else "")
 
 
 def _unfollowed(sites: Iterable[ExpertsSite]) -> Iterator[LeftOut]:

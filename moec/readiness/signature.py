@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,11 +61,17 @@ def obstacle(layer: torch.nn.Module, own: frozenset[str] = frozenset()) -> str |
             return f"the forward of {where} was replaced on the instance"
         if module is layer:
             continue
-        for kind in _HOOKS:
-            for hook in getattr(module, kind).values():
-                if getattr(hook, "__module__", None) != _HARMLESS_HOOKS:
-                    return f"{where} has a hook ({kind.strip('_').removesuffix('s').replace('_', ' ')})"
+        for kind in hooks(module):
+            return f"{where} has a hook ({kind})"
     return None
+
+
+def hooks(module: torch.nn.Module) -> Iterator[str]:
+    """What kind of hook (``"forward pre hook"``) the module has, for every one that is not known to be harmless."""
+    for kind in _HOOKS:
+        for hook in getattr(module, kind).values():
+            if getattr(hook, "__module__", None) != _HARMLESS_HOOKS:
+                yield kind.strip("_").removesuffix("s").replace("_", " ")
 
 
 def _tensor(tensor: torch.Tensor) -> Signature:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from moec.slicing import nodes
 
 GROUPED = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
+GROUPED_LINEAR = "moec::grouped_linear"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def _anchor(node: Node) -> Anchor | None:
     called = nodes.name(node)
     if called in GROUPED:
         return Anchor(node, nodes.argument(node, 0, "input"))
+    if isinstance(node.target, OpOverload) and node.target._schema.name == GROUPED_LINEAR:
+        return Anchor(node, nodes.argument(node, 0, "rows"))
     if called == "bmm":
         pair = nodes.argument(node, 0, "input"), nodes.argument(node, 1, "mat2")
         for i in (0, 1):

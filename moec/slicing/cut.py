@@ -56,6 +56,14 @@ class _UsedEarly(_Refused):
         self.node = node
 
 
+class _ModeChange(_Refused):
+    """Grad mode or autocast changes inside the block, at ``position`` of the graph."""
+
+    def __init__(self, mode: str, position: int) -> None:
+        super().__init__(f"{mode} is called inside the block: its parts run in different modes")
+        self.position = position
+
+
 @dataclass
 class _View:
     """A graph with the look-ups that slicing needs, made once."""
@@ -196,7 +204,7 @@ def _check(view: _View, chosen: set[Node], out: Node) -> None:
     _check_writes(view, chosen, first, last)
     for position, mode in view.modes:
         if first < position < last and any(view.order[n] > position for n in chosen):
-            raise _Refused(f"{mode} is called inside the block: its parts run in different modes")
+            raise _ModeChange(mode, position)
 
 
 def _check_writes(view: _View, chosen: set[Node], first: int, last: int) -> None:
@@ -241,6 +249,12 @@ def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
             if before & block:
                 raise
             outside |= before  # part of the router: the block begins after it
+            continue
+        except _ModeChange as change:
+            before = {n for n in chosen if view.order[n] < change.position}
+            if before & block:
+                raise
+            outside |= before  # part of the router, such as a choice of experts without gradients
             continue
         break
     ordered = sorted(chosen, key=view.order.__getitem__)

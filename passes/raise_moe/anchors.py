@@ -1,7 +1,8 @@
 """Anchors: the expert GEMMs that a MoE block shows, however the rest of it is written.
 
-Two forms are known: a grouped GEMM (``aten._grouped_mm``, transformers' fallback op for types that it lacks), whose
-rows are sorted by expert, and a batched GEMM with an indexed weight (``bmm(W[ids], x)``), whose rows lie in slot order.
+Three forms are known. A grouped GEMM (``aten._grouped_mm``, transformers' fallback op for types that it lacks) has rows
+sorted by expert; so has ``moec::grouped_linear``, whose weights may also be one matrix per expert, with a bias. A
+batched GEMM with an indexed weight (``bmm(W[ids], x)``) has rows in slot order.
 """
 
 from __future__ import annotations
@@ -21,20 +22,28 @@ class Gemm:
     Attributes:
         op: The call.
         rows: ``[R, K]`` left operand, one row per slot.
-        weight: ``[E, N, K]`` (form ``nk``) or ``[E, K, N]`` (form ``kn``), as it lies.
-        form: How the weight lies.
+        weights: ``[E, N, K]`` (form ``nk``) or ``[E, K, N]`` (form ``kn``), as it lies; or E matrices ``[N, K]``
+            (``[K, N]``).
+        form: How a weight lies.
         groups: Offsets of the experts' rows (grouped) or the expert id of every row (batched).
         sorted: Rows are sorted by expert.
         out: ``[R, N]``.
+        bias: ``[E, N]``, or E vectors, where the GEMM itself adds it.
     """
 
     op: Op
     rows: Value
-    weight: Value
+    weights: tuple[Value, ...]
     form: str
     groups: Value
     sorted: bool
     out: Value
+    bias: tuple[Value, ...] = ()
+
+    @property
+    def stacked(self) -> bool:
+        """One tensor holds the weights of all experts."""
+        return len(self.weights) == 1 and rank(self.weights[0]) == 3
 
 
 def untranspose(value: Value) -> tuple[Value, bool]:
@@ -65,7 +74,18 @@ def _grouped(op: Op) -> Gemm | None:
     if rank(rows) != 2 or rank(weight) != 3 or not isinstance(offsets, Value):
         return None
     source, odd = untranspose(weight)
-    return Gemm(op, rows, source, "nk" if odd else "kn", offsets, True, op.results[0])
+    return Gemm(op, rows, (source,), "nk" if odd else "kn", offsets, True, op.results[0])
+
+
+def _linear(op: Op) -> Gemm | None:
+    if not op.attrs["target"].startswith("moec."):  # the bare name might be anybody's
+        return None
+    rows, weights, bias, offsets = (arg(op, i, n) for i, n in enumerate(("rows", "weights", "bias", "offsets")))
+    ranks = {rank(w) for w in weights}
+    if rank(rows) != 2 or not (ranks == {2} or (ranks == {3} and len(weights) == 1)) or not isinstance(offsets, Value):
+        return None
+    form = "kn" if arg(op, 4, "inputs_first") else "nk"
+    return Gemm(op, rows, tuple(weights), form, offsets, True, op.results[0], tuple(bias))
 
 
 def _squeezed(value: Value) -> Value | None:
@@ -92,16 +112,19 @@ def _batched(op: Op) -> Gemm | None:
             continue
         # W x: rows of W are outputs; x W: rows of W are inputs. A transposition swaps them.
         form = "nk" if (weight_at == 0) != odd else "kn"
-        return Gemm(op, rows, picked[0], form, picked[1], False, out)
+        return Gemm(op, rows, (picked[0],), form, picked[1], False, out)
     return None
+
+
+_FORMS = {**dict.fromkeys(GROUPED, _grouped), "grouped_linear": _linear, "bmm": _batched}
 
 
 def find(graph: Graph) -> dict[Op, Gemm]:
     """The expert GEMMs of ``graph`` by their call, in order."""
     found: dict[Op, Gemm] = {}
     for op in graph.ops:
-        name = function(op)
-        gemm = _grouped(op) if name in GROUPED else _batched(op) if name == "bmm" else None
+        read = _FORMS.get(function(op))
+        gemm = read(op) if read is not None else None
         if gemm is not None:
             found[op] = gemm
     return found

@@ -129,19 +129,19 @@ def _sorted(gemm: Gemm) -> DispatchPlan:
             u.results[0] for u, p in picks if p and p[1] is permutation and peel_views(p[0]) is peel_views(flat)
         ]
     source = next((g for g in gathered), None)
-    weight = tensor(gemm.weight)
-    assert weight is not None
     _check_offsets(gemm.groups, expert_count(gemm), flat, source)
     return DispatchPlan(x, flat, top_k, permutation, tuple(gathered))
 
 
 def expert_count(gemm: Gemm) -> int:
-    """E of a GEMM's weight.
+    """E of a GEMM's weights.
 
     Raises:
         Refusal: E is not a number.
     """
-    weight = tensor(gemm.weight)
+    if not gemm.stacked:
+        return len(gemm.weights)
+    weight = tensor(gemm.weights[0])
     if weight is None or not weight.shape[0].is_Integer:
         raise Refusal("the number of experts is not known before run time", gemm.op)
     return int(weight.shape[0])

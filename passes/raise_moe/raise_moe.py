@@ -65,9 +65,9 @@ class _Block:
     ups: list[Gemm]
     down: Gemm
     dispatch: DispatchPlan
-    up_bias: list[Value | None]
+    up_bias: list[tuple[Value, ...]]
     program: RowProgram | None
-    down_bias: Value | None
+    down_bias: tuple[Value, ...]
     post: RowProgram | None
     finished: Value
     weights: Value
@@ -96,9 +96,9 @@ def _read(down: Gemm, ups: list[Gemm]) -> _Block:
     per_token |= {peel_views(v) for v in (dispatch.x, dispatch.ids)}
     if dispatch.permutation is not None:
         per_token.add(dispatch.permutation)
-    biased = [split_bias(up.out, experts, dispatch.row_ids) for up in ups]
+    biased = [_split_bias(up, experts, dispatch) for up in ups]
     program = read_rows("activation", [h for h, _ in biased], down.rows, per_token)
-    rows, down_bias = split_bias(down.out, experts, dispatch.row_ids)
+    rows, down_bias = _split_bias(down, experts, dispatch)
     combine = read_combine(rows, dispatch)
     post = read_rows("post", [rows], combine.rows, per_token, split=False)
     block = _Block(
@@ -117,6 +117,14 @@ def _read(down: Gemm, ups: list[Gemm]) -> _Block:
     return block
 
 
+def _split_bias(gemm: Gemm, experts: int, dispatch: DispatchPlan) -> tuple[Value, tuple[Value, ...]]:
+    """``(rows after the bias, bias)``; the bias is in the GEMM or in what follows it."""
+    if gemm.bias:
+        return gemm.out, gemm.bias
+    rows, bias = split_bias(gemm.out, experts, dispatch.row_ids)
+    return rows, () if bias is None else (bias,)
+
+
 def _check_closed(block: _Block) -> None:
     """Refuse a block whose inside is seen from outside, or whose operands are written to while it runs."""
     inside = between([g.op.results[0] for g in block.ups], block.out)
@@ -126,8 +134,8 @@ def _check_closed(block: _Block) -> None:
             if result is not block.out and any(u not in inside for u in result.users):
                 raise Refusal(f"{result!r}, inside the block, is also used elsewhere", op)
     operands = [block.dispatch.x, block.dispatch.ids, block.weights]
-    operands += [g.weight for g in (*block.ups, block.down)]
-    operands += [b for b in (*block.up_bias, block.down_bias) if b is not None]
+    operands += [w for g in (*block.ups, block.down) for w in g.weights]
+    operands += [b for bias in (*block.up_bias, block.down_bias) for b in bias]
     operands += [v for p in (block.program, block.post) if p is not None for v in p.captures]
     maker = block.out.op
     graph = block.down.op.parent
@@ -137,15 +145,15 @@ def _check_closed(block: _Block) -> None:
         raise Refusal(f"{write.attrs.get('target', write.name)} writes to memory of the block while it runs", write)
 
 
-def _gemm(gemm: Gemm, rows: Value, plan: Value, bias: Value | None, name: str) -> Op:
+def _gemm(gemm: Gemm, rows: Value, plan: Value, bias: tuple[Value, ...], name: str) -> Op:
     r, n = tensor(rows), tensor(gemm.out)
     assert r is not None and n is not None
     return Op(
         "moe.grouped_gemm",
-        [rows, gemm.weight, plan, *([bias] if bias else [])],
+        [rows, *gemm.weights, plan, *bias],
         [n.with_(shape=(r.shape[0], n.shape[1]))],
-        attrs={"form": gemm.form},
-        groups=[1, 1, 1, 1 if bias else 0],
+        attrs={"form": gemm.form, "stacked": gemm.stacked},
+        groups=[1, len(gemm.weights), 1, len(bias)],
         names=[name],
     )
 
