@@ -15,6 +15,7 @@ from rich.text import Text
 from moec.predicted_table import predicted_table
 
 _TEXT_WIDTH = 140  # of a report turned into text where there is no terminal to ask
+_TOLD = "applied: eliminate-zero-experts: "  # remarks about fused blocks, too: they say what is not computed
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Report:
         return table
 
     def lines(self) -> list[str]:
-        """What the table has no room for: remarks of the model, then of blocks that are not fused."""
+        """What the table has no room for: remarks of the model, of blocks that are not fused, and what is skipped."""
         out = [str(r) for r in self.remarks]
         if not self.layers and not out:
             out.append("no MoE block was found")
@@ -125,7 +126,7 @@ class Report:
             if not block.fused:
                 where = f" ({block.source})" if block.source else ""
                 out += [f"{block.name}: {r}{where}" for r in block.remarks if r != block.reason]
-        return _unique(out)
+        return _unique([*out, *_skipped(self.layers)])
 
     def __str__(self) -> str:
         stream = io.StringIO()
@@ -154,6 +155,16 @@ def _sizes(block: BlockReport) -> str:
 def _reason(block: BlockReport) -> Text:
     text = block.reason or ("not fused" if block.recognised else "not recognised")
     return Text(f"PyTorch: {text}" if not block.backend else f"{block.backend}: {text}", "yellow")
+
+
+def _skipped(blocks: Iterable[BlockReport]) -> list[str]:
+    """One line for all fused blocks of which slots are skipped for the same reason."""
+    names: dict[str, list[str]] = {}
+    for block in blocks:
+        for remark in block.remarks if block.fused else ():
+            if remark.startswith(_TOLD):
+                names.setdefault(remark.removeprefix(_TOLD).partition(" [")[0], []).append(block.name)
+    return [f"{n[0]}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {text}" for text, n in names.items()]
 
 
 def _unique(lines: Iterable[str]) -> list[str]:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 PIPELINES: dict[str, str] = {
-    "default": "functionalize,canonicalize,cse,raise-moe,fuse-routing,fuse-experts,cse,dce",
+    "default": "functionalize,canonicalize,cse,raise-moe,eliminate-zero-experts,fuse-routing,fuse-experts,cse,dce",
     "cleanup": "canonicalize,cse,dce",
 }

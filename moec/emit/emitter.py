@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moec.capture.origin import FX_META, ORIGIN, Origin
 from moec.emit.arguments import decode
@@ -187,8 +187,12 @@ class Emitter:
         )
         node.meta = dict(op.meta.get(FX_META, {}))
         carry_value(node, self.value_key)
+        recorded = node.meta.get(self.value_key)
         if FX_META not in op.meta and isinstance(value, torch.Tensor):
             node.meta[self.value_key] = value
+        elif isinstance(recorded, FakeTensor) and self.mode is not None and recorded.fake_mode is not self.mode:
+            # retracing a piece of a graph records constants under a fake mode of its own, and modes do not mix
+            node.meta[self.value_key] = self.mode.from_tensor(value, static_shapes=True)
         self.env[op.result] = node
 
     def _create(self, op: Op, kind: str, target: Any) -> torch.fx.Node:
