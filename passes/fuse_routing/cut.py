@@ -25,10 +25,10 @@ def _matrices(ops: Iterable[Op], kind: str, like: Value) -> Iterator[Value]:
                 yield value
 
 
-def _follows(after: Iterable[Op], scores: Value) -> bool:
-    """True if ``after`` works on the chosen experts' scores and chooses nothing itself, as it would after groups."""
+def _follows(after: Iterable[Op], scores: Value, weights: Value) -> bool:
+    """True if the weights come from ``scores`` and ``after`` chooses nothing itself, as it would after groups."""
     ops = list(after)
-    used = any(scores is v for op in ops for v in op.operands)
+    used = scores is weights or any(scores is v for op in ops for v in op.operands)
     return used and not any(function(op) in ("topk", "sort", "argsort", "max", "argmax") for op in ops)
 
 
@@ -61,6 +61,6 @@ def read_part(weights: Value, ids: Value, stops: Iterable[Value]) -> tuple[Route
                 continue
             taken = ancestors([scores, chosen], [router.logits, *([router.bias] if router.bias else [])])
             after = ancestors([weights, ids], [scores, chosen, *stops])
-            if not after & taken and _follows(after, scores):
+            if not after & taken and _follows(after, scores, weights):
                 return router, scores, chosen, [op for op in reversed(ordered) if op in after]
     raise whole
