@@ -16,7 +16,6 @@ What it takes, learnt by trying (torch 2.13):
 
 from __future__ import annotations
 
-import itertools
 import types
 import weakref
 from typing import Any
@@ -28,15 +27,13 @@ from torch.compiler import nested_compile_region
 from moec.readiness.report import LeftOut, RegionGroup
 from moec.readiness.signature import Signature, obstacle, signature
 
-_KEY = "_moec_region"
-_OWN = frozenset({"forward", _KEY})
+_OWN = frozenset({"forward"})
 _MAX_VARIANTS = 4096  # of one marked function in one graph; torch raises an error beyond, and its default is 8
 _FEWEST_LAYERS = {"auto": 4, True: 2}  # for fewer layers tracing each is quicker than the detour
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
-_keys = itertools.count()
-_marked: dict[str, tuple[weakref.ref[torch.nn.Module], weakref.ref[torch.nn.Module]]] = {}
-"""Key of a marked module -> the module, and the leader of its group."""
+_marked: dict[int, tuple[weakref.ref[torch.nn.Module], weakref.ref[torch.nn.Module]]] = {}
+"""``id`` of a marked module -> the module, and the leader of its group. A copy of a marked module is not in it."""
 
 
 def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +53,7 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         and _plain(args)
         and _plain(kwargs.values())
         and not _inside_body()
-        and _still_alike(self._moec_region)  # read last: inside a layer's region the key would be a check of its reuse
+        and _still_alike(id(self))  # asked last: inside a layer's region it would be a check of its reuse
     ):
         return _region(self, *args, **kwargs)
     return type(self).forward(self, *args, **kwargs)
@@ -80,8 +77,11 @@ def _inside_body() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _still_alike(key: str) -> bool:
-    """Asked while tracing, in plain Python: does the module still compute what its group's leader computes?"""
+def _still_alike(key: int) -> bool:
+    """Asked while tracing, in plain Python: does the module still compute what its group's leader computes?
+
+    A copy of a model carries the marks with it and may have been changed since; it is unknown here, and no region.
+    """
     if key not in _marked:
         return False
     module, leader = (reference() for reference in _marked[key])
@@ -98,6 +98,7 @@ class RegionChange:
         self.left_out: list[LeftOut] = []
         self._modules: list[torch.nn.Module] = []
         fewest = _FEWEST_LAYERS[regions]
+        _drop_inherited(model)
         for stack_name in _layer_stacks(model, experts):
             self._mark_stack(stack_name, model.get_submodule(stack_name), experts, fewest)
 
@@ -126,19 +127,28 @@ class RegionChange:
 
     def _mark(self, modules: list[torch.nn.Module]) -> None:
         for module in modules:
-            key = str(next(_keys))
-            _marked[key] = weakref.ref(module), weakref.ref(modules[0])
-            weakref.finalize(module, _marked.pop, key, None)
-            # Through __dict__: the attributes are no parameters, buffers or modules, and undo must leave no trace.
-            module.__dict__[_KEY] = key
+            _marked[id(module)] = weakref.ref(module), weakref.ref(modules[0])
+            weakref.finalize(module, _marked.pop, id(module), None)
+            # Through __dict__: the attribute is no parameter, buffer or module, and undo must leave no trace.
             module.__dict__["forward"] = types.MethodType(forward, module)
             self._modules.append(module)
 
     def undo(self) -> None:
         for module in self._modules:
-            _marked.pop(module.__dict__.pop(_KEY, ""), None)
+            _marked.pop(id(module), None)
             module.__dict__.pop("forward", None)
         self._modules.clear()
+
+
+def _drop_inherited(model: torch.nn.Module) -> None:
+    """Take off the marks that a copied or unpickled model brought along from the one that was prepared."""
+    for module in model.modules():
+        own = module.__dict__.get("forward")
+        if id(module) in _marked or not isinstance(own, types.MethodType) or own.__self__ is not module:
+            continue
+        # pickle stores a bound method by its name, and finds the class's own forward under it
+        if own.__func__ in (forward, type(module).forward):
+            del module.__dict__["forward"]
 
 
 def _layer_stacks(model: torch.nn.Module, experts: dict[str, torch.nn.Module]) -> list[str]:

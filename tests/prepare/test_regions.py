@@ -247,3 +247,27 @@ def test_a_prepared_model_can_be_copied_and_pickled() -> None:
             assert torch.equal(other(**batch).logits, model(**batch).logits)
             _, run = compiled(other)
             assert torch.equal(run(**batch).logits, model(**batch).logits)
+
+
+def test_a_copy_that_was_changed_does_what_it_does() -> None:
+    """The copy carries the marks; likeness is a matter of the original's layers, not of its own."""
+    model = build("mixtral", layers=LAYERS)
+    prepare(model, regions=True)
+    other = copy.deepcopy(model)
+    other.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    batch = inputs("mixtral", 1, 5)
+    with torch.no_grad():
+        _, run = compiled(other)
+        assert torch.equal(run(**batch).logits, other(**batch).logits)
+        assert not torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+def test_a_copy_can_be_prepared_itself() -> None:
+    model = build("mixtral", layers=LAYERS)
+    prepare(model, regions=True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        report = prepare(other, regions=True)
+        assert not report.left_out
+        assert [len(group.layers) for group in report.regions] == [LAYERS]
+        report.undo()
+        assert all("forward" not in vars(module) for module in other.modules())
