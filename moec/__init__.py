@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 # Looked up on first use, so that `import moec.ir` does not import torch's compiler.
 _HOMES = {
     "compile": "moec.api",
+    "drop_dead_experts": "moec.readiness",
     "explain": "moec.api",
     "optimize": "moec.exported",
     "prepare": "moec.readiness",
@@ -30,7 +31,17 @@ _HOMES = {
     "MoecError": "moec.ir.errors",
     "MoecWarning": "moec.runtime.checks",
 }
-__all__ = ["MoecError", "MoecWarning", "__version__", "compile", "explain", "optimize", "prepare", "recording"]
+__all__ = [
+    "MoecError",
+    "MoecWarning",
+    "__version__",
+    "compile",
+    "drop_dead_experts",
+    "explain",
+    "optimize",
+    "prepare",
+    "recording",
+]
 
 
 def __getattr__(name: str) -> Any:
