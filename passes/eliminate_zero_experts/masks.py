@@ -65,8 +65,9 @@ def constant(value: Any) -> float | None:
     while (op := maker(value, *_SPREAD)) is not None:
         value = arg(op, 0, "self")
     literal = maker(value, "lift_fresh_copy")
-    if literal is not None:
-        return _literal(literal.operands[0])
+    held = _held(literal.operands[0] if literal is not None else value, literal is not None)
+    if held is not None:
+        return held
     if maker(value, *_ZEROS) is not None:
         return 0.0
     if maker(value, *_ONES) is not None:
@@ -77,9 +78,11 @@ def constant(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _literal(value: Value) -> float | None:
-    """The number that the program's text has where tracing found ``torch.tensor(number)`` or ``x[mask] = number``."""
-    held = value.op.meta.get("value") if value.op is not None and value.op.name == "torch.get_attr" else None
+def _held(value: Any, literal: bool) -> float | None:
+    """The number in a tensor that the program holds: one of its text, or a constant of an exported program."""
+    if not isinstance(value, Value) or (value.op is not None and not (literal and value.op.name == "torch.get_attr")):
+        return None
+    held = (value.meta if value.op is None else value.op.meta).get("value")
     if type(held) is torch.Tensor and held.numel() == 1 and held.device.type == "cpu":
         return float(held.item())
     return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.backends.aten import forward as aten_forward
+from moec.runtime.programs import lookup
 
 H, INNER, E, Z, K = 16, 8, 4, 4, 3
 TOLERANCE = 2e-5
@@ -224,3 +225,17 @@ def test_a_token_without_experts_is_zero() -> None:
         x[:, 0] = 10
         got = torch.compile(layer, backend="moec", options=OPTIONS)(x)
     assert got.equal(torch.zeros(4, H))
+
+
+@pytest.mark.parametrize("case", [Identity, Assigned], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_programs(case: type[Layer], decomposed: bool) -> None:
+    layer, x = case(), torch.randn(7, H, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        if decomposed:
+            program = program.run_decompositions()
+        optimized = moec.optimize(program, backends=["aten"])
+        (node,) = [n for n in optimized.graph.nodes if n.target is torch.ops.moec.experts.default]
+        assert lookup(node.args[-1]).op.attrs["sentinels"] is True
+        near(optimized.module()(x), layer(x))
