@@ -31,7 +31,7 @@ struct Kind {{
     static constexpr int PER_GROUP = {per_group};
     static constexpr bool BIAS = {has_bias}, TOPK_FIRST = {topk_first}, SORTED = {sorted}, TWO = {two};
     static constexpr bool BY_GROUP = {by_group}, FIRST = {first};
-    static constexpr bool RENORMALIZE = {renormalize};
+    static constexpr bool RENORMALIZE = {renormalize}, MASKED = {masked};
     static constexpr float FILL = {fill}, EPS = {eps}, SCALE = {scale};
 }};
 }}
@@ -49,6 +49,7 @@ class Router:
         bias: Element type of the bias that the selection adds; empty if there is none.
         groups: Number of expert groups, 0 for none.
         two: A group is worth the sum of its best two.
+        masked: Weights are the scores as the groups' mask leaves them.
         per_group: Experts that every group gives, 0 where they may come from anywhere.
         by_group: Those come group after group.
         first: Of equal scores the first is taken; else as torch.topk takes them.
@@ -72,6 +73,7 @@ class Router:
     eps: float
     scale: float
     sorted: bool
+    masked: bool
     per_group: int
     by_group: bool
     first: bool
@@ -128,6 +130,7 @@ def read_router(op: Op) -> Router:
         eps=get(op, "renorm_eps"),
         scale=get(op, "scale"),
         sorted=get(op, "sorted"),
+        masked=get(op, "masked_weights"),
         per_group=get(op, "per_group"),
         by_group=get(op, "by_group"),
         first=get(op, "ties") == "first",
@@ -173,6 +176,7 @@ def write_router(r: Router) -> str:
         topk_first=boolean(r.topk_first),
         sorted=boolean(r.sorted),
         two=boolean(r.two),
+        masked=boolean(r.masked),
         per_group=r.per_group,
         by_group=boolean(r.by_group),
         first=boolean(r.first),

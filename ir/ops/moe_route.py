@@ -37,9 +37,10 @@ class Route(OpDef):
     In order: cast the logits to ``score_dtype``; score them; add ``bias`` for the selection alone (DeepSeek-V3,
     arXiv:2412.19437, section 2.1.2); with ``groups``, keep only the experts of the ``top_groups`` best groups, a group
     being worth its best expert (``max``, DeepSeek-V2) or the sum of its best two (``top2_sum``), others count as
-    ``group_fill``; take the top k; weights are the unbiased scores of the chosen; ``renormalize`` divides by their sum
-    plus ``renorm_eps``; multiply by ``scale``; cast to the result's type. With ``order = "topk_first"`` the top k of
-    the logits is taken before scoring (gpt-oss, Granite).
+    ``group_fill``; take the top k; weights are the unbiased scores of the chosen, with ``masked_weights`` (DeepSeek-V2)
+    as the groups' mask left them; ``renormalize`` divides by their sum plus ``renorm_eps``; multiply by ``scale``; cast
+    to the result's type. With ``order = "topk_first"`` the top k of the logits is taken before scoring (gpt-oss,
+    Granite).
 
     With ``per_group`` every group gives equally many experts (mixture of grouped experts, Pangu Pro MoE,
     arXiv:2505.21411): the best ``per_group`` of each of ``groups`` groups, ``k = groups * per_group``. Whatever the
@@ -66,6 +67,7 @@ class Route(OpDef):
         AttrDef("top_groups", "int", "groups kept per token", default=0),
         AttrDef("group_score", "str", "what a group is worth", default="max", choices=("max", "top2_sum")),
         AttrDef("group_fill", "float", "selection score of experts outside the kept groups", default=float("-inf")),
+        AttrDef("masked_weights", "bool", "weights outside the kept groups are group_fill", default=False),
         AttrDef("per_group", "int", "experts that every group gives, 0 where they may come from anywhere", default=0),
         AttrDef("by_group", "bool", "with per_group: slots come group after group", default=False),
         AttrDef("renormalize", "bool", "weights of a token add up to 1", default=False),
@@ -94,6 +96,8 @@ class Route(OpDef):
         if self.attr(op, "ties") == "first" and not self.attr(op, "sorted"):
             self.fail(op, 'ties = "first" takes the experts best first: they are sorted')
         groups, top = self.attr(op, "groups"), self.attr(op, "top_groups")
+        if self.attr(op, "masked_weights") and (not top or op.group("bias")):
+            self.fail(op, "masked_weights are the scores that the selection goes by: there are top_groups, and no bias")
         if self.attr(op, "per_group"):
             self._verify_per_group(op, logits.shape[1])
         elif self.attr(op, "by_group"):
@@ -134,8 +138,9 @@ class Route(OpDef):
             if get("per_group"):
                 ids = self._per_group(op, choice)
             else:
-                ids = self._top(op, self._keep_groups(op, choice) if get("groups") else choice, k)[1]
-            weights = scores.gather(1, ids)
+                choice = self._keep_groups(op, choice) if get("groups") else choice
+                ids = self._top(op, choice, k)[1]
+            weights = (choice if get("masked_weights") else scores).gather(1, ids)
         if get("renormalize"):
             total = weights.sum(dim=-1, keepdim=True)
             weights = weights / (total + get("renorm_eps") if get("renorm_eps") else total)

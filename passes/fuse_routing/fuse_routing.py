@@ -81,6 +81,16 @@ def _has_row_per_token(value: Value, tokens: sympy.Expr) -> bool:
     return t is not None and t.rank > (1 if tokens.is_Integer else 0) and same_dim(t.shape[0], tokens)
 
 
+def _has_entry_per_token(value: Value, tokens: sympy.Expr) -> bool:
+    """True if ``value`` [.., B, S, ..] with T = B * S may hold something for each token, as token ids [B, S] do."""
+    t = tensor(value)
+    if t is None or t.rank < 2:
+        return False
+    if not tokens.is_Integer:
+        return any(d.free_symbols & tokens.free_symbols for d in t.shape)
+    return tokens in (sympy.prod(t.shape), sympy.prod(t.shape[:-1]))
+
+
 def _draws(op: Op) -> bool:
     """True for calls that draw random numbers."""
     target = resolve_target(op.attrs["target"])
@@ -109,6 +119,9 @@ def _region(weights: Value, ids: Value) -> Op:
     if len(per_token) != 1 or rank(per_token[0]) != 2:
         raise _Unknown(f"{len(per_token)} tensors with a row per token enter the router; one, the logits, is known")
     (logits,) = per_token
+    beside = next((v for v in inputs if v is not logits and _has_entry_per_token(v, w.shape[0])), None)
+    if beside is not None:
+        raise _Unknown(f"{beside!r} with an entry per token enters the router besides the logits")
     scored = tensor(logits)
     if scored is None or not scored.dtype.is_float:
         raise _Unknown("what enters the router with a row per token is no tensor of logits")
@@ -145,7 +158,7 @@ def _routed(graph: Graph) -> list[tuple[Value, Value, Op]]:
             weights, ids = op.operands[1], op.operands[2].op.operands[1]
         else:
             continue
-        if ids.op is not None and not _has_route(weights, ids):
+        if not _has_route(weights, ids):
             found.append((weights, ids, op))
     return found
 
@@ -186,6 +199,9 @@ class FuseRouting(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         stats = {"attributes": 0, "regions": 0}
         for weights, ids, user in _routed(graph):
+            if ids.op is None:
+                ctx.remark("note", self.name, "the expert ids come from outside the block", user)
+                continue
             if not isinstance(weights.type, TensorType) or weights.type.rank != 2:
                 ctx.remark("missed", self.name, "the router weights are no matrix [T, k]", user)
                 continue

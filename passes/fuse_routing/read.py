@@ -108,19 +108,15 @@ def _score_first(router: Router, chosen: Chosen, ids: Value, inner: Value) -> Va
     choice, groups = (chosen.scores, dict[str, Any]()) if by_group else read_groups(chosen.scores)
     router.attrs |= groups
     plain, router.bias = _biased(choice)
-    if scores is None:
-        if router.bias is not None:
-            raise NoAttribute("the weights contain the selection bias")
-        if "top_groups" in groups:
-            raise NoAttribute("the weights are the masked scores")
-        scores = plain
-    elif "per_group" in groups and scores is chosen.scores:
-        scores = plain  # a group's best experts are not masked: their masked scores are their scores
-    elif scores is choice and router.bias is not None:
+    scores = chosen.scores if scores is None else scores
+    if router.bias is not None and (scores is chosen.scores or scores is choice):
         raise NoAttribute("the weights contain the selection bias")
+    if groups and scores is chosen.scores:
+        # A group's best experts are not masked, and their scores are their own.
+        router.attrs["masked_weights"] = "top_groups" in groups
     elif scores is not plain:
         raise NoAttribute("the weights come from other scores than the selection")
-    logits, scoring, dtype = unscored(scores)
+    logits, scoring, dtype = unscored(plain)
     router.attrs |= {"scoring": scoring, "score_dtype": dtype}
     if router.bias is not None and dtype_of(choice) != dtype:
         raise NoAttribute("the selection bias changes the type of the scores")

@@ -88,6 +88,7 @@ def test_the_fact_is_found_from_the_ids() -> None:
         ({"per_group": 0, "groups": 0}, "there is no per_group"),
         ({"ties": "first", "sorted": False}, "they are sorted"),
         ({"ties": "last"}, "ties"),
+        ({"masked_weights": True}, "there are top_groups"),
     ],
 )
 def test_what_does_not_hold_is_refused(attrs: dict[str, Any], message: str) -> None:

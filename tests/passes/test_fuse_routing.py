@@ -89,6 +89,14 @@ def _grouped(
     return router
 
 
+def _masked_weights(logits: Tensor, bias: Tensor) -> Routed:
+    p = logits.float().softmax(-1)
+    value = p.view(-1, GROUPS, 2).amax(-1)
+    mask = torch.zeros_like(value).scatter(1, value.topk(1)[1], 1)
+    wide = mask.unsqueeze(-1).expand(-1, GROUPS, 2).reshape(-1, E)
+    return p.masked_fill(~wide.bool(), 0.0).topk(3)
+
+
 ATTRIBUTES: dict[str, tuple[Router, dict[str, Any]]] = {
     "softmax": (_softmax, {"scoring": "softmax", "renormalize": False, "sorted": True}),
     "softmax in f32": (
@@ -103,6 +111,7 @@ ATTRIBUTES: dict[str, tuple[Router, dict[str, Any]]] = {
     "top-k first": (_topk_first, {"order": "topk_first", "scoring": "softmax"}),
     "top-k first, wide": (_topk_first_wide, {"order": "topk_first", "scoring": "softmax", "score_dtype": "f32"}),
     "identity": (_identity, {"scoring": "identity"}),
+    "masked scores as weights": (_masked_weights, {"masked_weights": True, "group_fill": 0.0, "top_groups": 1}),
     **{
         f"groups by {how} filled with {fill}": (
             _grouped(fill, how),
@@ -149,14 +158,6 @@ def _sharper(logits: Tensor, bias: Tensor) -> Routed:
     return scores.topk(K)
 
 
-def _masked_weights(logits: Tensor, bias: Tensor) -> Routed:
-    p = logits.float().softmax(-1)
-    value = p.view(-1, GROUPS, 2).amax(-1)
-    mask = torch.zeros_like(value).scatter(1, value.topk(1)[1], 1)
-    wide = mask.unsqueeze(-1).expand(-1, GROUPS, 2).reshape(-1, E)
-    return p.masked_fill(~wide.bool(), 0.0).topk(3)
-
-
 def _sorted(logits: Tensor, bias: Tensor) -> Routed:
     values, ids = logits.float().sort(-1, descending=True)
     return values[:, :K].exp(), ids[:, :K]
@@ -170,7 +171,6 @@ REGIONS: dict[str, tuple[Router, str]] = {
     "weights of other experts": (_other_ids, "other indices than the chosen"),
     "softmax over tokens": (_over_tokens, "does not run over the experts"),
     "a softplus of another slope": (_sharper, "not of a softplus"),
-    "masked scores as weights": (_masked_weights, "the masked scores"),
     "a sort": (_sorted, "not the indices of a top-k"),
     "groups that are not neighbours": (_grouped(0.0, "max", near=False), "not spread over neighbouring experts"),
     "the mask not turned round": (_grouped(0.0, "max", turn=False), "not those outside the kept groups"),

@@ -211,6 +211,7 @@ template <class R> struct Router {
             choice(s, c);
             if constexpr (R::PER_GROUP > 0) top_of_groups(c, ids);
             else top<R::E>(c, R::K, ids);
+            if (R::MASKED) memcpy(s, c, sizeof s);
         } else {
             top<R::E>(s, R::K, ids);
         }

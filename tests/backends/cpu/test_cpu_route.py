@@ -81,6 +81,9 @@ CASES = {
     "eight_of_many": RouterCase(512, 8, attrs={"sorted": False}),
     "all_of_many": RouterCase(256, 256, logits="f16", result="f16"),
     "logits_alone": RouterCase(128, 1, attrs={"scoring": "identity", "scale": 0.5}),
+    "deepseek_v2": RouterCase(
+        64, 6, attrs={"groups": 8, "top_groups": 1, "group_fill": 0.0, "masked_weights": True, "scale": 16.0}
+    ),
     "moge": RouterCase(64, 8, attrs={"groups": 8, "per_group": 1, "by_group": True}),
     "moge_of_maxima": RouterCase(
         64, 8, "bf16", result="bf16", attrs={"groups": 8, "per_group": 1, "by_group": True, "ties": "first"}
