@@ -236,13 +236,12 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
 def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: str, options: CompileOptions) -> None:
     """Write the optimized graph in place of the slice."""
 
-    out = piece.outputs[0]
     # no_grad: the user's saved-tensor hooks must not see the fake tensors that record the new nodes' values
-    with gm.graph.inserting_before(out.next), torch.no_grad():
+    with gm.graph.inserting_before(piece.end.next), torch.no_grad():
         results = emit_into(
             graph, gm.graph, piece.inputs, lower_op=lowering(claims, options, name), root=gm, value_key="example_value"
         )
-    inside = set(piece.nodes)
+    inside = {*piece.nodes, *piece.checks}
     for old, new in zip(piece.outputs, results, strict=True):
         for user in list(old.users):
             if user not in inside:
@@ -251,5 +250,5 @@ def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: 
             for key in ("nn_module_stack", "stack_trace"):
                 if key in old.meta:
                     new.meta.setdefault(key, old.meta[key])
-    for node in reversed(piece.nodes):
+    for node in [*reversed(piece.checks), *reversed(piece.nodes)]:
         gm.graph.erase_node(node)

@@ -7,12 +7,20 @@ import inspect
 import torch
 
 from moec.lowering import block_name
+from moec.readiness.adapters import adapter_around, describe
 from moec.readiness.experts import followers, lookalikes
+from moec.readiness.loops import is_marked
+from moec.readiness.rewriters import is_rewritten, verdict
 from moec.report import BlockReport, Report
 
 _LOOP = (
     "its experts implementation 'eager' loops over the experts in Python, which no graph can hold; "
     "moec.prepare(model) sets one that can be captured"
+)
+_UNMARKED = "moec.prepare(model) lets a loop over experts be traced as one graph"
+_DATA = (
+    "no captured graph shows its experts: its Python asks for data (an if on a count of tokens, .item(), .tolist()), "
+    "or they are no GEMMs of token rows"
 )
 
 
@@ -24,7 +32,7 @@ def add_missed(report: Report, model: torch.nn.Module) -> None:
         model: The model that was compiled; names in the report are paths of its modules.
     """
     seen = {block.name for block in report.layers}
-    for name, reason in {**_following(model), **{m.name: m.reason for m in lookalikes(model)}}.items():
+    for name, reason in {**_following(model), **_looping(model)}.items():
         block = block_name(name, 0) if name else type(model).__name__
         if not any(s == block or s.startswith(f"{block}.") or not name for s in seen):
             module = model.get_submodule(name)
@@ -37,7 +45,26 @@ def _following(model: torch.nn.Module) -> dict[str, str]:
     for name, module in followers(model).items():
         chosen = vars(module)["config"]._experts_implementation
         other = f"no captured graph shows its expert GEMMs (experts implementation {chosen!r})"
-        found[name] = _LOOP if chosen == "eager" else other
+        found[name] = _LOOP if chosen == "eager" else _adapter(model, name) or other
+    return found
+
+
+def _adapter(model: torch.nn.Module, name: str) -> str | None:
+    """Why an adapter around the module called ``name`` keeps it out of graphs, or None."""
+    around = adapter_around(model, name)
+    if around is None or is_rewritten(around[1]):
+        return None
+    known = verdict(around[1])
+    way_out = known.reason if known is not None and known.reason else "moec.prepare(model) computes the weights first"
+    return f"it lies in {describe(around[1])}, which changes the module in every call: no graph can hold that; {way_out}"
+
+
+def _looping(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that run experts in their own way, with why they may be missing."""
+    found = {}
+    for left in lookalikes(model):
+        why = _DATA if is_marked(model.get_submodule(left.name)) else _UNMARKED
+        found[left.name] = f"{left.reason}; {why}"
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 
 from moec.ir.errors import MoecError
 from moec.readiness.experts import ImplementationChange, followers, lookalikes
+from moec.readiness.loops import LoopChange
 from moec.readiness.regions import RegionChange
 from moec.readiness.report import PrepareReport
 from moec.readiness.rewriters import RewriteChange
@@ -29,10 +30,13 @@ class _Changes:
         self, implementation: ImplementationChange, rewriting: RewriteChange, regions: RegionChange | None
     ) -> None:
         self.implementation, self.rewriting, self.regions = implementation, rewriting, regions
+        self.loops: LoopChange | None = None
 
     def undo(self) -> None:
         if self.regions is not None:
             self.regions.undo()
+        if self.loops is not None:
+            self.loops.undo()
         self.rewriting.undo()
         self.implementation.undo()
 
@@ -51,10 +55,11 @@ def prepare(
 
     Three things are done. Every experts module that follows transformers' experts interface is set to one
     implementation (the default eager loop of some models cannot be traced). Modules that ignore the interface and are
-    of a class that moec knows get a forward that computes the same and can be traced; others are named. And decoder
-    layers that are alike are marked, so that torch.compile traces and compiles one of them and reuses it for the
-    others: the whole layer in inference without a cache, its MoE block where a cache is passed, nothing where gradients
-    are on. Outside torch.compile the marks do nothing.
+    of a class that moec knows get a forward that computes the same and can be traced; others are named, and Dynamo gets
+    leave to trace their Python loop over experts as one graph (:mod:`moec.readiness.loops`). And decoder layers that
+    are alike are marked, so that torch.compile traces and compiles one of them and reuses it for the others: the whole
+    layer in inference without a cache, its MoE block where a cache is passed, nothing where gradients are on. Outside
+    torch.compile the marks do nothing.
 
     Preparing again starts afresh from the unprepared model, so that ``prepare(model).undo()`` always leaves the model
     as it was before the first call. A model without transformers' experts is left alone, and a note says so.
@@ -88,8 +93,9 @@ def prepare(
     report.ignored = lookalikes(model)
     if not experts and not report.rewritten:
         report.notes.append(_nothing_to_do(report))
-        return report
-    if regions:
+    change.loops = LoopChange(model, (left.name for left in report.ignored))  # first: a marked module is in no region
+    report.loops = change.loops.names
+    if regions and (experts or report.rewritten):
         change.regions = RegionChange(model, experts, regions)
         report.regions, report.left_out = change.regions.groups, change.regions.left_out
     _prepared[model] = change
@@ -106,5 +112,5 @@ def prepare(
 
 def _nothing_to_do(report: PrepareReport) -> str:
     if report.ignored:
-        return "no module follows transformers' experts interface or is of a known class: nothing was changed"
+        return "no module follows transformers' experts interface or is of a known class: loops are traced as written"
     return "the model has no experts: nothing was changed"

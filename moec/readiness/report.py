@@ -87,6 +87,7 @@ class PrepareReport:
         experts: Modules that follow the experts interface.
         rewritten: Modules that do not follow it and got a forward that can be captured.
         ignored: Modules that look like experts, do not follow it and are as they were.
+        loops: Those of them whose loop over experts, written in Python, may be traced as one graph.
         regions: Groups of layers that share a compiled region.
         left_out: Layers that are compiled one by one.
         notes: What concerns the whole model.
@@ -97,6 +98,7 @@ class PrepareReport:
     experts: list[ExpertsSite] = field(default_factory=list)
     rewritten: list[RewrittenSite] = field(default_factory=list)
     ignored: list[LeftOut] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
     regions: list[RegionGroup] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -127,6 +129,7 @@ class PrepareReport:
             "found": self.found,
             "will_use": self.will_use,
             **{name: [asdict(item) for item in getattr(self, name)] for name in names},
+            "loops": list(self.loops),
             "notes": list(self.notes),
         }
 

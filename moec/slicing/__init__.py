@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from moec.slicing.cut import NotSliced, Slice, find_slices
+from moec.slicing.cut import NotSliced, Slice
+from moec.slicing.find import find_slices
 
 __all__ = ["NotSliced", "Slice", "find_slices"]

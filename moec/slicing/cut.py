@@ -10,13 +10,14 @@ The contract:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch.fx import Graph, Node
 
 from moec.slicing import nodes
-from moec.slicing.anchors import Anchor, feeders, find_anchors
+from moec.slicing.anchors import Anchor
 
 
 @dataclass
@@ -27,13 +28,17 @@ class Slice:
         anchor: The down GEMM.
         nodes: The slice, in graph order.
         inputs: Nodes from outside that it uses, in order of first use.
-        outputs: Nodes of it that are used outside; the combined output is the first.
+        outputs: Nodes of it that are used outside.
+        end: The node that it ends with: what replaces the slice stands behind it.
+        checks: Asserts about sizes of the slice's inner tensors, with what only they use; they go with the slice.
     """
 
     anchor: Node
     nodes: list[Node]
     inputs: list[Node]
     outputs: list[Node]
+    end: Node
+    checks: list[Node] = field(default_factory=list)
 
 
 @dataclass
@@ -44,11 +49,11 @@ class NotSliced:
     reason: str
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The block cannot be cut; ``str`` is the reason."""
 
 
-class _UsedEarly(_Refused):
+class _UsedEarly(Refused):
     """A value of the block is used outside before the block ends."""
 
     def __init__(self, node: Node) -> None:
@@ -56,7 +61,7 @@ class _UsedEarly(_Refused):
         self.node = node
 
 
-class _ModeChange(_Refused):
+class _ModeChange(Refused):
     """Grad mode or autocast changes inside the block, at ``position`` of the graph."""
 
     def __init__(self, mode: str, position: int) -> None:
@@ -65,7 +70,7 @@ class _ModeChange(_Refused):
 
 
 @dataclass
-class _View:
+class View:
     """A graph with the look-ups that slicing needs, made once."""
 
     graph: Graph
@@ -87,8 +92,18 @@ class _View:
             if nodes.name(n).startswith(("_set_grad", "_enter", "_exit"))
         ]
 
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """First and last position of every mode that is entered and left again, by either of them."""
+        found = {}
+        for n, i in self.order.items():
+            if nodes.name(n).startswith("_exit") and n.args and n.args[0] in self.order:
+                start = self.order[n.args[0]]  # type: ignore[index]
+                found[start] = found[i] = (start, i)
+        return found
 
-def _reduction(view: _View, down: Node) -> Node:
+
+def _reduction(view: View, down: Node) -> Node:
     """The combined output: the first sum per token after the down GEMM, with the cast that follows it."""
     queue, seen, sums = deque([down]), {down}, []
     while queue:
@@ -120,7 +135,7 @@ def _last_of_rows(down: Node) -> Node:
         if nodes.dims(node) == 2 and (reorders or nodes.name(node) == "mul"):
             out = node
     if out is None:
-        raise _Refused("the expert rows are not added per token")
+        raise Refused("the expert rows are not added per token")
     return out
 
 
@@ -128,15 +143,15 @@ def _token_rows(up: Anchor) -> Node:
     """The tensor whose rows the up GEMM gathers."""
     gather = nodes.peel(up.rows, nodes.VIEWS | nodes.CASTS)
     if not isinstance(gather, Node):
-        raise _Refused("the rows of the up GEMM are not gathered from token rows")
+        raise Refused("the rows of the up GEMM are not gathered from token rows")
     source = nodes.argument(gather, 0, "input") if nodes.is_gather(gather) else gather
     source = nodes.peel(source, frozenset({"unsqueeze"}))
     if not isinstance(source, Node):
-        raise _Refused("the rows of the up GEMM are not gathered from token rows")
+        raise Refused("the rows of the up GEMM are not gathered from token rows")
     return source
 
 
-def _ancestors(start: Node) -> set[Node]:
+def ancestors(start: Node) -> set[Node]:
     seen = {start}
     stack = [start]
     while stack:
@@ -158,7 +173,7 @@ def _is_border(node: Node, block: set[Node], outside: set[Node]) -> bool:
     return nodes.name(node) in nodes.GEMMS or nodes.has_effect(node)
 
 
-def _closure(view: _View, out: Node, anchors: set[Node], outside: set[Node]) -> set[Node]:
+def _closure(view: View, out: Node, anchors: set[Node], outside: set[Node]) -> set[Node]:
     """Everything that ``out`` depends on up to the border, with the writers of what is read."""
     chosen: set[Node] = set()
     stack = [out]
@@ -169,7 +184,7 @@ def _closure(view: _View, out: Node, anchors: set[Node], outside: set[Node]) -> 
             continue
         if _is_border(node, anchors, outside):
             if any(last >= view.order[w] > view.order[node] and w in chosen for w in view.writers.get(node, ())):
-                raise _Refused(f"{node.name}, which comes from outside the block, is overwritten inside it")
+                raise Refused(f"{node.name}, which comes from outside the block, is overwritten inside it")
             continue
         chosen.add(node)
         stack.extend(node.all_input_nodes)
@@ -177,37 +192,39 @@ def _closure(view: _View, out: Node, anchors: set[Node], outside: set[Node]) -> 
     return chosen
 
 
-def _drop_numbers(view: _View, chosen: set[Node]) -> None:
+def _drop_numbers(view: View, chosen: set[Node]) -> None:
     """Numbers computed from what is outside come in as inputs: others may use them too."""
     for node in sorted(chosen, key=view.order.__getitem__):
         if nodes.is_number(node) and not any(a in chosen for a in node.all_input_nodes):
             chosen.discard(node)
 
 
-def _check(view: _View, chosen: set[Node], out: Node) -> None:
+def _check(view: View, chosen: set[Node], out: Node, checks: Collection[Node]) -> None:
     first, last = min(view.order[n] for n in chosen), view.order[out]
     for node in chosen:
         for written in nodes.mutated(node):
             if written not in chosen:
-                raise _Refused(f"{written.name}, which comes from outside the block, is overwritten inside it")
+                raise Refused(f"{written.name}, which comes from outside the block, is overwritten inside it")
         if nodes.has_effect(node):
-            raise _Refused(f"{nodes.name(node)} inside the block has an effect that must keep its place")
+            raise Refused(f"{nodes.name(node)} inside the block has an effect that must keep its place")
         if view.order[node] > last and node.users:
-            raise _Refused(f"{node.name} of the block comes after its output")
+            raise Refused(f"{node.name} of the block comes after its output")
         for user in node.users:
-            if user in chosen or node is out:
+            if user in chosen or user in checks or node is out:
                 continue
             if view.order[user] < last and user.op != "output":
                 raise _UsedEarly(node)
             if any(view.order[w] > view.order[user] for w in view.writers.get(node, ())):
-                raise _Refused(f"{node.name} is read outside the block before it is overwritten inside")
+                raise Refused(f"{node.name} is read outside the block before it is overwritten inside")
     _check_writes(view, chosen, first, last)
+    places = [view.order[n] for n in chosen]
     for position, mode in view.modes:
-        if first < position < last and any(view.order[n] > position for n in chosen):
+        start, stop = view.spans.get(position, (first, last))
+        if first < position < last and max(places) > position and any(start < place < stop for place in places):
             raise _ModeChange(mode, position)
 
 
-def _check_writes(view: _View, chosen: set[Node], first: int, last: int) -> None:
+def _check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
     """Refuse if memory that the slice shares with the rest is written to between its first and last node."""
     made = {nodes.memory(n) for n in chosen if n.op in ("call_function", "call_method")}
     given = {nodes.memory(a) for n in chosen for a in n.all_input_nodes if a not in chosen}
@@ -217,35 +234,54 @@ def _check_writes(view: _View, chosen: set[Node], first: int, last: int) -> None
             if not first <= view.order[writer] <= last or where is None:
                 continue
             if where in given or (writer not in chosen and where in made):
-                raise _Refused(f"{written.name}, whose memory the block reads, is overwritten while the block runs")
+                raise Refused(f"{written.name}, whose memory the block reads, is overwritten while the block runs")
 
 
 def _broken(down: Node, out: Node, block: set[Node]) -> str:
     """Why the closure of ``out`` does not hold all GEMMs: something between them stays where it is."""
-    for node in _ancestors(out):
-        if node not in block and nodes.has_effect(node) and _ancestors(node) & block:
+    for node in ancestors(out):
+        if node not in block and nodes.has_effect(node) and ancestors(node) & block:
             return f"{nodes.name(node)} inside the block has an effect that must keep its place"
     return f"the sum per token does not depend on all of the block's expert GEMMs, such as {down.name}"
 
 
-def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
-    out = _reduction(view, down.node)
+def cut(view: View, down: Anchor, ups: list[Anchor]) -> Slice:
     block = {down.node, *(u.node for u in ups)}
+    out = _reduction(view, down.node)
     outside: set[Node] = set()
     for up in ups:
-        outside |= _ancestors(_token_rows(up))
+        outside |= ancestors(_token_rows(up))
+    return close(view, down.node, out, block, outside)
+
+
+def close(
+    view: View, anchor: Node, out: Node, block: set[Node], outside: set[Node], checks: Collection[Node] = ()
+) -> Slice:
+    """The slice from ``out`` back to what the block is given.
+
+    Args:
+        view: The graph.
+        anchor: The node that names the slice.
+        out: Its last node.
+        block: What must be in it.
+        outside: What may not be in it; grown where a value of the router is used early.
+        checks: What goes with it.
+
+    Raises:
+        Refused: There is no such slice.
+    """
     while True:
         chosen = _closure(view, out, block, outside)
         if not block <= chosen:
-            raise _Refused(_broken(down.node, out, block))
+            raise Refused(_broken(anchor, out, block))
         _drop_numbers(view, chosen)
         chosen |= {
             u for n in chosen for u in n.users if not u.users and nodes.name(u) == "getitem"
         }  # nested: dead ones
         try:
-            _check(view, chosen, out)
+            _check(view, chosen, out, checks)
         except _UsedEarly as early:
-            before = _ancestors(early.node)
+            before = ancestors(early.node)
             if before & block:
                 raise
             outside |= before  # part of the router: the block begins after it
@@ -261,27 +297,8 @@ def _cut(view: _View, down: Anchor, ups: list[Anchor]) -> Slice:
     inputs = list(dict.fromkeys(a for n in ordered for a in n.all_input_nodes if a not in chosen))
     bundle = next((n for n in inputs if nodes.is_bundle(n)), None)
     if bundle is not None:
-        raise _Refused(f"{bundle.name}, a tuple of tensors, enters the block as a whole")
-    outputs = [out, *(n for n in ordered if n is not out and any(u not in chosen for u in n.users))]
-    return Slice(down.node, ordered, inputs, outputs)
-
-
-def find_slices(graph: Graph) -> list[Slice | NotSliced]:
-    """The MoE blocks of a torch-level fx graph, in order."""
-    anchors = find_anchors(graph)
-    if not anchors:
-        return []
-    view = _View(graph)
-    found: list[Slice | NotSliced] = []
-    told: set[Node] = set()
-    for anchor in anchors.values():
-        ups = feeders(anchor, anchors)
-        if not ups:
-            continue
-        told |= {anchor.node, *(u.node for u in ups)}
-        try:
-            found.append(_cut(view, anchor, ups))
-        except _Refused as reason:
-            found.append(NotSliced(anchor.node, str(reason)))
-    lone = "an expert GEMM without a second one: no up and down projection"
-    return [*found, *(NotSliced(node, lone) for node in anchors if node not in told)]
+        raise Refused(f"{bundle.name}, a tuple of tensors, enters the block as a whole")
+    gone = {*chosen, *checks}
+    used = [n for n in ordered if any(u not in gone for u in n.users)]
+    outputs = sorted(used, key=lambda n: n is not out)  # the combined output first
+    return Slice(anchor, ordered, inputs, outputs, out, sorted(checks, key=view.order.__getitem__))

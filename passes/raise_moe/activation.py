@@ -68,7 +68,7 @@ def _check_draws_nothing(op: Op) -> None:
         raise Refusal(f"{op.attrs.get('target', op.name)} between the expert GEMMs draws numbers or writes memory", op)
 
 
-def _keeps_rows_apart(op: Op) -> bool:
+def keeps_rows_apart(op: Op) -> bool:
     """True if the op is elementwise, or works inside rows along the last dimension."""
     name = function(op)
     if is_elementwise(op):
@@ -105,7 +105,7 @@ def _check_rows(ops: Sequence[Op], sources: Sequence[Value]) -> None:
         others = [rank(v) for v in op.operands if v not in held]
         aligned = len(ranks) == 1 and max(others, default=0) < min(ranks)
         shapes = [t.shape if (t := tensor(r)) is not None else () for r in op.results]
-        if not (_keeps_rows_apart(op) and all(s and same_dim(s[0], first.shape[0]) for s in shapes)):
+        if not (keeps_rows_apart(op) and all(s and same_dim(s[0], first.shape[0]) for s in shapes)):
             raise Refusal(f"{target} between the expert GEMMs may mix rows of different tokens", op)
         if not aligned and function(op) not in ("to", "type_as"):
             raise Refusal(

@@ -1,0 +1,38 @@
+"""All slices of a graph: blocks with grouped GEMMs, and loops over experts."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from moec.slicing.anchors import feeders, find_anchors
+from moec.slicing.cut import NotSliced, Refused, Slice, View, cut
+from moec.slicing.cut_loop import cut_loop
+from moec.slicing.dense import find_dense
+from moec.slicing.loops import find_loops
+
+
+def find_slices(graph: Graph) -> list[Slice | NotSliced]:
+    """The MoE blocks of a torch-level fx graph, in order."""
+    anchors, loops = find_anchors(graph), [*find_loops(graph), *find_dense(graph)]
+    if not anchors and not loops:
+        return []
+    view = View(graph)
+    found: list[Slice | NotSliced] = []
+    told: set[Node] = set()
+    for anchor in anchors.values():
+        ups = feeders(anchor, anchors)
+        if not ups:
+            continue
+        told |= {anchor.node, *(u.node for u in ups)}
+        try:
+            found.append(cut(view, anchor, ups))
+        except Refused as reason:
+            found.append(NotSliced(anchor.node, str(reason)))
+    for loop in loops:
+        try:
+            found.append(cut_loop(view, loop))
+        except Refused as reason:
+            found.append(NotSliced(loop.last, str(reason)))
+    lone = "an expert GEMM without a second one: no up and down projection"
+    found.sort(key=lambda piece: view.order[piece.anchor])
+    return [*found, *(NotSliced(node, lone) for node in anchors if node not in told)]

@@ -1,0 +1,82 @@
+"""Writing a loop over experts as one block of the moe dialect, and erasing the loop.
+
+The reference adds experts in their order, ``moe.combine`` adds slots in the order of k; and it rounds to the sum's type
+once, at the end, where the loop rounds after every addition. Nothing else changes about the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moec.ir.core import Graph, Op, Value
+from moec.ir.types import DType
+from moec.passes.matching import tensor
+from moec.passes.raise_moe.block import Block, Emitter
+from moec.passes.raise_moe.loop_branches import Branch
+from moec.passes.raise_moe.loop_experts import collect
+from moec.passes.raise_moe.loop_ids import keep_ids, may_miss, renumber
+from moec.passes.raise_moe.loop_rows import Weighting
+from moec.passes.raise_moe.loops import Loop
+
+
+def cast_all(emit: Emitter, value: Value, casts: Sequence[DType]) -> Value:
+    """``value`` cast to one type after the other."""
+    for dtype in casts:
+        t = tensor(value)
+        assert t is not None
+        value = emit.call("aten.to.dtype", (value, dtype), t.with_(dtype=dtype))
+    return value
+
+
+def no_weights(emit: Emitter, weighting: Weighting, ids: Value) -> Value:
+    """Weights of one for every slot of ``ids``, in the type of the rows."""
+    i, finished = tensor(ids), tensor(weighting.finished)
+    assert i is not None and finished is not None
+    dtype = finished.dtype
+    return emit.call("aten.ones_like.default", (ids,), i.with_(dtype=dtype), {"dtype": dtype})
+
+
+def write_loop(emit: Emitter, loop: Loop) -> Value:
+    """Write the block of ``loop``; the new sum."""
+    t, out, factor = tensor(loop.ids), tensor(loop.chain.out), loop.kind.weighting.factor
+    assert t is not None and out is not None
+    top_k = 1 if t.rank == 1 else int(t.shape[1])
+    ids = keep_ids(emit, emit.matrix(loop.ids, t.shape[0], top_k), loop.keep)
+    experts = [b.expert for b in loop.kind.branches]
+    if factor is None:
+        weights = no_weights(emit, loop.kind.weighting, ids)
+    else:
+        weights = emit.matrix(cast_all(emit, factor.weights, factor.casts), t.shape[0], top_k)
+    *ups, down = collect(loop.expert, loop.kind.first.outside, [b.outside for b in loop.kind.branches])
+    block = Block(
+        x=cast_all(emit, loop.kind.x, loop.expert.casts),
+        ids=renumber(emit, ids, experts),
+        weights=weights,
+        top_k=top_k,
+        experts=len(experts),
+        ups=ups,
+        down=down,
+        activation=loop.expert.activation,
+        inner=loop.expert.down.rows,
+        post=loop.expert.post,
+        finished=loop.expert.finished,
+        out=out,
+        sentinels=may_miss(loop.ids, loop.keep, experts),
+    )
+    total = block.write(emit, loop.chain.out.name)
+    if loop.start is not None:
+        total = emit.call("aten.add.Tensor", (loop.start, total), out)
+    for term in loop.terms:
+        total = term.write(emit, total, ids, weights)
+    return total
+
+
+def erase(graph: Graph, branches: Sequence[Branch]) -> None:
+    """Erase what only the loop used: its steps, its experts, and asserts about their sizes."""
+    checks = {op for b in branches for op in b.checks}
+    mine = {op for b in branches for op in (*b.ops, *b.step.own, b.step.op)} | checks
+    dead: set[Op] = set()
+    for op in reversed(graph.ops):
+        if op in mine and (op in checks or all(u in dead for r in op.results for u in r.users)):
+            dead.add(op)
+    graph.erase_many(dead)

@@ -1,0 +1,56 @@
+"""Loops over experts of all forms: found, read, replaced."""
+
+from __future__ import annotations
+
+from moec.ir.core import Graph, Location
+from moec.passes.base import PassContext
+from moec.passes.raise_moe.block import Emitter
+from moec.passes.raise_moe.loop_chosen import ChosenLoop, read_chosen
+from moec.passes.raise_moe.loop_dense import find_dense_chains, read_dense
+from moec.passes.raise_moe.loop_steps import Chain, find_chains
+from moec.passes.raise_moe.loop_write import erase, write_loop
+from moec.passes.raise_moe.loops import Loop, read_loop
+from moec.passes.raise_moe.refusal import Refusal
+
+
+def _read_gathers(graph: Graph, chain: Chain) -> Loop | ChosenLoop | None:
+    return read_loop(graph, chain) or read_chosen(graph, chain)
+
+
+def _replace(graph: Graph, loop: Loop | ChosenLoop) -> None:
+    last = loop.chain.steps[-1].op
+    emit = Emitter(graph, last, Location(last.loc.module, last.loc.source, last.loc.stack))
+    total = write_loop(emit, loop) if isinstance(loop, Loop) else loop.write(emit)
+    total.meta = dict(loop.chain.out.meta)
+    loop.chain.out.replace_all_uses_with(total)
+    erase(graph, loop.branches)
+
+
+def raise_loops(graph: Graph, ctx: PassContext, name: str) -> int:
+    """Raise the loops over experts of ``graph``.
+
+    Args:
+        graph: The graph, changed in place.
+        ctx: Takes remarks and gives fuel.
+        name: The pass that speaks.
+
+    Returns:
+        How many were raised.
+    """
+    raised = 0
+    gathers, dense = find_chains(graph), find_dense_chains(graph)
+    for chain, read in [*((c, _read_gathers) for c in gathers), *((c, read_dense) for c in dense)]:
+        op = chain.steps[-1].op
+        try:
+            loop = read(graph, chain)
+        except Refusal as refusal:
+            ctx.remark("missed", name, str(refusal), refusal.op or op)
+            continue
+        if loop is None:
+            continue
+        if not ctx.take_fuel(name, loop.what, op):
+            break
+        ctx.remark("applied", name, loop.what, op)
+        _replace(graph, loop)
+        raised += 1
+    return raised

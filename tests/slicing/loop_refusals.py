@@ -1,0 +1,325 @@
+"""Loops over experts that only look like a MoE layer, or that no block can say, and the reason that is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.slicing.loop_layers import Copy, E, H, Loop, ZeroCompute, weights
+
+
+class Refused(Loop):
+    """Base of what follows."""
+
+    fused = False
+
+
+class Differing(Refused):
+    """Two activations."""
+
+    reason = "different programs"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            x1, expert = x[token], self.experts[e]
+            act = F.silu if e else F.gelu
+            rows = F.linear(act(F.linear(x1, expert.w1)) * F.linear(x1, expert.w3), expert.w2)
+            out.index_add_(0, token, rows * w[token, slot, None])
+        return out
+
+
+class OwnNorm(Refused):
+    """A norm with weights of each expert's own."""
+
+    reason = "besides the weights and biases"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.ParameterList(torch.ones(H) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, F.rms_norm(expert(x[token]), (H,), self.norm[e]) * w[token, slot, None])
+        return out
+
+
+class MixedRows(Refused):
+    """A softmax over the tokens of an expert."""
+
+    reason = "may mix rows"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            h = F.linear(x[token], expert.w1).softmax(0) * F.linear(x[token], expert.w3)
+            out.index_add_(0, token, F.linear(h, expert.w2) * w[token, slot, None])
+        return out
+
+
+class MixedTerm(Refused, ZeroCompute):
+    """A copy expert that takes the mean off its tokens."""
+
+    reason = "may mix rows"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            rows = expert(x[token])
+            rows = rows - rows.mean(0, keepdim=True) if isinstance(expert, Copy) else rows
+            out.index_add_(0, token, rows * w[token, slot, None])
+        return out
+
+
+class Wide(Refused, ZeroCompute):
+    """A single large matrix is neither an expert nor cheap."""
+
+    reason = "not an up and a down projection"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = weights(torch.Generator().manual_seed(4), 3 * H, H)
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            rows = F.linear(x[token], self.wide)[:, :H] if isinstance(expert, Copy) else expert(x[token])
+            out.index_add_(0, token, rows * w[token, slot, None])
+        return out
+
+
+class ScaledInput(Refused):
+    """Later experts see other tokens."""
+
+    reason = "different tensors"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+            x = x * 0.5
+        return out
+
+
+class ScaledInPlace(Refused):
+    """The same in place, as MoE++'s released code has it."""
+
+    reason = "overwritten"
+    trains = False
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + 0
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+            x *= 0.5
+        return out
+
+
+class OtherRows(Refused):
+    """Every expert sees what the ones before it made."""
+
+    reason = "also used inside it"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = x.clone()
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, expert(out[token]) * w[token, slot, None])
+        return out
+
+
+class OtherWeights(Refused):
+    """Each expert is weighted by another tensor."""
+
+    reason = "different tensors"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * (w * e)[token, slot, None])
+        return out
+
+
+class WeightedInput(Refused):
+    """The tokens are weighted, not the experts' rows."""
+
+    reason = "loop"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token] * w[token, slot, None]))
+        return out
+
+
+class Twice(Refused):
+    """An expert occurs twice."""
+
+    reason = "occurs twice"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in zip((0, 1, 2, 1), self.experts, strict=True):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+        return out
+
+
+class Counted(Refused):
+    """How many tokens an expert got, and which, is used elsewhere."""
+
+    reason = "is used"
+    trains = False
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        load = torch.zeros(x.shape[0])
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+            load = load + torch.zeros_like(load).index_fill(0, token, float(e))
+        return out, load
+
+
+class RepeatedIds(Refused):
+    """``+=`` adds once where a token chose an expert twice, and nothing says that it does not."""
+
+    reason = "may be equal"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        ids = ids // 2
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] += w[token, slot, None] * expert(x[token])
+        return out
+
+
+class Overwritten(Refused):
+    """Rows are written, though a token has several experts."""
+
+    reason = "overwrites"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] = w[token, slot, None] * expert(x[token])
+        return out
+
+
+class Deep(Refused):
+    """Three projections one after the other."""
+
+    reason = "GEMMs"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            rows = F.linear(F.linear(F.linear(x[token], expert.w1), expert.w2), expert.w3)
+            out.index_add_(0, token, F.linear(rows, expert.w2) * w[token, slot, None])
+        return out
+
+
+class SumSeen(Refused):
+    """The sum is read inside the loop."""
+
+    reason = "is used before the block ends"
+    trains = False
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        norms = torch.zeros(())
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, expert(x[token]) * w[token, slot, None])
+            norms = norms + out.norm()
+        return out, norms
+
+
+class Inactive(Refused):
+    """Dropout in an expert."""
+
+    reason = "effect"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, F.dropout(expert(x[token]), 0.0) * w[token, slot, None])
+        return out
+
+
+class Mixture(Refused):
+    """A dense mixture: every expert counts for every token."""
+
+    reason = "all experts run on every token"
+
+    def forward(self, x: Tensor) -> Any:
+        gates = F.linear(x, self.gate).softmax(-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + gates[:, e : e + 1] * expert(x)
+        return out
+
+
+class Smoothed(Refused):
+    """Gates that are not zero outside of the chosen experts."""
+
+    reason = "all experts run on every token"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        gates = torch.full((x.shape[0], E), 0.01).scatter(1, ids, w)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + gates[:, e : e + 1] * expert(x)
+        return out
+
+
+class ChosenOther(Refused):
+    """Expert choice in which an expert is weighted with its neighbour's column."""
+
+    reason = "another one's column"
+
+    def forward(self, x: Tensor) -> Any:
+        g, chosen = F.linear(x, self.gate).softmax(-1).t().topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out.index_add_(0, chosen[e], expert(x[chosen[e]]) * g[(e + 1) % E][:, None])
+        return out
+
+
+REFUSED = [c for c in list(vars().values()) if isinstance(c, type) and issubclass(c, Refused) and c is not Refused]
