@@ -39,7 +39,7 @@ def equal_load_groups(op: Op) -> EqualLoad | None:
     """
     if op.name in ("moe.experts", "moe.dispatch"):
         ids = op.operands[1]
-        if ids.op is None or ids.op.name != "moe.route" or ids.index != 1:
+        if op_def(op.name).attr(op, "sentinels") or ids.op is None or ids.op.name != "moe.route" or ids.index != 1:
             return None
         op = ids.op
     if op.name != "moe.route":

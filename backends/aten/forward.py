@@ -22,9 +22,9 @@ def experts_forward(spec: Spec, inputs: list[Tensor]) -> Tensor:
     """``moe.experts`` on flat operands; the result is [T, H] of the op's result type."""
     x, ids, weights = inputs[:3]
     params = spec.params(inputs)
-    if x.shape[0] == 1 and not spec.sentinels and not spec.ragged:
-        chosen = ids[0].tolist()
-        if len(set(chosen)) == len(chosen):
+    if x.shape[0] == 1 and not spec.ragged:
+        chosen = [(slot, e) for slot, e in enumerate(ids[0].tolist()) if 0 <= e < spec.experts]
+        if chosen and len({e for _, e in chosen}) == len(chosen):
             return _one_token(spec, x, chosen, weights, params)
     slots = sort_slots(ids, spec.experts)
     if not slots.live:
@@ -33,9 +33,11 @@ def experts_forward(spec: Spec, inputs: list[Tensor]) -> Tensor:
     return combine(rows, weights, slots, spec.out_dtype)
 
 
-def _one_token(spec: Spec, x: Tensor, chosen: list[int], weights: Tensor, params: Params) -> Tensor:
-    """T = 1 with different experts: no sorting, each expert's weights are read once."""
-    segments = [(e, j, j + 1) for j, e in enumerate(chosen)]
+def _one_token(spec: Spec, x: Tensor, chosen: list[tuple[int, int]], weights: Tensor, params: Params) -> Tensor:
+    """T = 1 with different experts, ``(slot, expert)``: no sorting, each expert's weights are read once."""
+    segments = [(e, j, j + 1) for j, (_, e) in enumerate(chosen)]
+    if len(chosen) < weights.shape[1]:
+        weights = weights[:, [slot for slot, _ in chosen]]
     h = up_gemms(spec, x.expand(len(chosen), -1), segments, params)
     a = spec.activation(*spec.split(h), *params.captures)[0]
     rows = down_gemm(spec, a, segments, params, None)

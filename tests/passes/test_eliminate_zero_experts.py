@@ -14,6 +14,8 @@ from moec.backends.reference.interpreter import run_graph
 from moec.ir import moe_semantics
 from moec.ir.core import Graph
 from moec.ir.ops import moe_experts
+from moec.ir.parser import parse_graph
+from moec.ir.routing import equal_load_groups
 from moec.ir.verifier import verify
 from moec.passes import PassContext, PassManager, parse_pipeline
 from moec.passes.eliminate_zero_experts.ids import HIGHEST, LOWEST, IdSet
@@ -146,6 +148,22 @@ def test_before_and_after_fusing() -> None:
     late, _ = optimized(graph, f"{head},fuse-experts,eliminate-zero-experts,dce")
     assert "sentinels = true" in str(early)
     assert str(early) == str(late)
+
+
+def test_groups_of_equal_load_are_none_where_some_choices_need_no_expert() -> None:
+    """A router may give every group of choices as many slots as another: experts with weights get fewer."""
+    text = """graph @b(%x: f32[T, 4], %l: f32[T, 6], %up: f32[4, 4, 4], %down: f32[4, 4, 4]) -> f32[T, 4] {
+      %w, %ids = moe.route %l {k = 2, groups = 2, per_group = 1} : f32[T, 2], i64[T, 2]
+      %y = moe.experts %x, %ids, %w, [%up], [%down] {experts = 4, layout = "single", sentinels = true} {
+        (%h: f32[R, 4]) -> f32[R, 4] {
+          return %h
+        }
+      } : f32[T, 4]
+      return %y
+    }"""
+    route, experts, _ = parse_graph(text).ops
+    assert equal_load_groups(route) is not None
+    assert equal_load_groups(experts) is None
 
 
 def test_fuel_stops_it() -> None:
