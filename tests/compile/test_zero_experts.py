@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import moec
 from moec.backends.aten import forward as aten_forward
 from moec.runtime.programs import lookup
+from tests.prepare import undecorated
 
 H, INNER, E, Z, K = 16, 8, 4, 4, 3
 TOLERANCE = 2e-5
@@ -213,6 +214,20 @@ def test_slots_that_count_stay(case: type[Layer]) -> None:
 def test_the_router_of_identity_experts_is_one_of_moe_routes() -> None:
     (block, *_) = compared(Identity).layers
     assert "softmax+bias top-3 x2.5" in str(block.router)
+
+
+def test_longcat_flash_of_transformers() -> None:
+    """Rewritten by ``prepare``: its router is one of ``moe.route``'s, identity experts among the choices."""
+    block, x = undecorated.block("longcat_flash"), undecorated.tokens()
+    with torch.no_grad():
+        want = block(x)
+        moec.prepare(block)
+        with moec.recording() as report:
+            got = torch.compile(block, backend="moec", options=OPTIONS)(x)
+    near(got, want)
+    (found,) = report.layers
+    assert found.fused and "sentinels = true" in found.ir_after
+    assert "region" not in str(found.router) and "bias" in str(found.router)
 
 
 def test_a_token_without_experts_is_zero() -> None:
