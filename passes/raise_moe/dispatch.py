@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+
 from moec.ir.core import Op, Value
+from moec.ir.types import as_dim
 from moec.passes.matching import (
     CASTS,
     VIEWS,
@@ -19,6 +22,7 @@ from moec.passes.matching import (
     same_dim,
     single_index,
     tensor,
+    whole,
 )
 from moec.passes.raise_moe.anchors import Gemm
 from moec.passes.raise_moe.refusal import Refusal
@@ -36,25 +40,25 @@ class DispatchPlan:
     Attributes:
         x: ``[T, H]`` token rows.
         ids: Chosen experts, ``[T, k]``, or ``[T*k]`` where they never had two dimensions.
-        top_k: k.
+        top_k: k, a number or what run time makes of a size.
         permutation: Slot number of every sorted row (grouped form), else None.
         row_ids: The values that hold the expert id of every row, in row order.
     """
 
     x: Value
     ids: Value
-    top_k: int
+    top_k: sympy.Expr
     permutation: Value | None
     row_ids: tuple[Value, ...]
 
 
-def _token_of_slot(index: Value) -> tuple[Value, int] | None:
+def _token_of_slot(index: Value) -> tuple[Value, sympy.Expr] | None:
     """``(slots, k)`` if ``index`` is ``slots // k``."""
     op = maker(index, "floor_divide", "div")
     if op is None or (function(op) == "div" and arg(op, 2, "rounding_mode") not in ("floor", "trunc")):
         return None
-    k = arg(op, 1, "other")
-    return (arg(op, 0, "self"), k) if isinstance(k, int) else None
+    k = whole(arg(op, 1, "other"))
+    return (arg(op, 0, "self"), k) if k is not None else None
 
 
 def _peel_exact(value: Any, names: frozenset[str], bits: int) -> Any:
@@ -99,7 +103,7 @@ def _check_sort(sort: Op) -> None:
         raise Refusal("the slots are sorted in descending order", sort)
 
 
-def _sorted_slots(rows: Value) -> tuple[Value, Value, int]:
+def _sorted_slots(rows: Value) -> tuple[Value, Value, sympy.Expr]:
     """``(x, permutation, k)`` from the sorted rows of the up GEMM."""
     picked = single_index(peel(rows, ("alias",)))
     if picked is None:
@@ -111,7 +115,7 @@ def _sorted_slots(rows: Value) -> tuple[Value, Value, int]:
     if maker(index, "sort", "argsort") is None:
         raise Refusal("the gather of token rows is not by slot // k", rows.op)
     repeated = _repeated(x)  # rows repeated per slot first, then sorted
-    return (repeated[0], index, repeated[1]) if repeated is not None else (x, index, 1)
+    return (repeated[0], index, repeated[1]) if repeated is not None else (x, index, as_dim(1))
 
 
 def _sorted(gemm: Gemm) -> DispatchPlan:
@@ -147,12 +151,12 @@ def expert_count(gemm: Gemm) -> int:
     return int(weight.shape[0])
 
 
-def _repeated(rows: Value) -> tuple[Value, int] | None:
+def _repeated(rows: Value) -> tuple[Value, sympy.Expr] | None:
     """``(x, k)`` if ``rows`` is every row of ``x`` repeated k times in place."""
     op = maker(rows, "repeat_interleave")
     if op is not None:
-        k = arg(op, 1, "repeats")
-        return (arg(op, 0, "self"), k) if isinstance(k, int) and arg(op, 2, "dim") == 0 else None
+        k = whole(arg(op, 1, "repeats"))
+        return (arg(op, 0, "self"), k) if k is not None and arg(op, 2, "dim") == 0 else None
     wide = maker(peel_views(rows), "expand")  # its decomposition: expand [T, 1, H] to [T, k, H], then flatten
     if wide is None or rank(wide.results[0]) != 3:
         return None
@@ -160,7 +164,7 @@ def _repeated(rows: Value) -> tuple[Value, int] | None:
     narrow = tensor(x)
     if narrow is None or spread is None or flat is None or narrow.rank != 3 or narrow.shape[1] != 1:
         return None
-    if not spread.shape[1].is_Integer or not same_dim(spread.shape[0], narrow.shape[0]):
+    if not same_dim(spread.shape[0], narrow.shape[0]):
         return None
     if not same_dim(spread.shape[2], narrow.shape[2]) or not same_dim(flat.shape[-1], narrow.shape[2]):
         return None
@@ -168,14 +172,14 @@ def _repeated(rows: Value) -> tuple[Value, int] | None:
     source_type = tensor(source)
     if source_type is None or source_type.rank != 2 or not same_dim(source_type.shape[1], narrow.shape[2]):
         return None
-    return source, int(spread.shape[1])
+    return source, spread.shape[1]
 
 
 def _in_slot_order(gemm: Gemm) -> DispatchPlan:
     repeated = _repeated(gemm.rows)
     rows, ids = tensor(gemm.rows), tensor(gemm.groups)
     if repeated is None and rows is not None and ids is not None and same_dim(rows.shape[0], ids.shape[0]):
-        repeated = gemm.rows, 1  # one expert per row, as the weight was indexed
+        repeated = gemm.rows, as_dim(1)  # one expert per row, as the weight was indexed
     if repeated is None:
         raise Refusal("the rows of the up GEMM are not the token rows repeated k times", gemm.op)
     x, top_k = repeated

@@ -42,8 +42,8 @@ class _Emitter:
         self.graph.insert_before(self.before, op)
         return op.results
 
-    def matrix(self, value: Value, rows: sympy.Expr, top_k: int) -> Value:
-        """``value`` as ``[T, k]``."""
+    def matrix(self, value: Value, rows: sympy.Expr, top_k: sympy.Expr) -> Value:
+        """``value`` as ``[T, k]``; k is a number, or ``value`` is that matrix."""
         if rank(value) == 2:
             return value
         t = tensor(value)
@@ -51,8 +51,8 @@ class _Emitter:
         view = Op(
             "torch.call",
             [value],
-            [t.with_(shape=(as_dim(rows), as_dim(top_k)))],
-            attrs={"target": "aten.view.default", "args": (Operand(0), [-1, top_k])},
+            [t.with_(shape=(as_dim(rows), top_k))],
+            attrs={"target": "aten.view.default", "args": (Operand(0), [-1, int(top_k)])},
             groups=[1],
             names=[value.name],
         )
@@ -114,6 +114,8 @@ def _read(down: Gemm, ups: list[Gemm]) -> _Block:
         combine.weights,
         combine.out,
     )
+    if not dispatch.top_k.is_Integer and (rank(dispatch.ids) != 2 or rank(combine.weights) != 2):
+        raise Refusal("k is computed at run time, and ids or weights are no matrix [T, k]", down.op)
     _check_closed(block)
     return block
 
