@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moec.backends.partition import Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of
+from moec.computed_weights import Computed, computed_weights
 from moec.describe import fill_experts, route_text
 from moec.emit import emit_into
 from moec.ir.core import Graph, Op
@@ -31,6 +32,7 @@ from moec.pipeline import run_pipeline
 from moec.report import BlockReport
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
+from moec.slicing.plain import own_name
 
 MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
 
@@ -57,10 +59,12 @@ class BlockCompiler:
     Attributes:
         options: The caller's options.
         reports: One per block occurrence, in order.
+        computed: What the fused blocks read that is no parameter but computed in every call.
     """
 
     options: CompileOptions
     reports: list[BlockReport] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
     _seen: dict[Any, _Compiled] = field(default_factory=dict)
 
     def run(self, gm: GraphModule, instances: int = 1) -> bool:
@@ -80,6 +84,8 @@ class BlockCompiler:
             compiled = self._compile(piece, name)
             self._tell(replace(compiled.report, instances=instances), name, loc.source)
             if compiled.graph is not None:
+                if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
+                    self.computed.append(computed)
                 _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
                 changed = True
         if changed:
@@ -145,17 +151,9 @@ def retrace(piece: Slice) -> GraphModule:
     except Exception as error:  # whatever torch cannot trace here, it can still run: the block stays as it is
         raise MoecError(f"the block could not be retraced: {type(error).__name__}: {error}") from error
     for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
-        placeholder.name = _short(node.name)
+        placeholder.name = own_name(node)
     _locate(traced, piece)
     return traced
-
-
-def _short(name: str) -> str:
-    """The parameter's own name out of Dynamo's (``l_self_modules_..._parameters_down_proj_``)."""
-    for mark in ("_parameters_", "_buffers_"):
-        if mark in name:
-            return name.rsplit(mark, 1)[1].strip("_") or name
-    return name
 
 
 def _locate(traced: GraphModule, piece: Slice) -> None:

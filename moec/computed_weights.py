@@ -116,7 +116,16 @@ def _names(starts: Sequence[Node]) -> tuple[str, ...]:
             leaves.append(node)
         stack.extend(reversed(node.all_input_nodes))
     owned = [n for n in leaves if own_name(n) != n.name]
-    return tuple(dict.fromkeys(own_name(n) for n in owned or leaves))
+    return tuple(dict.fromkeys(_label(n) for n in owned or leaves))
+
+
+def _label(node: Node) -> str:
+    """The tensor's own name, or with the modules around it where it has a name that every layer has."""
+    name = own_name(node)
+    if name not in ("weight", "bias"):
+        return name
+    path = node.name.rsplit("_parameters_", 1)[0].split("_modules_")[-2:]
+    return ".".join([*path, name])
 
 
 def _size(count: int) -> str:

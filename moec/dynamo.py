@@ -46,7 +46,11 @@ def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
     report = Report(layers=compiler.reports, graphs=1)
     if not report.layers:
         report.remarks.append("no MoE block was found in the graph; PyTorch compiles all of it")
+    report.remarks += dict.fromkeys(map(str, compiler.computed))
     _tell(report, options)
+    if options.checks != "off" and not torch.is_grad_enabled():  # where gradients are wanted they have to be computed
+        for text in dict.fromkeys(str(c) for c in compiler.computed if not c.cast_only):
+            warnings.warn(text, MoecWarning, stacklevel=2)
     return report
 
 

@@ -17,6 +17,8 @@ from moec.runtime.programs import program_graph, register
 
 def block_name(module: str, number: int) -> str:
     """The name of a block from the path of the module its expert GEMM ran in."""
+    while module.endswith(".base_layer"):  # of an adapter around the experts
+        module = module.removesuffix(".base_layer")
     return module.removesuffix(".experts") or f"block{number}"
 
 

@@ -7,8 +7,10 @@ import inspect
 import torch
 
 from moec.lowering import block_name
+from moec.readiness.adapters import adapter_around, describe
 from moec.readiness.experts import followers, lookalikes
 from moec.readiness.loops import is_marked
+from moec.readiness.rewriters import is_rewritten, verdict
 from moec.report import BlockReport, Report
 
 _LOOP = (
@@ -43,8 +45,18 @@ def _following(model: torch.nn.Module) -> dict[str, str]:
     for name, module in followers(model).items():
         chosen = vars(module)["config"]._experts_implementation
         other = f"no captured graph shows its expert GEMMs (experts implementation {chosen!r})"
-        found[name] = _LOOP if chosen == "eager" else other
+        found[name] = _LOOP if chosen == "eager" else _adapter(model, name) or other
     return found
+
+
+def _adapter(model: torch.nn.Module, name: str) -> str | None:
+    """Why an adapter around the module called ``name`` keeps it out of graphs, or None."""
+    around = adapter_around(model, name)
+    if around is None or is_rewritten(around[1]):
+        return None
+    known = verdict(around[1])
+    way_out = known.reason if known is not None and known.reason else "moec.prepare(model) computes the weights first"
+    return f"it lies in {describe(around[1])}, which changes the module in every call: no graph can hold that; {way_out}"
 
 
 def _looping(model: torch.nn.Module) -> dict[str, str]:

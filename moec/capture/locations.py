@@ -26,7 +26,7 @@ def module_path(stack: Any) -> str:
         return ""
     # A layer that runs as a compiled region is called through its bound method.
     path = _ROOTS.sub("", str(entry[0]), count=1).replace(".forward.__self__", "")
-    return _INDEXED.sub(r".\1", path).strip(".")
+    return _INDEXED.sub(r".\1", path).replace("__dict__._modules.", "").strip(".")
 
 
 def innermost_frame(trace: str, prefer: str = "") -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moec.ir.errors import MoecError, nearest
+from moec.readiness.adapters import is_adapter
 from moec.readiness.report import ExpertsSite, LeftOut
 from moec.readiness.rewriters import is_rewritten, verdict
 
@@ -54,7 +55,7 @@ def lookalikes(model: torch.nn.Module) -> list[LeftOut]:
     found: list[LeftOut] = []
     inside: list[str] = []
     for name, module in model.named_modules():
-        if name in following or any(name.startswith(prefix) for prefix in inside):
+        if name in following or is_adapter(module) or any(name.startswith(prefix) for prefix in inside):
             continue
         below = f"{name}." if name else ""
         if is_rewritten(module):

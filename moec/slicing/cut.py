@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from moec.slicing import nodes
 from moec.slicing.anchors import Anchor
+from moec.slicing.plain import strange_operand, strange_weight
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _is_border(node: Node, block: set[Node], outside: set[Node]) -> bool:
         return True
     if nodes.name(node) == "getitem" and nodes.is_bundle(node.args[0]):
         return _is_border(node.args[0], block, outside)  # type: ignore[arg-type]
-    return nodes.name(node) in nodes.GEMMS or nodes.has_effect(node)
+    return nodes.name(node) in nodes.GEMMS or nodes.has_effect(node) or strange_operand(node) is not None
 
 
 def _closure(view: View, out: Node, anchors: set[Node], outside: set[Node]) -> set[Node]:
@@ -240,13 +241,20 @@ def _check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
 def _broken(down: Node, out: Node, block: set[Node]) -> str:
     """Why the closure of ``out`` does not hold all GEMMs: something between them stays where it is."""
     for node in ancestors(out):
-        if node not in block and nodes.has_effect(node) and ancestors(node) & block:
+        if node in block:
+            continue
+        if nodes.has_effect(node) and ancestors(node) & block:
             return f"{nodes.name(node)} inside the block has an effect that must keep its place"
+        if (strange := strange_operand(node)) is not None and ancestors(node) & block:
+            return strange
     return f"the sum per token does not depend on all of the block's expert GEMMs, such as {down.name}"
 
 
 def cut(view: View, down: Anchor, ups: list[Anchor]) -> Slice:
     block = {down.node, *(u.node for u in ups)}
+    for node in sorted(block, key=view.order.__getitem__):
+        if (strange := strange_weight(node)) is not None:
+            raise Refused(strange)
     out = _reduction(view, down.node)
     outside: set[Node] = set()
     for up in ups:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.readiness.adapters import MERGE, describe, is_adapter
 from moec.readiness.signature import hooks
 
 _DIGITS = 16
@@ -71,6 +72,8 @@ class Rewriter:
         for pattern, kind in self.parts.items():
             for name, part in _submodules(module, pattern):
                 found = f"{type(part).__module__}.{type(part).__qualname__}"
+                if is_adapter(part):
+                    return f"{name} is {describe(part)}, which only its own forward knows to apply; {MERGE}"
                 if found != (kind if "." in kind else f"{type(module).__module__}.{kind}"):
                     return f"{name} is a {type(part).__name__}, where a {kind.rpartition('.')[2]} is known"
                 changed = _watched(name, part)

@@ -13,6 +13,7 @@ from moec.readiness.rewriters import (
     llama4,
     longcat_flash,
     nllb_moe,
+    peft_parameters,
     step3p7,
     switch_transformers,
 )
@@ -28,6 +29,7 @@ REWRITERS: dict[str, Rewriter] = {
         llama4.REWRITER,
         longcat_flash.REWRITER,
         nllb_moe.REWRITER,
+        peft_parameters.REWRITER,
         step3p7.REWRITER,
         switch_transformers.REWRITER,
     )
