@@ -96,7 +96,8 @@ def prepare(
     change.loops = LoopChange(model, (left.name for left in report.ignored))  # first: a marked module is in no region
     report.loops = change.loops.names
     if regions and (experts or report.rewritten):
-        change.regions = RegionChange(model, experts, regions)
+        running = {**experts, **{site.name: model.get_submodule(site.name) for site in report.rewritten}}
+        change.regions = RegionChange(model, running, regions)
         report.regions, report.left_out = change.regions.groups, change.regions.left_out
     _prepared[model] = change
     reference = weakref.ref(model)
