@@ -25,10 +25,11 @@ _CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.max.dim, torch.ops.aten.
 
 
 class _Margins(TorchDispatchMode):
-    """Watches every choice among scores and counts the near ties."""
+    """Watches every choice among scores, one row a token, and counts the near ties."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.tokens = tokens
         self.ties = 0
 
     def __torch_dispatch__(
@@ -37,7 +38,9 @@ class _Margins(TorchDispatchMode):
         if func in _CHOICES:
             scores = args[0]
             k = args[1] if func is torch.ops.aten.topk.default else 1
-            if scores.is_floating_point() and scores.dim() >= 2 and k < scores.shape[-1]:
+            # Attention takes the largest score of every query and head: not for a choice, but to scale by it.
+            of_tokens = scores.dim() >= 2 and scores.numel() == self.tokens * scores.shape[-1]
+            if of_tokens and scores.is_floating_point() and k < scores.shape[-1]:
                 self.ties += near_ties(scores, k)
         return func(*args, **(kwargs or {}))
 
@@ -45,16 +48,16 @@ class _Margins(TorchDispatchMode):
 def near_ties(scores: torch.Tensor, k: int) -> int:
     """In how many rows of ``[..., n]`` the choice of the best ``k`` hangs on a small difference."""
     best = scores.detach().float().sort(dim=-1, descending=True).values
+    there = best > torch.finfo(torch.float32).min / 2  # what a mask refuses can never be chosen
     gap = best[..., k - 1] - best[..., k]
-    scale = torch.where(best.isfinite(), best.abs(), 0).amax(dim=-1).clamp(min=1e-30)
-    masked = ~best[..., k].isfinite()  # what a mask refuses can never be chosen
-    return int(((gap / scale < TIE_MARGIN) & ~masked).sum())
+    scale = torch.where(there, best.abs(), 0).amax(dim=-1).clamp(min=1e-30)
+    return int(((gap / scale < TIE_MARGIN) & there[..., k]).sum())
 
 
 @torch.no_grad()
-def ties_in(model: Any, inputs: Mapping[str, Any]) -> int:
-    """How many choices of one eager run hang on a small difference."""
-    with _Margins() as seen:
+def ties_in(model: Any, inputs: Mapping[str, Any], tokens: int) -> int:
+    """How many choices of one eager run of so many tokens hang on a small difference."""
+    with _Margins(tokens) as seen:
         model(**inputs)
     return seen.ties
 
@@ -83,20 +86,20 @@ def gradient_error(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Ten
     """The parameter whose gradient is furthest off.
 
     Args:
-        got: Gradients by parameter.
+        got: Gradients by parameter; one that isn't there is zero (an expert that no token went to).
         want: The reference's.
 
     Returns:
-        The error, infinite where a gradient is missing or one too many, and the parameter.
+        The error, infinite where a gradient isn't finite, and the parameter.
     """
-    if odd := set(got) ^ set(want):
-        return float("inf"), min(odd)
-    floor = _FAINT * max((float(g.abs().max()) for g in want.values() if g.numel()), default=0.0)
+    floor = max(_FAINT * max((float(g.abs().max()) for g in want.values() if g.numel()), default=0.0), 1e-30)
     worst = (0.0, "")
-    for name, reference in want.items():
-        if not reference.numel():
-            continue
-        scale = max(float(reference.abs().max()), floor, 1e-30)
-        error = float((got[name].double() - reference.double()).abs().max()) / scale
-        worst = max(worst, (error if error == error else float("inf"), name))
+    for name in sorted({*got, *want}):
+        one, other = got.get(name), want.get(name)
+        shape = (one if other is None else other).shape  # type: ignore[union-attr]  # one of them is there
+        a, b = (torch.zeros(shape).double() if g is None else g.double() for g in (one, other))
+        if a.numel():
+            error = float((a - b).abs().max()) / max(float(b.abs().max()), floor)
+            error = error if error == error else float("inf")
+            worst = (error, name) if error > worst[0] else worst
     return worst

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from moec.coverage.compare import GRADIENT_TOLERANCE, TOLERANCE, error_of, gradient_error, output_of
+from moec.coverage.compare import GRADIENT_TOLERANCE, TOLERANCE, error_of, gradient_error
 from moec.coverage.families import Family
 from moec.coverage.row import NO, NONE, YES, Row
 from moec.coverage.study import Run, Study, layers_of, ran_in
@@ -16,7 +16,8 @@ from moec.coverage.tiny import build
 from moec.missed import add_missed
 from moec.runtime import counters
 
-_LONGEST_REASON = 240
+_LONGEST_REASON = 300
+_SILENT = "moec gives no reason"
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")
 
 
@@ -42,7 +43,10 @@ def measure(family: Family, backends: tuple[str, ...] = ("cpu", "aten")) -> Iter
         ("training", _train),
     )
     for name, stage in stages:
+        if name != "prefill" and row.fused == 0:
+            return  # the rest would be PyTorch's
         try:
+            study.fresh()
             stage(study, row)
         except Exception as e:  # noqa: BLE001 - Dynamo, the family and moec all run in here; the row says what failed
             row.reasons.append(f"{name}: {reason_of(e)}")
@@ -71,8 +75,10 @@ def _begin(family: Family, row: Row, backends: tuple[str, ...]) -> Study | None:
 def reason_of(error: Exception) -> str:
     """An error as one line, without the paths of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return clean(text)
+    first = lines[0] if lines else ""
+    if first.endswith(":") and len(lines) > 1:  # "backend='moec' raised:"
+        first = f"{first} {lines[1]}"
+    return clean(f"{type(error).__name__}: {first}" if first else type(error).__name__)
 
 
 def clean(text: str) -> str:
@@ -84,7 +90,7 @@ def clean(text: str) -> str:
 def _prefill(study: Study, row: Row) -> None:
     inputs = study.inputs()
     with torch.no_grad():
-        want = study.eager(inputs)
+        want, _ = study.watched(inputs)
         row.own_breaks = study.own_breaks(inputs)
         run = study.run(inputs)
     row.breaks = run.breaks
@@ -97,21 +103,18 @@ def _prefill(study: Study, row: Row) -> None:
 def _fill_blocks(study: Study, row: Row, run: Run) -> None:
     layers = {block: layers_of(block, run.report) for block in study.blocks}
     row.recognised = sum(any(layer.recognised for layer in found) for found in layers.values())
-    fused = [
-        block
+    row.fused = sum(
+        bool(found) and all(layer.fused for layer in found) and ran_in(block, "moec::experts", run.ran)
         for block, found in layers.items()
-        if found and all(layer.fused for layer in found) and ran_in(block, "moec::experts", run.ran)
-    ]
-    row.fused = len(fused)
+    )
     told = [layer for found in layers.values() for layer in found]
     row.routers = _unique(layer.router for layer in told if layer.router)
     row.experts = _unique(layer.experts for layer in told if layer.experts)
     row.backends = _unique(layer.backend for layer in told if layer.backend)
     row.how = _how(study, row)
     if not row.all_fused:
-        add_missed(run.report, study.tiny.model)
-        why = _unique(clean(layer.reason) for layer in run.report.layers if layer.reason)
-        row.reasons += why or _unique(clean(r) for r in run.report.remarks) or ["moec gives no reason"]
+        add_missed(run.report, study.model)
+        row.reasons += _told(run) or _unique(clean(r) for r in run.report.remarks) or [_SILENT]
 
 
 def _how(study: Study, row: Row) -> str:
@@ -119,9 +122,7 @@ def _how(study: Study, row: Row) -> str:
         return "interface"
     if not row.fused:
         return "refused"
-    old = {name: type(module) for name, module in study.reference.named_modules()}
-    new = {name: type(module) for name, module in study.tiny.model.named_modules()}
-    return "as written" if old == new else "rewritten"
+    return "rewritten" if study.prepared.rewritten else "as written"
 
 
 def _decode(study: Study, row: Row) -> None:
@@ -133,40 +134,46 @@ def _decode(study: Study, row: Row) -> None:
         if cache is None:
             row.decode = NONE
             return
-        want = output_of(study.reference(**step, past_key_values=cache))
+        want, blocks = study.watched({**step, "past_key_values": cache})
         cache, step = study.cache()
         run = study.run({**step, "past_key_values": cache})
     error = error_of(run.output, want)
-    ran = any(ran_in(block, "moec::experts", run.ran) for block in study.blocks)
-    row.decode = YES if ran and error <= TOLERANCE else NO
     if error > TOLERANCE:
         row.reasons.append(f"decode: the output is off by {error:.1e}")
+    ran = sum(ran_in(block, "moec::experts", run.ran) for block in blocks)
+    if row.all_fused and ran < len(blocks):
+        row.reasons.append(f"decode: {ran} of {len(blocks)} blocks are fused: {'; '.join(_told(run)) or _SILENT}")
+    enough = ran == len(blocks) if row.all_fused else ran > 0
+    row.decode = YES if error <= TOLERANCE and enough else NO
 
 
 def _train(study: Study, row: Row) -> None:
     inputs = study.inputs()
-    reference, model = study.reference.train(), study.tiny.model.train()
-    try:
-        _loss(study.eager(inputs)).backward()
-        run = study.run(inputs)
-        _loss(run.output).backward()
-        ran = counters.snapshot().by_label  # with the backward's
-    finally:
-        reference.eval()
-        model.eval()
+    reference, model = study.reference.train(), study.model.train()
+    output, blocks = study.watched(inputs)
+    _loss(output).backward()
+    run = study.run(inputs)
+    _loss(run.output).backward()
+    ran = counters.snapshot().by_label  # with the backward's
     want, got = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (reference, model))
     error, where = gradient_error(got, want)
-    blocks = study.blocks
-    backward = sum(ran_in(block, "moec::experts_backward", ran) for block in blocks)
-    row.training = YES if backward == len(blocks) and error <= GRADIENT_TOLERANCE else NO
     if error > GRADIENT_TOLERANCE:
         row.reasons.append(f"training: the gradient of {where} is off by {error:.1e}")
-    elif row.all_fused and backward < len(blocks):
-        row.reasons.append(f"training: moec's backward ran in {backward} of {len(blocks)} blocks")
+    backward = sum(ran_in(block, "moec::experts_backward", ran) for block in blocks)
+    if row.all_fused and backward < len(blocks):
+        row.reasons.append(
+            f"training: {backward} of {len(blocks)} blocks are fused: {'; '.join(_told(run)) or _SILENT}"
+        )
+    row.training = YES if error <= GRADIENT_TOLERANCE and backward >= (row.fused or 0) else NO
 
 
 def _loss(output: torch.Tensor) -> torch.Tensor:
     return output.float().square().mean()
+
+
+def _told(run: Run) -> list[str]:
+    """Why blocks are not fused, in the words of moec's report."""
+    return _unique(clean(layer.reason) for layer in run.report.layers if layer.reason)
 
 
 def _unique(texts: Iterable[str]) -> list[str]:

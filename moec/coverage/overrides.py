@@ -83,6 +83,7 @@ OVERRIDES: dict[str, Override] = {
         }
     ),
     "glm4v_moe": Override({"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}),
+    "granitemoehybrid": Override({"layer_types": ["mamba", "attention"]}),
     "hunyuan_v1_moe": Override({"num_experts": EXPERTS, "moe_topk": 2, "head_dim": HEAD_DIM}),
     "lfm2_moe": Override({"layer_types": ["conv", "conv", "full_attention"]}),
     "longcat_flash": Override({"moe_topk": 3}),  # of real and zero experts together

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import moec
 from moec.coverage.compare import output_of, ties_in
-from moec.coverage.tiny import Tiny
+from moec.coverage.tiny import BATCH, LENGTH, Tiny
 from moec.lowering import block_name
 from moec.readiness import PrepareReport, prepare
 from moec.report import BlockReport, Report
@@ -43,10 +44,11 @@ class Study:
     """A small model twice: untouched, and readied for moec.
 
     Attributes:
-        tiny: The model that goes through moec.
+        tiny: The model that both are made from.
         backends: Which of moec's backends may claim ops.
-        reference: A copy that nobody touches.
-        prepared: What ``moec.prepare`` did to the model.
+        reference: A copy that moec doesn't touch.
+        model: A copy that goes through moec.
+        prepared: What ``moec.prepare`` did to it.
         seed: Of the inputs, which have no near tie if any tried have none.
         ties: Near ties that are left.
         blocks: Paths of the MoE blocks that run on these inputs.
@@ -55,14 +57,19 @@ class Study:
     tiny: Tiny
     backends: tuple[str, ...] = ("cpu", "aten")
     reference: Any = field(init=False)
+    model: Any = field(init=False)
     prepared: PrepareReport = field(init=False)
     seed: int = 0
     ties: int = 0
     blocks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reference = copy.deepcopy(self.tiny.model)
-        self.prepared = prepare(self.tiny.model)
+        self.fresh()
+
+    def fresh(self) -> None:
+        """Take new copies: running a model may change it (one keeps the capacity of its last batch)."""
+        self.reference, self.model = (copy.deepcopy(self.tiny.model) for _ in range(2))
+        self.prepared = prepare(self.model)
 
     def find_inputs(self) -> None:
         """Choose inputs for which no expert's choice hangs on a last bit.
@@ -72,32 +79,28 @@ class Study:
         """
         found = []
         for seed in range(_TRIES):
-            found.append(ties_in(self.reference, self.inputs(seed)))
+            found.append(ties_in(self.reference, self.inputs(seed), BATCH * LENGTH))
             if found[-1] == 0:
                 break
         self.seed, self.ties = found.index(min(found)), min(found)
-        self.blocks = self._reached()
+        with torch.no_grad():
+            _, self.blocks = self.watched(self.inputs())
 
-    def _reached(self) -> list[str]:
-        """The blocks that run on these inputs; others may be there for images only."""
+    def watched(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[str]]:
+        """The untouched model's output, and the blocks that ran for it: others may be there for images only."""
         ran: set[torch.nn.Module] = set()
         hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, result: ran.add(module))
         try:
-            with torch.no_grad():
-                self.reference(**self.inputs())
+            output = output_of(self.reference(**inputs))
         finally:
             hook.remove()
         paths = [name for name, module in self.reference.named_modules() if module in ran]
-        return [b for b in self.tiny.blocks() if any(p == b or p.startswith(f"{b}.") for p in paths)]
+        return output, [b for b in self.tiny.blocks() if any(p == b or p.startswith(f"{b}.") for p in paths)]
 
     def inputs(self, seed: int | None = None) -> dict[str, Any]:
         """Keyword arguments of a prefill without a cache."""
         made: dict[str, Any] = dict(self.tiny.inputs(self.seed if seed is None else seed))
         return made if self.tiny.images else {**made, "use_cache": False}
-
-    def eager(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The untouched model's output."""
-        return output_of(self.reference(**inputs))
 
     def own_breaks(self, inputs: Mapping[str, Any]) -> int:
         """Graph breaks that PyTorch has on the readied model when nothing is compiled."""
@@ -109,8 +112,8 @@ class Study:
             return gm.forward
 
         _forget()
-        with torch.no_grad():
-            compiled: Any = torch.compile(self.tiny.model, backend=count)
+        with torch.no_grad(), _quiet():
+            compiled: Any = torch.compile(self.model, backend=count)
             compiled(**inputs)
         return _breaks(graphs)
 
@@ -118,9 +121,8 @@ class Study:
         """Through moec, compiled anew, the rest of the graph eager."""
         _forget()
         counters.reset()
-        compiled = moec.compile(self.tiny.model, prepare=False, inner="eager", backends=self.backends)
-        with moec.recording() as report, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # blocks left to PyTorch are rows of the table, not warnings
+        compiled = moec.compile(self.model, prepare=False, inner="eager", backends=self.backends)
+        with moec.recording() as report, _quiet():
             output = output_of(compiled(**inputs))
         return Run(output, report, _breaks(report.graphs), counters.snapshot().by_label)
 
@@ -131,14 +133,13 @@ class Study:
             The cache (None: the model has none), and keyword arguments for one more token.
         """
         first = {name: value[:1] for name, value in self.tiny.inputs(self.seed).items()}
-        result = self.reference(**first, use_cache=True)
         token = self.tiny.inputs(self.seed + _TRIES)["input_ids"][:1, :1]
-        step: dict[str, Any] = {"use_cache": True}
-        if self.tiny.encoder_decoder:
-            step |= {"encoder_outputs": (result.encoder_last_hidden_state,), "decoder_input_ids": token}
-        else:
-            step |= {"input_ids": token}
-        return getattr(result, "past_key_values", None), step
+        if self.tiny.encoder_decoder:  # use_cache is the default; asked for, it would go to the encoder too
+            result = self.reference(**first)
+            step = {"encoder_outputs": self.reference.get_encoder()(first["input_ids"]), "decoder_input_ids": token}
+            return result.past_key_values, step
+        result = self.reference(**first, use_cache=True)
+        return getattr(result, "past_key_values", None), {"input_ids": token, "use_cache": True}
 
 
 def layers_of(block: str, report: Report) -> list[BlockReport]:
@@ -152,9 +153,21 @@ def ran_in(block: str, op: str, ran: Mapping[str, Mapping[str, int]]) -> bool:
 
 
 def _same_block(block: str, name: str) -> bool:
-    """A report names a block by the module that its GEMMs ran in: the experts, something in them, or their owner."""
-    path = block_name(block, 0)
-    return name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.")
+    """A report names a block by the module that its GEMMs ran in: the experts, something in them, or their owner.
+
+    After a graph break it knows the end of the path only.
+    """
+    parts = block_name(block, 0).split(".")
+    ends = [".".join(parts[i:]) for i in range(len(parts))]
+    return any(name == end or name.startswith(f"{end}.") for end in ends) or ends[0].startswith(f"{name}.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings: blocks left to PyTorch are rows of the table, and what Dynamo thinks of a family is not asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _forget() -> None:

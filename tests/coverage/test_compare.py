@@ -26,7 +26,9 @@ def test_the_worst_gradient_is_named() -> None:
     error, where = gradient_error({"a": torch.tensor([1.0, 1.5]), "b": want["b"] + 1}, want)
     assert where == "a"
     assert error == pytest.approx(0.5)
-    assert gradient_error({"a": want["a"]}, want) == (math.inf, "b")
+    assert gradient_error({"a": want["a"]}, want) == (1.0, "b")
+    assert gradient_error({**want, "c": torch.zeros(3)}, want) == (0.0, "")
+    assert gradient_error({**want, "c": torch.ones(3)}, want)[1] == "c"
     assert gradient_error({"a": want["a"] * math.nan, "b": want["b"]}, want) == (math.inf, "a")
 
 
@@ -40,8 +42,9 @@ def test_near_ties_are_counted_where_a_choice_ends() -> None:
     gap = TIE_MARGIN / 2
     scores = torch.tensor([[1.0, 0.5, 0.5 - gap, 0.0], [1.0, 0.5, 0.4, 0.4], [1.0, 1.0, 0.5, 0.0]])
     assert [near_ties(scores, k) for k in (1, 2, 3)] == [1, 1, 1]
-    masked = torch.tensor([[1.0, -math.inf, -math.inf]])
-    assert near_ties(masked, 1) == near_ties(masked, 2) == 0
+    for refused in (-math.inf, torch.finfo(torch.float32).min):
+        masked = torch.tensor([[1.0, 0.5, refused, refused]])
+        assert [near_ties(masked, k) for k in (1, 2, 3)] == [0, 0, 0]
 
 
 def test_ties_of_a_model_are_those_of_its_choices() -> None:
@@ -50,9 +53,10 @@ def test_ties_of_a_model_are_those_of_its_choices() -> None:
             top = scores.topk(1, dim=-1).values + scores.max(dim=-1, keepdim=True).values
             return top + scores.argmax(dim=-1, keepdim=True)
 
-    assert ties_in(Router(), {"scores": torch.tensor([[1.0, 1.0, 0.0]])}) == 3
-    assert ties_in(Router(), {"scores": torch.tensor([[1.0, 0.9, 0.0]])}) == 0
-    assert ties_in(Router(), {"scores": torch.tensor([[1, 1, 0]])}) == 0  # whole numbers are no scores
+    assert ties_in(Router(), {"scores": torch.tensor([[1.0, 1.0, 0.0]])}, 1) == 3
+    assert ties_in(Router(), {"scores": torch.tensor([[1.0, 0.9, 0.0]])}, 1) == 0
+    assert ties_in(Router(), {"scores": torch.tensor([[1.0, 1.0, 0.0]])}, 2) == 0  # not one row a token: attention
+    assert ties_in(Router(), {"scores": torch.tensor([[1, 1, 0]])}, 1) == 0  # whole numbers are no scores
 
 
 def test_a_model_is_judged_by_its_logits() -> None:

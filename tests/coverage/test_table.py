@@ -91,4 +91,4 @@ def test_reasons_hold_no_paths() -> None:
     assert clean("in /usr/lib/python3/site-packages/x/y.py:3: bad") == "in y.py:3: bad"
     assert clean("a/b is no path, and/or either") == "a/b is no path, and/or either"
     assert clean("two\n  lines") == "two lines"
-    assert len(clean("x" * 1000)) == 240
+    assert len(clean("x" * 1000)) == 300
