@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from moec import ddp
 from moec.blocks import BlockCompiler
 from moec.ir.errors import MoecError
 from moec.options import CompileOptions
@@ -46,6 +47,8 @@ def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
     report = Report(layers=compiler.reports, graphs=1)
     if not report.layers:
         report.remarks.append("no MoE block was found in the graph; PyTorch compiles all of it")
+    if ddp.cuts_graphs():
+        ddp.explain(report)
     report.remarks += dict.fromkeys(map(str, compiler.computed))
     _tell(report, options)
     if options.checks != "off" and not torch.is_grad_enabled():  # where gradients are wanted they have to be computed
@@ -83,10 +86,9 @@ def _tell(report: Report, options: CompileOptions) -> None:
         return
     for b in left:
         where = f" ({b.source})" if b.source else ""
-        warnings.warn(
-            f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}", MoecWarning, stacklevel=2
-        )
-    if not report.layers and _first_compile():
+        text = f"MoE block {b.name!r} runs as PyTorch would run it: {b.reason}{where}"
+        warnings.warn(ddp.CUT if b.reason == ddp.CUT else text, MoecWarning, stacklevel=2)
+    if not report.layers and _first_compile() and not ddp.cuts_graphs():
         warnings.warn(report.remarks[0], MoecWarning, stacklevel=2)
 
 

@@ -56,7 +56,8 @@ def _adapter(model: torch.nn.Module, name: str) -> str | None:
         return None
     known = verdict(around[1])
     way_out = known.reason if known is not None and known.reason else "moec.prepare(model) computes the weights first"
-    return f"it lies in {describe(around[1])}, which changes the module in every call: no graph can hold that; {way_out}"
+    what = f"it lies in {describe(around[1])}, which changes the module in every call"
+    return f"{what}: no graph can hold that; {way_out}"
 
 
 def _looping(model: torch.nn.Module) -> dict[str, str]:

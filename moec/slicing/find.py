@@ -10,6 +10,8 @@ from moec.slicing.cut_loop import cut_loop
 from moec.slicing.dense import find_dense
 from moec.slicing.loops import find_loops
 
+LONE = "an expert GEMM without a second one: no up and down projection"
+
 
 def find_slices(graph: Graph) -> list[Slice | NotSliced]:
     """The MoE blocks of a torch-level fx graph, in order."""
@@ -33,6 +35,5 @@ def find_slices(graph: Graph) -> list[Slice | NotSliced]:
             found.append(cut_loop(view, loop))
         except Refused as reason:
             found.append(NotSliced(loop.last, str(reason)))
-    lone = "an expert GEMM without a second one: no up and down projection"
     found.sort(key=lambda piece: view.order[piece.anchor])
-    return [*found, *(NotSliced(node, lone) for node in anchors if node not in told)]
+    return [*found, *(NotSliced(node, LONE) for node in anchors if node not in told)]
