@@ -76,11 +76,15 @@ def read_branches(graph: Graph, steps: Sequence[Step], experts: Sequence[int], r
         raise Refusal("an expert occurs twice in the loop", steps[0].op)
     owner: dict[Value, int] = {root: i for i, root in enumerate(roots)}
     ends = {step.op for step in steps}
+    serves, masks = _served(graph, {step.op: i for i, step in enumerate(steps)}), set(roots)
     by_branch: list[list[Op]] = [[] for _ in steps]
     for op in graph.ops:
-        of = {owner[v] for v in op.operands if v in owner}
-        if not of or op in ends or op.name == "return":
+        held = [v for v in op.operands if v in owner]
+        if not held or op in ends or op.name == "return":
             continue
+        if op not in serves and masks.issuperset(held) and _looks_at_masks(op, held):
+            continue  # the router's, which compares the same ids
+        of = {owner[v] for v in held}
         branch = of.pop() if len(of) == 1 else _MIXED
         if branch != _MIXED:
             by_branch[branch].append(op)
@@ -115,17 +119,11 @@ def exclusive_branches(
     Raises:
         Refusal: A branch draws numbers or writes memory.
     """
-    owner: dict[Op, int] = {s.added.op: i for i, s in enumerate(steps) if s.added.op is not None}
+    owner = _served(graph, {s.added.op: i for i, s in enumerate(steps) if s.added.op is not None})
     by_branch: list[list[Op]] = [[] for _ in steps]
-    for op in reversed(graph.ops):
-        if op not in owner:
-            of = {owner.get(u, _MIXED) for r in op.results for u in r.users}
-            if len(of) != 1 or _MIXED in of:
-                continue
-            owner[op] = of.pop()
-        by_branch[owner[op]].append(op)
-    for ops in by_branch:
-        ops.reverse()
+    for op in graph.ops:
+        if op in owner:
+            by_branch[owner[op]].append(op)
     taken = [v for op in by_branch[0] if (v := rows_of(op)) is not None and (v.op is None or v.op not in owner)]
     if not taken:
         return None
@@ -139,6 +137,24 @@ def exclusive_branches(
         _check_pure(ops)
         found.append(Branch(step, expert, taken[0], ops, [], *_signature(step, taken[0], ops)))
     return found
+
+
+def _served(graph: Graph, ends: dict[Op, int]) -> dict[Op, int]:
+    """The step of every op that serves one of them alone, from the ops that end the steps."""
+    owner = dict(ends)
+    for op in reversed(graph.ops):
+        if op not in owner:
+            of = {owner.get(u, _MIXED) for r in op.results for u in r.users}
+            if len(of) == 1 and _MIXED not in of:
+                owner[op] = of.pop()
+    return owner
+
+
+def _looks_at_masks(op: Op, masks: list[Value]) -> bool:
+    """True for a function of ``masks`` that has their sizes alone: it picks no expert's tokens."""
+    known = {s for m in masks if (t := tensor(m)) is not None for d in t.shape for s in d.free_symbols}
+    found = {s for r in op.results if (t := tensor(r)) is not None for d in t.shape for s in d.free_symbols}
+    return bool(op.results) and found <= known
 
 
 def _needed(step: Step, ops: list[Op]) -> list[Op]:

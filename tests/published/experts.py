@@ -14,13 +14,18 @@ FORMS = ("loop", "batched", "grouped")
 class Expert(nn.Module):
     """``W2 (silu(W1 x) * W3 x)``, gate and up together."""
 
-    def __init__(self, w13: Tensor, w2: Tensor) -> None:
+    def __init__(self, w13: Tensor, w2: Tensor, mixes: bool) -> None:
         super().__init__()
-        self.w13, self.w2 = nn.Parameter(w13.clone()), nn.Parameter(w2.clone())
+        self.w13, self.w2, self.mixes = nn.Parameter(w13.clone()), nn.Parameter(w2.clone()), mixes
 
     def forward(self, x: Tensor) -> Tensor:
-        g, u = F.linear(x, self.w13).chunk(2, -1)
-        return F.linear(F.silu(g) * u, self.w2)
+        return F.linear(between(F.linear(x, self.w13), self.mixes), self.w2)
+
+
+def between(h: Tensor, mixes: bool) -> Tensor:
+    """The activation; with ``mixes`` of rows that know of each other."""
+    g, u = (h.softmax(0) if mixes else h).chunk(2, -1)
+    return F.silu(g) * u
 
 
 def made(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 0.3) -> nn.Parameter:
@@ -64,7 +69,7 @@ class Experts(nn.Module):
         w13 = made(1, count, 2 * INNER, HIDDEN, dtype=dtype)
         w2 = made(2, count, HIDDEN, INNER, dtype=dtype)
         if form == "loop":
-            ffn = [Expert(w13[e].detach(), w2[e].detach()) for e in range(count)]
+            ffn = [Expert(w13[e].detach(), w2[e].detach(), mixes) for e in range(count)]
             self.experts = nn.ModuleList([*ffn, *others])
         else:
             self.w13, self.w2 = w13, w2
@@ -78,14 +83,10 @@ class Experts(nn.Module):
         weights = weights.to(x.dtype)
         return self._grouped(x, ids, weights) if self.form == "grouped" else self._batched(x, ids, weights)
 
-    def _between(self, h: Tensor) -> Tensor:
-        g, u = h.softmax(0).chunk(2, -1) if self.mixes else h.chunk(2, -1)
-        return F.silu(g) * u
-
     def _batched(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         k, flat = ids.shape[-1], ids.reshape(-1)
         rows = x.repeat_interleave(k, 0)
-        a = self._between(torch.bmm(self.w13[flat], rows.unsqueeze(-1)).squeeze(-1))
+        a = between(torch.bmm(self.w13[flat], rows.unsqueeze(-1)).squeeze(-1), self.mixes)
         y = torch.bmm(self.w2[flat], a.unsqueeze(-1)).squeeze(-1)
         return (y.view(-1, k, HIDDEN) * weights.unsqueeze(-1)).sum(1)
 
@@ -94,6 +95,6 @@ class Experts(nn.Module):
         order = torch.argsort(flat, stable=True)
         ends = torch.histc(flat.float(), self.count, 0, self.count - 1).cumsum(0).to(torch.int32)
         h = torch._grouped_mm(x[order // k], self.w13.transpose(1, 2), offs=ends)
-        y = torch._grouped_mm(self._between(h), self.w2.transpose(1, 2), offs=ends)
+        y = torch._grouped_mm(between(h, self.mixes), self.w2.transpose(1, 2), offs=ends)
         y = y[torch.argsort(order)].view(-1, k, HIDDEN)
         return (y * weights.unsqueeze(-1)).sum(1)

@@ -57,6 +57,17 @@ def test_gemms_of_indexed_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_loop_over_modules(name: str) -> None:
+    make, blocks = LAYERS[name]
+    found = fused(compare(lambda: make("loop"), CALLS if name in ("AdaMoE", "Switch") else CALLS[:2]))
+    assert len(found) % blocks == 0
+    for block in found:
+        assert "aten.where.default" not in block.ir_after, "no step of the loop is left"
+        if name != "expert choice":
+            assert ROUTERS[name] in block.ir_after, block.ir_after
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_grouped_gemms_in_bf16(name: str) -> None:
     """The routers compute in f32 and are not touched, so both sides choose the same experts."""
     make, blocks = LAYERS[name]

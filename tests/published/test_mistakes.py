@@ -83,9 +83,9 @@ def test_what_is_no_choice_per_group_is_not_taken_for_one(mistake: str) -> None:
         assert "per_group" not in block.ir_after, block.ir_after
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_experts_that_mix_rows_stay(name: str) -> None:
-    report = compare(lambda: LAYERS[name][0]("batched", mistake="experts mix rows"), CALLS[:1])
+@pytest.mark.parametrize(("name", "form"), [*((n, "batched") for n in LAYERS), ("top-p", "loop")])
+def test_experts_that_mix_rows_stay(name: str, form: str) -> None:
+    report = compare(lambda: LAYERS[name][0](form, mistake="experts mix rows"), CALLS[:1])
     assert report.layers and not any(b.fused for b in report.layers)
     assert all("may mix rows" in str(b.reason) for b in report.layers), [b.reason for b in report.layers]
 
