@@ -75,18 +75,20 @@ class BlockCompiler:
             instances: How often the whole program calls it.
         """
         changed = False
+        written: dict[Node, Node] = {}  # outputs of blocks that are replaced; a later block may begin with one
         for piece in find_slices(gm.graph):
             loc = location_of(piece.anchor.meta)
             name = block_name(loc.module, len(self.reports))
             if isinstance(piece, NotSliced):
                 self._tell(BlockReport(name, reason=piece.reason, instances=instances), name, loc.source)
                 continue
+            piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
             compiled = self._compile(piece, name)
             self._tell(replace(compiled.report, instances=instances), name, loc.source)
             if compiled.graph is not None:
                 if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
                     self.computed.append(computed)
-                _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
+                written |= _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
                 changed = True
         if changed:
             # No dead-code elimination here: fx takes `x[i] = y` for dead, and Dynamo's graphs are full of it.
@@ -231,8 +233,10 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
         report.router = "PyTorch"
 
 
-def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: str, options: CompileOptions) -> None:
-    """Write the optimized graph in place of the slice."""
+def _replace(
+    gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: str, options: CompileOptions
+) -> dict[Node, Node]:
+    """Write the optimized graph in place of the slice; the new nodes by those whose place they take."""
 
     # no_grad: the user's saved-tensor hooks must not see the fake tensors that record the new nodes' values
     with gm.graph.inserting_before(piece.end.next), torch.no_grad():
@@ -250,3 +254,4 @@ def _replace(gm: GraphModule, piece: Slice, graph: Graph, claims: Claims, name: 
                     new.meta.setdefault(key, old.meta[key])
     for node in [*reversed(piece.checks), *reversed(piece.nodes)]:
         gm.graph.erase_node(node)
+    return {old: new for old, new in zip(piece.outputs, results, strict=True) if isinstance(new, Node)}
