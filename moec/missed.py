@@ -10,7 +10,7 @@ from moec.lowering import block_name
 from moec.readiness.adapters import adapter_around, describe
 from moec.readiness.experts import followers, lookalikes
 from moec.readiness.loops import is_marked
-from moec.readiness.rewriters import is_rewritten, verdict
+from moec.readiness.rewriters import is_rewritten, rewritten, verdict
 from moec.report import BlockReport, Report
 
 _LOOP = (
@@ -32,7 +32,7 @@ def add_missed(report: Report, model: torch.nn.Module) -> None:
         model: The model that was compiled; names in the report are paths of its modules.
     """
     seen = {block.name for block in report.layers}
-    for name, reason in {**_following(model), **_looping(model)}.items():
+    for name, reason in {**_following(model), **_rewritten(model), **_looping(model)}.items():
         block = block_name(name, 0) if name else type(model).__name__
         if not any(s == block or s.startswith(f"{block}.") or not name for s in seen):
             module = model.get_submodule(name)
@@ -60,12 +60,24 @@ def _adapter(model: torch.nn.Module, name: str) -> str | None:
     return f"{what}: no graph can hold that; {way_out}"
 
 
+def _rewritten(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that ``moec.prepare`` rewrote, with why they may be missing: in some modes their own forward runs."""
+    found = {}
+    for name, rewriter in rewritten(model).items():
+        note = rewriter.note(model.get_submodule(name))
+        found[name] = "it is rewritten, but no captured graph shows its expert GEMMs" + (f"; {note}" if note else "")
+    return found
+
+
 def _looping(model: torch.nn.Module) -> dict[str, str]:
     """Modules that run experts in their own way, with why they may be missing."""
     found = {}
     for left in lookalikes(model):
-        why = _DATA if is_marked(model.get_submodule(left.name)) else _UNMARKED
-        found[left.name] = f"{left.reason}; {why}"
+        module = model.get_submodule(left.name)
+        known = verdict(module)
+        why = _DATA if is_marked(module) else _UNMARKED
+        # of a class that prepare rewrites, the reason says so already
+        found[left.name] = left.reason if known is not None and known.rewriter else f"{left.reason}; {why}"
     return found
 
 

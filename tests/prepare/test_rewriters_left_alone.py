@@ -46,6 +46,12 @@ def test_a_class_of_the_same_name_from_elsewhere_is_left_alone() -> None:
     assert "does not ask the experts interface" in left(nn.Sequential(LongcatFlashExperts()))
 
 
+def test_a_class_that_its_module_no_longer_holds_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = block("dbrx")
+    monkeypatch.setattr(modeling("dbrx"), "DbrxExperts", nn.Linear)
+    assert "not the one that transformers.models.dbrx.modeling_dbrx holds" in left(module)
+
+
 def test_a_patched_class_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = modeling("dbrx").DbrxExpertGLU
     own = kind.forward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +107,21 @@ def test_random_numbers_while_training_are_those_of_the_own_forward(
     assert torch.equal(*results)
 
 
+@torch.no_grad()
+def test_a_router_that_draws_numbers_stays_the_models_own() -> None:
+    own = block("dbrx").train()
+    own.router.moe_jitter_eps = 0.5
+    rewritten = copy.deepcopy(own)
+    assert prepare(rewritten).rewritten
+    results = []
+    for module in (own, rewritten):
+        torch.manual_seed(0)
+        results.append(first(module(tokens())))
+    torch.testing.assert_close(*results)
+    torch.manual_seed(1)
+    assert not torch.allclose(first(own(tokens())), results[0])
+
+
 # --- weights that are never read -------------------------------------------------------------------------------------
 
 
@@ -131,8 +145,9 @@ def test_unread_weights_can_be_freed() -> None:
     module.load_state_dict(full)  # a checkpoint of the full shape
     torch.testing.assert_close(module(tokens()), want)
     module.load_state_dict(module.state_dict())
-    buffer = io.BytesIO()
-    torch.save(full, buffer)
+    module.load_state_dict(full, assign=True)
+    assert module.experts.gate_up_proj.untyped_storage().nbytes() == EXPERTS * row
+    torch.testing.assert_close(module(tokens()), want)
     with pytest.raises(RuntimeError, match="size mismatch"):
         module.load_state_dict({**full, "experts.gate_up_proj": full["experts.gate_up_proj"][:2]})
 
@@ -182,6 +197,15 @@ def test_explain_misses_nothing_and_names_what_is_declined() -> None:
     report = moec.explain(model, (tokens(),), backends=["aten"])
     assert {b.name: b.fused for b in report.layers} == {"one": True, "two": False}
     assert "product keys" in str(report.layers[1].reason)
+
+
+@torch.no_grad()
+def test_explain_says_so_where_the_own_forward_ran() -> None:
+    module = nn.Sequential(block("switch_transformers", dropout_rate=0.5)).train()
+    prepare(module)
+    report = moec.explain(module, (tokens(),), backends=["aten"])
+    (only,) = report.layers
+    assert not only.fused and "own forward runs: dropout" in str(only.reason)
 
 
 class Layer(nn.Module):

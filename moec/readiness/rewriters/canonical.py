@@ -94,7 +94,8 @@ def experts(
 def _as_autocast_would(x: Tensor) -> Tensor:
     """``x`` in the type in which autocast runs GEMMs: cast here, a token is cast once and not once a slot."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    known = torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

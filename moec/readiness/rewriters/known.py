@@ -115,7 +115,9 @@ def _watched(name: str, part: nn.Module) -> str | None:
 
 def _unknown_source(kind: type, sources: Mapping[str, str]) -> str | None:
     """Why the class is not the one that a rewriter was written for, or None."""
-    module = sys.modules[kind.__module__]
+    module = sys.modules.get(kind.__module__)
+    if getattr(module, kind.__name__, None) is not kind:
+        return f"its class is not the one that {kind.__module__} holds now"
     for name, known in sources.items():
         owner, _, method = name.rpartition(".")
         function = vars(getattr(module, owner, object)).get(method)

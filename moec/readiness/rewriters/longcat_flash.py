@@ -58,11 +58,13 @@ def _free(module: Any) -> None:
     module.register_load_state_dict_pre_hook(shorten)
 
 
-def shorten(module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def shorten(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
     """Hook: a checkpoint with weights for the identity experts loads without them."""
     given = state_dict.get(prefix + _WEIGHT)
     if given is not None and given.shape[:1] == (module.total_experts,):
-        state_dict[prefix + _WEIGHT] = given[: module.num_routed_experts]
+        kept = given[: module.num_routed_experts]
+        # assigned as it is, a piece would keep the memory of the whole
+        state_dict[prefix + _WEIGHT] = kept.clone() if local_metadata.get("assign_to_params_buffers") else kept
 
 
 REWRITER = Rewriter(

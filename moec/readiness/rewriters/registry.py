@@ -18,7 +18,7 @@ from moec.readiness.rewriters import (
     switch_transformers,
 )
 from moec.readiness.rewriters.declined import DECLINED
-from moec.readiness.rewriters.known import Rewriter
+from moec.readiness.rewriters.known import Rewriter, is_rewritten
 
 REWRITERS: dict[str, Rewriter] = {
     r.target: r
@@ -60,6 +60,14 @@ def verdict(module: nn.Module) -> Verdict | None:
             reason=f"it derives from {base.__name__} and may compute something else; that class alone is known"
         )
     return None
+
+
+def rewritten(model: nn.Module) -> dict[str, Rewriter]:
+    """The modules of ``model`` that carry a rewriter's methods now, by dotted path."""
+    known = (
+        (name, REWRITERS.get(_path(type(module)))) for name, module in model.named_modules() if is_rewritten(module)
+    )
+    return {name: rewriter for name, rewriter in known if rewriter is not None}
 
 
 def _path(kind: type) -> str:
