@@ -25,6 +25,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.compiler import nested_compile_region
 
 from moec.readiness.report import LeftOut, RegionGroup
+from moec.readiness.rewriters import is_rewritten, verdict
 from moec.readiness.signature import Signature, obstacle, signature
 
 _OWN = frozenset({"forward"})
@@ -108,7 +109,7 @@ class RegionChange:
         alike: dict[Signature, list[str]] = {}
         for child_name, layer in stack.named_children():
             name = f"{stack_name}.{child_name}"
-            reason = obstacle(layer)
+            reason = obstacle(layer) or _untraceable(layer)
             if reason is not None:
                 self.left_out.append(LeftOut(name, type(layer).__name__, reason))
             else:
@@ -151,6 +152,15 @@ def _drop_inherited(model: torch.nn.Module) -> None:
             del module.__dict__["forward"]
 
 
+def _untraceable(layer: torch.nn.Module) -> str | None:
+    """Why the layer's forward may not fit into one graph, which a region has to, or None."""
+    for name, module in layer.named_modules():
+        known = None if is_rewritten(module) else verdict(module)
+        if known is not None:
+            return f"{name} is not rewritten: {known.reason}"
+    return None
+
+
 def _layer_stacks(model: torch.nn.Module, experts: dict[str, torch.nn.Module]) -> list[str]:
     """The outermost module lists that hold layers with experts in them."""
     stacks: list[str] = []
@@ -162,6 +172,9 @@ def _layer_stacks(model: torch.nn.Module, experts: dict[str, torch.nn.Module]) -
 
 
 def _moe_blocks(layer_name: str, experts: dict[str, torch.nn.Module]) -> list[str]:
-    """The modules right above the layer's experts, which hold router and experts; not the layer itself."""
+    """The modules right above the layer's experts, which hold router and experts; not the layer itself.
+
+    Experts that hold others are adapters around them.
+    """
     parents = [name.rpartition(".")[0] for name in experts if name.startswith(f"{layer_name}.")]
-    return [parent for parent in dict.fromkeys(parents) if parent != layer_name]
+    return [parent for parent in dict.fromkeys(parents) if parent != layer_name and parent not in experts]

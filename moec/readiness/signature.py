@@ -17,7 +17,8 @@ import torch
 # torch's own bookkeeping, compared by other means or without influence on what is computed
 _BOOKKEEPING = frozenset(vars(torch.nn.Module())) - {"training"}
 # where the layer stands: Dynamo guards it where it is read, and caches are addressed by it outside the region
-_POSITION = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
+# (``target_name`` is where an adapter of peft stands)
+_POSITION = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "target_name"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # transformers records router logits and hidden states with these; they are on every layer alike and trace correctly
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
@@ -109,7 +110,10 @@ def _describe(value: Any, seen: dict[int, Any], depth: int) -> Any:
     elif isinstance(value, set | frozenset):
         result = type(value), frozenset(_describe(item, seen, depth - 1) for item in value)
     elif isinstance(value, dict):
-        result = type(value), tuple((str(k), _describe(v, seen, depth - 1)) for k, v in value.items())
+        result = (
+            type(value),
+            tuple((str(k), _describe(v, seen, depth - 1)) for k, v in value.items() if k not in _POSITION),
+        )
     elif hasattr(value, "__dict__"):
         result = type(value), tuple((k, _describe(v, seen, depth - 1)) for k, v in sorted(vars(value).items()))
     else:

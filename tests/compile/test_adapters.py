@@ -70,7 +70,7 @@ def same_gradients(model: nn.Module, run: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_adapters_train_in_one_graph(targets: str) -> None:
-    layers = 2
+    layers = 2 if targets == "experts" else 1
     model = adapted(targets, layers=layers)
     assert len(moec.prepare(model).rewritten) == layers * WRAPPED[targets]
     with moec.recording() as report:
@@ -186,6 +186,35 @@ def test_autocast() -> None:
         want = model(**BATCH).logits
         got = moec_compile(model, checks="off")(**BATCH).logits
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts"])
+def test_layers_with_adapters_share_a_region_while_they_are_alike(targets: str) -> None:
+    layers = 3
+    model = adapted(targets, layers=layers).eval()
+    report = moec.prepare(model, regions=True)
+    assert [len(group.layers) for group in report.regions] == [layers], report
+    compiled = moec_compile(model, checks="off")
+    with moec.recording() as first:
+        same_logits(model, compiled)
+    assert [b.instances for b in first.layers] == [layers]
+    for module in model.base_model.model.model.layers[1].modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(False)
+    with moec.recording() as second:
+        same_logits(model, compiled)
+    assert second.all_fused
+
+
+def test_adapters_of_an_unknown_release_are_in_no_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    known = wrapper.forward
+    monkeypatch.setattr(wrapper, "forward", lambda self, *args, **kwargs: known(self, *args, **kwargs))
+    report = moec.prepare(adapted("one weight", layers=2), regions=True)
+    assert not report.rewritten
+    assert not report.regions
+    assert len(report.left_out) == 2
+    assert all("ParamWrapper.forward is not written as moec knows it" in left.reason for left in report.left_out)
 
 
 def test_undo_and_eager_leave_the_wrappers_alone() -> None:
