@@ -11,7 +11,7 @@ import sympy
 from moec.ir.core import Graph, Location, Op, Value
 from moec.ir.types import PlanType, TensorType, Type, as_dim
 from moec.passes.calls import call_op
-from moec.passes.matching import rank, same_dim, tensor
+from moec.passes.matching import rank, tensor
 from moec.passes.raise_moe.activation import RowProgram
 
 
@@ -31,15 +31,14 @@ class Emitter:
         """The only result, of ``type``, of a torch call on values and constants."""
         return self.add(call_op(target, args, kwargs or {}, [type]))[0]
 
-    def matrix(self, value: Value, rows: sympy.Expr, top_k: int) -> Value:
-        """``value`` as ``[T, k]``."""
+    def matrix(self, value: Value, rows: sympy.Expr, top_k: sympy.Expr) -> Value:
+        """``value`` as ``[T, k]``; k is a number, or ``value`` is that matrix."""
+        if rank(value) == 2:
+            return value
         t = tensor(value)
         assert t is not None
-        if rank(value) == 2 and same_dim(t.shape[0], rows):
-            return value
-        shape = as_dim(rows), as_dim(top_k)
-        view = call_op("aten.view.default", (value, [-1, top_k]), {}, [t.with_(shape=shape)], names=[value.name])
-        return self.add(view)[0]
+        types = [t.with_(shape=(as_dim(rows), top_k))]
+        return self.add(call_op("aten.view.default", (value, [-1, int(top_k)]), {}, types, names=[value.name]))[0]
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Block:
     x: Value
     ids: Value
     weights: Value
-    top_k: int
+    top_k: sympy.Expr
     experts: int
     ups: Sequence[Projection]
     down: Projection
@@ -111,6 +110,14 @@ class Block:
     finished: Value
     out: TensorType
     sentinels: bool = False
+
+    @property
+    def operands(self) -> list[Value]:
+        """Everything that the block takes in."""
+        projections = (*self.ups, self.down)
+        programs = [p for p in (self.activation, self.post) if p is not None]
+        taken = [v for p in projections for v in (*p.weights, *p.bias)] + [v for p in programs for v in p.captures]
+        return [self.x, self.ids, self.weights, *taken]
 
     def write(self, emit: Emitter, name: str) -> Value:
         """Write the block; its combined rows, called ``name``."""

@@ -72,7 +72,7 @@ class ChosenLoop:
             x=cast_all(emit, taken, self.expert.casts),
             ids=ids,
             weights=weights,
-            top_k=1,
+            top_k=as_dim(1),
             experts=len(self.branches),
             ups=ups,
             down=down,

@@ -18,7 +18,7 @@ from moec.passes.raise_moe.loop_experts import gemm_rows
 from moec.passes.raise_moe.loop_ids import choices_differ
 from moec.passes.raise_moe.loop_rows import Factor, read_weighting
 from moec.passes.raise_moe.loop_steps import Chain, Step
-from moec.passes.raise_moe.loops import ZEROS, Kind, Loop, check_writes, kinds_of, read_experts, starts_at_zero
+from moec.passes.raise_moe.loops import Kind, Loop, check_writes, is_zero, kinds_of, read_experts, starts_at_zero
 from moec.passes.raise_moe.refusal import Refusal
 
 
@@ -74,10 +74,9 @@ def _gates(gates: Value, place: Op) -> tuple[Value, Value, tuple[DType, ...]]:
         casts.insert(0, t.dtype)
         gates = arg(cast, 0, "self")
     op = maker(gates, "scatter", "scatter_add")
-    base = maker(arg(op, 0, "self"), *ZEROS) if op is not None else None
     ids, weights = (arg(op, 2, "index"), arg(op, 3, "src")) if op is not None else (gates, gates)
     wide, i, w = tensor(gates), tensor(ids), tensor(weights)
-    if op is None or base is None or wide is None or i is None or w is None or i.shape != w.shape:
+    if op is None or not is_zero(arg(op, 0, "self")) or wide is None or i is None or w is None or i.shape != w.shape:
         raise Refusal("all experts run on every token, and nothing says that their gates are zero but for a few", place)
     if arg(op, 1, "dim") not in (1, -1) or arg(op, 4, "reduce") is not None or not same_dim(i.shape[0], wide.shape[0]):
         raise Refusal("the gates are not scattered by expert", op)

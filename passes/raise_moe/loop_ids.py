@@ -56,7 +56,7 @@ def keep_ids(emit: Emitter, ids: Value, keep: Value | None) -> Value:
     if i is None or k is None:
         return ids
     if k.rank == 1 and i.shape[1] == 1:
-        keep = emit.matrix(keep, k.shape[0], 1)  # type: ignore[arg-type]
+        keep = emit.matrix(keep, k.shape[0], i.shape[1])  # type: ignore[arg-type]
         k = k.with_(shape=(k.shape[0], i.shape[1]))
     dropped = emit.call("aten.logical_not.default", (keep,), k)
     return emit.call("aten.masked_fill.Scalar", (ids, dropped, _NO_EXPERT), i)

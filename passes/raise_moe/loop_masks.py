@@ -160,11 +160,19 @@ def coordinate(value: Any) -> tuple[Value, int] | None:
     if name in ("select", "unbind"):
         column = value.index if name == "unbind" else arg(op, 2, "index")
         return _column(arg(op, 0, "self"), arg(op, 1, "dim", 0), column)
-    if name in ("view", "reshape", "squeeze", "flatten") and rank(value) == 1:
-        table = maker(arg(op, 0, "self"), "nonzero", "argwhere")
-        if table is not None and rank(arg(table, 0, "self")) == 1:
-            return arg(table, 0, "self"), 0
-    return None
+    if name not in ("view", "reshape", "squeeze", "flatten") or rank(value) != 1:
+        return None
+    table = arg(op, 0, "self")
+    searched = maker(table, "nonzero", "argwhere")
+    if searched is not None and rank(arg(searched, 0, "self")) == 1:
+        return arg(searched, 0, "self"), 0
+    cut = maker(table, "slice")  # the decomposed form of a column: nonzero(mask)[:, d:d+1].squeeze(1)
+    if cut is None:
+        return None
+    start: Any = arg(cut, 2, "start") or 0
+    if not _is_int(start) or arg(cut, 3, "end") != start + 1 or arg(cut, 4, "step", 1) != 1:
+        return None
+    return _column(arg(cut, 0, "self"), arg(cut, 1, "dim", 0), start)
 
 
 def _column(table: Any, dim: Any, column: Any) -> tuple[Value, int] | None:

@@ -154,9 +154,14 @@ def _row_by_row(op: Op, held: set[Value]) -> bool:
     if name == "unsqueeze":
         dim, n = arg(op, 1, "dim"), rank(op.operands[0]) + 1
         return isinstance(dim, int) and dim % n != 0
-    others = [rank(v) for v in op.operands if v not in held]
-    aligned = len(ranks) == 1 and max(others, default=0) < min(ranks)
+    aligned = len(ranks) == 1 and all(_beside(v, min(ranks)) for v in op.operands if v not in held)
     return (aligned or name in ("to", "type_as")) and (is_elementwise(op) or keeps_rows_apart(op))
+
+
+def _beside(value: Value, rows_rank: int) -> bool:
+    """True if broadcasting puts the same of ``value`` beside every row."""
+    t = tensor(value)
+    return t is None or t.rank < rows_rank or (t.rank == rows_rank and t.shape[0] == 1)
 
 
 def _einsum_by_row(op: Op, held: set[Value]) -> bool:

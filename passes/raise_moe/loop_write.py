@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.ir.core import Graph, Op, Value
-from moec.ir.types import DType
+from moec.ir.types import DType, as_dim
 from moec.passes.matching import tensor
 from moec.passes.raise_moe.block import Block, Emitter
 from moec.passes.raise_moe.loop_branches import Branch
@@ -40,7 +40,7 @@ def write_loop(emit: Emitter, loop: Loop) -> Value:
     """Write the block of ``loop``; the new sum."""
     t, out, factor = tensor(loop.ids), tensor(loop.chain.out), loop.kind.weighting.factor
     assert t is not None and out is not None
-    top_k = 1 if t.rank == 1 else int(t.shape[1])
+    top_k = as_dim(1) if t.rank == 1 else t.shape[1]
     ids = keep_ids(emit, emit.matrix(loop.ids, t.shape[0], top_k), loop.keep)
     experts = [b.expert for b in loop.kind.branches]
     if factor is None:

@@ -23,8 +23,7 @@ from moec.passes.raise_moe.loop_steps import Chain, Step
 from moec.passes.raise_moe.loop_terms import Term, read_terms
 from moec.passes.raise_moe.refusal import Refusal
 
-ZEROS = ("zeros", "zeros_like", "new_zeros")
-_UNSET = ("empty", "empty_like", "new_empty")
+_UNSET = ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided")
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,24 @@ def _check_modes(chain: Chain, ids: Value, fresh: bool) -> None:
             raise Refusal("out[token] = overwrites a sum that does not start at zero", step.op)
 
 
+def is_zero(value: Value) -> bool:
+    """True for a tensor made of zeros."""
+    filled = maker(value, "full", "full_like", "new_full")
+    if filled is not None:
+        return bool(arg(filled, 2 if function(filled) == "new_full" else 1, "fill_value") == 0)
+    return maker(value, "zeros", "zeros_like", "new_zeros") is not None
+
+
 def starts_at_zero(chain: Chain) -> bool:
     """True if the sum starts at zero, or holds what was never set and is only overwritten.
 
     Raises:
         Refusal: The loop adds to what was never set.
     """
-    if chain.start is None:
-        return True
-    filled = maker(chain.start, "full", "full_like", "new_full")
-    if filled is not None:
-        return bool(arg(filled, 2 if function(filled) == "new_full" else 1, "fill_value") == 0)
     unset = maker(chain.start, *_UNSET)
     if unset is not None and any(step.mode != "write" for step in chain.steps):
         raise Refusal("the loop adds to memory that was never set", unset)
-    return unset is not None or maker(chain.start, *ZEROS) is not None
+    return chain.start is None or unset is not None or is_zero(chain.start)
 
 
 def kinds_of(branches: Sequence[Branch], marks: Sequence[Hashable]) -> list[list[Branch]]:

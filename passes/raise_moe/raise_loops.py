@@ -38,19 +38,19 @@ def raise_loops(graph: Graph, ctx: PassContext, name: str) -> int:
         How many were raised.
     """
     raised = 0
-    gathers, dense = find_chains(graph), find_dense_chains(graph)
-    for chain, read in [*((c, _read_gathers) for c in gathers), *((c, read_dense) for c in dense)]:
-        op = chain.steps[-1].op
-        try:
-            loop = read(graph, chain)
-        except Refusal as refusal:
-            ctx.remark("missed", name, str(refusal), refusal.op or op)
-            continue
-        if loop is None:
-            continue
-        if not ctx.take_fuel(name, loop.what, op):
-            break
-        ctx.remark("applied", name, loop.what, op)
-        _replace(graph, loop)
-        raised += 1
+    for find, read in ((find_chains, _read_gathers), (find_dense_chains, read_dense)):
+        for chain in find(graph):
+            op = chain.steps[-1].op
+            try:
+                loop = read(graph, chain)
+            except Refusal as refusal:
+                ctx.remark("missed", name, str(refusal), refusal.op or op)
+                continue
+            if loop is None:
+                continue
+            if not ctx.take_fuel(name, loop.what, op):
+                return raised
+            ctx.remark("applied", name, loop.what, op)
+            _replace(graph, loop)
+            raised += 1
     return raised
