@@ -19,7 +19,7 @@ _DASH = "–"
 _MEANING = (
     (
         "experts",
-        "*interface*: transformers' own; *rewritten*: by `moec.prepare`; *as written*: no need; *refused*: by moec",
+        "follow transformers' *interface*; are *rewritten* by `moec.prepare`; are captured *as written*; *refused*",
     ),
     ("router", "as moec reads it; *PyTorch*: its formula stays with PyTorch and only the experts are moec's"),
     ("blocks", "MoE blocks fused, and seen to run on a backend, of those that the model has"),

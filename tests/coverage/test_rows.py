@@ -34,6 +34,21 @@ def test_a_decorated_family() -> None:
     assert not row.reasons
 
 
+def test_an_undecorated_family() -> None:
+    row = row_of("step3p7", "aten")
+    assert row.whole, row
+    assert not row.decorated
+    assert row.how in ("rewritten", "as written")
+
+
+def test_a_family_without_expert_gemms() -> None:
+    row = row_of("doge", "aten")
+    assert (row.how, row.found, row.recognised, row.fused, row.backends) == ("refused", 2, 0, 0, [])
+    assert row.equal and row.no_extra_breaks
+    assert row.training is row.decode is None
+    assert any("no GEMM" in reason for reason in row.reasons)
+
+
 def turn(day: int, slot: int) -> Family:
     """The family whose turn it is: all decorated ones in a row, ``A_DAY`` a day."""
     decorated = [f for f in families().values() if f.decorated]
