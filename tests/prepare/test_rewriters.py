@@ -110,6 +110,27 @@ def test_the_same_gradients(family: str, way: str) -> None:
     assert sum(float(g.abs().sum()) > 0 for g in found[0].values()) > 2
 
 
+@pytest.mark.parametrize("family", ["llama4", "switch_transformers", "nllb_moe"])
+@torch.no_grad()
+def test_an_exported_program(family: str) -> None:
+    own, rewritten = both(family)
+    lengths = ({1: torch.export.Dim.AUTO},)
+    program = torch.export.export(rewritten, (tokens(),), dynamic_shapes=lengths, strict=False)
+    optimized = moec.optimize(program, backends=["aten"])
+    assert sum(node.target is torch.ops.moec.experts.default for node in optimized.graph.nodes) == 1
+    torch.testing.assert_close(first(optimized.module()(tokens(2, 9))), first(own(tokens(2, 9))), **SAME_F32)
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
+@torch.no_grad()
+def test_a_router_in_f32_within_bf16_is_cast_as_its_own_forward_does(family: str) -> None:
+    own, rewritten = both(family)
+    for module in (own, rewritten):
+        module.to(torch.bfloat16)
+        module(tokens().to(torch.bfloat16))
+        assert module.router.classifier.weight.dtype == torch.float32
+
+
 @torch.no_grad()
 def test_all_tokens_to_one_expert_is_what_skewed_means() -> None:
     module = block("jetmoe", skewed=True)

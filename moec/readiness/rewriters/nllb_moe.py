@@ -49,6 +49,12 @@ def forward(self: Any, hidden_states: Tensor, padding_mask: Tensor | None = None
     return y.view(hidden_states.shape)
 
 
+def _cast_classifier(self: Any) -> None:
+    """The router's; its own casts the classifier module anew in every call, which no exported program can hold."""
+    if self.classifier.weight.dtype != self.dtype:
+        type(self)._cast_classifier(self)
+
+
 def _check(module: Any) -> str | None:
     if module.num_experts < _USED:
         return "it has one expert, and its own forward asks for a second one"
@@ -65,13 +71,14 @@ def _note(module: Any) -> str:
 REWRITER = Rewriter(
     target="transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeSparseMLP",
     how="grouped GEMMs on its experts' own matrices",
-    methods={"forward": forward},
+    methods={"forward": forward, "router._cast_classifier": _cast_classifier},
     sources={
         "NllbMoeSparseMLP.forward": "c216293d4a29f07a",
         "NllbMoeExperts.forward": "5a39df80205492c7",
         "NllbMoeDenseActDense.forward": "83f351a255121008",
         "NllbMoeTop2Router.forward": "defa837c04ee4a16",
         "NllbMoeTop2Router.route_tokens": "8d365c70901089b2",
+        "NllbMoeTop2Router._cast_classifier": "f7f585070bac7498",
     },
     parts={
         "router": "NllbMoeTop2Router",

@@ -1,6 +1,6 @@
 """Switch Transformers (``SwitchTransformersSparseMLP``): one expert a token, up to a capacity per sequence.
 
-The router's own forward decides who is dropped: a token beyond the capacity of its expert has an all-zero choice. It
+The router decides who is dropped: a token beyond the capacity of its expert has an all-zero choice. It
 becomes a slot of weight 0. While training, jitter on the router's input and dropout inside the experts draw numbers in
 an order that cannot be kept; the module's own forward runs then.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moec.readiness.rewriters import switch_router
 from moec.readiness.rewriters.canonical import experts, without
 from moec.readiness.rewriters.known import Rewriter
 from moec.readiness.rewriters.listed import DROPOUT, LINEAR, activation, drops_out, listed, projection, unlike
@@ -49,7 +50,7 @@ def _note(module: Any) -> str:
 REWRITER = Rewriter(
     target="transformers.models.switch_transformers.modeling_switch_transformers.SwitchTransformersSparseMLP",
     how="grouped GEMMs on its experts' own matrices; a token beyond an expert's capacity has weight 0",
-    methods={"forward": forward},
+    methods={"forward": forward, "router.forward": switch_router.forward},
     sources={
         "SwitchTransformersSparseMLP.forward": "434f91f6767bf670",
         "SwitchTransformersExperts.forward": "9f9b492cc070f002",
