@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from moec.missed import add_missed
 from moec.options import CompileOptions
 from moec.predicted import add_predictions
 from moec.report import Report
+from moec.runtime.checks import MoecWarning
 from moec.session import recording
 
 
@@ -46,11 +48,17 @@ def compile(
         MoecError: Bad options.
     """
     given = {**options, **({"target": target} if target else {}), **({"passes": passes} if passes else {})}
-    CompileOptions.from_dict(given)  # a bad option is told now, not at the first call
+    checks = CompileOptions.from_dict(given).checks  # a bad option is told now, not at the first call
     if prepare:
         from moec.readiness import prepare as ready
+        from moec.readiness.adapters import MERGE
 
-        ready(model)
+        report = ready(model)
+        # Graphs break where these run: no graph shows the block, and nothing else would name it.
+        for left in report.ignored:
+            if MERGE in left.reason and checks != "off":
+                text = f"MoE block {left.name!r} runs as PyTorch would run it: {left.reason}"
+                warnings.warn(text, MoecWarning, stacklevel=2)
     compiled = torch.compile(model, backend="moec", dynamic=dynamic, fullgraph=fullgraph, options=given)
     if args or kwargs:
         with torch.no_grad():

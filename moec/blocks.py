@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moec.backends.partition import Claims, claim
 from moec.capture import graph_from_fx
-from moec.capture.locations import location_of
+from moec.capture.locations import location_of, module_path
 from moec.computed_weights import Computed, computed_weights
 from moec.describe import fill_experts, route_text
 from moec.emit import emit_into
@@ -29,6 +29,7 @@ from moec.lowering import block_name, lowering
 from moec.options import CompileOptions
 from moec.passes.base import PassContext
 from moec.pipeline import run_pipeline
+from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
@@ -80,11 +81,15 @@ class BlockCompiler:
             loc = location_of(piece.anchor.meta)
             name = block_name(loc.module, len(self.reports))
             if isinstance(piece, NotSliced):
-                self._tell(BlockReport(name, reason=piece.reason, instances=instances), name, loc.source)
+                reason = piece.reason + adapter_hint(gm, loc.module)
+                self._tell(BlockReport(name, reason=reason, instances=instances), name, loc.source)
                 continue
             piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
             compiled = self._compile(piece, name)
-            self._tell(replace(compiled.report, instances=instances), name, loc.source)
+            told = replace(compiled.report, instances=instances)
+            if told.reason is not None:
+                told.reason += adapter_hint(gm, loc.module)
+            self._tell(told, name, loc.source)
             if compiled.graph is not None:
                 if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
                     self.computed.append(computed)
@@ -119,6 +124,12 @@ class BlockCompiler:
         report.reason = unfinished(graph, claims, ctx)
         fill_report(report, graph.ops, claims)
         return _Compiled(None if report.reason else graph, claims, report)
+
+
+def adapter_hint(gm: GraphModule, block: str) -> str:
+    """What to say beside the reason for which a block is left, where an adapter lies in it; else ""."""
+    found = adapter_inside(block, (module_path(n.meta.get("nn_module_stack")) for n in gm.graph.nodes))
+    return "" if found is None else f"; {found} is an adapter: {MERGE}"
 
 
 def retrace(piece: Slice) -> GraphModule:

@@ -6,6 +6,8 @@ module cannot be captured, asks here first.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 MERGE = "merge_and_unload() makes it part of the weights"
@@ -29,3 +31,17 @@ def adapter_around(model: torch.nn.Module, name: str) -> tuple[str, torch.nn.Mod
         name = name.removesuffix(".base_layer")
         found = name, model.get_submodule(name)
     return found
+
+
+def adapter_inside(block: str, paths: Iterable[str]) -> str | None:
+    """Where an adapter lies in a block, from the module paths that a graph shows: the first one's path, or None.
+
+    Args:
+        block: Path of the block's module; "" is unknown and holds nothing.
+        paths: Paths of the modules that the graph's calls ran in.
+    """
+    for path in paths:
+        head, adapter, _ = path.partition(".base_layer")
+        if block and adapter and head.startswith(f"{block}."):
+            return head
+    return None

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from moec.readiness.adapters import MERGE, describe, is_adapter
+from moec.readiness.loops import is_marked
 from moec.readiness.signature import hooks
 
 _DIGITS = 16
@@ -64,7 +65,8 @@ class Rewriter:
     def _changed_inside(self, module: nn.Module) -> str | None:
         for path in self.methods:
             owner, _, method = path.rpartition(".")
-            if method in vars(module.get_submodule(owner)):
+            part = module.get_submodule(owner)
+            if method in vars(part) and not is_marked(part):
                 return f"{path} was replaced on the instance"
         for name, parameter in module.named_parameters():
             if type(parameter) not in (nn.Parameter, torch.Tensor):
