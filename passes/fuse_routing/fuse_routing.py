@@ -5,12 +5,13 @@ Contract:
 2. A router that the attributes of ``moe.route`` describe becomes those attributes. Where they describe its choice and
    not what follows, torch calls on the weights or ids stay after it. Any other router becomes a region.
 3. Logits, scores and whatever else is used elsewhere stay computed as they were.
-4. A router whose logits cannot be told apart stays as torch calls, with a remark; the experts are fused all the same.
+4. A router over tokens of two dimensions is one over rows.
+5. A router whose logits cannot be told apart stays as torch calls, with a remark; the experts are fused all the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import sympy
@@ -23,6 +24,7 @@ from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.dce import erase_unused
 from moec.passes.effects import is_pure
 from moec.passes.fuse_routing.cut import read_part
+from moec.passes.fuse_routing.rows import FlatRouter, flat_router
 from moec.passes.fuse_routing.scores import NoAttribute
 from moec.passes.hazards import write_within
 from moec.passes.matching import ancestors, function, rank, same_dim, tensor
@@ -44,6 +46,13 @@ class _Routed:
     weights: Value
     ids: Value
     after: list[Op]
+    flat: FlatRouter | None = None
+
+    def undo(self) -> None:
+        """Forget the op, which is in no graph, and what was done to the graph for it."""
+        self.op.drop_operands()
+        if self.flat is not None:
+            self.flat.undo()
 
 
 def _fused(weights: Value, ids: Value) -> _Routed:
@@ -62,6 +71,18 @@ def _fused(weights: Value, ids: Value) -> _Routed:
         names=["weights", "ids"],
     )
     return _Routed(op, w, i, after)
+
+
+def _flattened(graph: Graph, weights: Value, ids: Value) -> _Routed | None:
+    """``moe.route`` on rows, of a router over tokens of two dimensions."""
+    flat = flat_router(graph, weights, ids, _stops([weights, ids]))
+    if flat is None:
+        return None
+    try:
+        return replace(_fused(flat.weights, flat.ids), flat=flat)
+    except NoAttribute:
+        flat.undo()
+        return None
 
 
 def _stops(values: list[Value]) -> list[Value]:
@@ -170,11 +191,9 @@ def _insert(graph: Graph, route: Op, weights: Value, ids: Value) -> None:
     after = max((position[v.op] + 1 for v in route.operands if v.op is not None), default=0)
     before = min(position[u] for u in users)
     if after > before:
-        route.drop_operands()
         raise _Unknown("the weights are used before all that the router needs is computed")
     write = write_within(graph, ancestors([weights, ids], route.operands), graph.ops[before])
     if write is not None:
-        route.drop_operands()
         raise _Unknown(f"{write.attrs.get('target', write.name)} writes to memory of the router while it runs")
     old = [v.op for v in (weights, ids) if v.op is not None]
     graph.insert(before, route)
@@ -208,26 +227,33 @@ class FuseRouting(Pass):
             if not isinstance(weights.type.shape[1], sympy.Integer):
                 ctx.remark("missed", self.name, "k is computed at run time", user)
                 continue
+            route: _Routed | None = None
             try:
-                route = self._route(weights, ids, user, ctx)
+                route = self._route(graph, weights, ids, user, ctx)
                 what = f"router of top {route.op.attrs['k']} in one op"
                 if not ctx.take_fuel(self.name, what, user):
-                    route.op.drop_operands()
+                    route.undo()
                     break
                 _insert(graph, route.op, route.weights, route.ids)
             except _Unknown as reason:
+                if route is not None:
+                    route.undo()
                 ctx.remark("missed", self.name, str(reason), user)
                 continue
+            if route.flat is not None:
+                route.flat.finish()
             stats["regions" if route.op.regions else "attributes"] += 1
             ctx.remark("applied", self.name, what, user)
         return PassResult(any(stats.values()), stats)
 
-    def _route(self, weights: Value, ids: Value, user: Op, ctx: PassContext) -> _Routed:
+    def _route(self, graph: Graph, weights: Value, ids: Value, user: Op, ctx: PassContext) -> _Routed:
         try:
             route = _fused(weights, ids)
         except NoAttribute as reason:
-            route = _Routed(_region(weights, ids), weights, ids, [])
-            ctx.remark("note", self.name, f"the router is a region: {reason}", user)
+            found = _flattened(graph, weights, ids)
+            route = found or _Routed(_region(weights, ids), weights, ids, [])
+            if found is None:
+                ctx.remark("note", self.name, f"the router is a region: {reason}", user)
         if route.after:
             calls = ", ".join(dict.fromkeys(function(op) for op in route.after))
             ctx.remark("note", self.name, f"torch calls follow the choice of experts: {calls}", user)

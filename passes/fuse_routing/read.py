@@ -108,6 +108,8 @@ def _score_first(router: Router, chosen: Chosen, ids: Value, inner: Value) -> Va
     choice, groups = (chosen.scores, dict[str, Any]()) if by_group else read_groups(chosen.scores)
     router.attrs |= groups
     plain, router.bias = _biased(choice)
+    if scores is not None and scores is not plain:
+        plain = peel(plain, ("detach", "alias"))  # of the choice, which has no gradient; not of the weights
     scores = chosen.scores if scores is None else scores
     if router.bias is not None and (scores is chosen.scores or scores is choice):
         raise NoAttribute("the weights contain the selection bias")

@@ -68,8 +68,11 @@ def _is_inverse(index: Value, permutation: Value) -> bool:
         indices, what = arg(op, 1, "indices"), arg(op, 2, "values")
         where = indices[0] if len(indices) == 1 else None
         plain = arg(op, 3, "accumulate", False) is not True
-    counting = maker(what, "arange")
+    counting = maker(peel(what, VIEWS), "arange")  # of one number, torch makes a view
     if where is not permutation or not plain or counting is None:
+        return False
+    length, slots = tensor(counting.results[0]), tensor(permutation)
+    if length is None or slots is None or not same_dim(length.shape[0], slots.shape[0]):
         return False
     positional = counting.attrs.get("args", ())
     if len(positional) == 1:

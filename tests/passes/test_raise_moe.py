@@ -196,3 +196,12 @@ def test_two_layers_in_one_graph() -> None:
     assert [op.name for op in fused.ops].count("moe.experts") == 2
     y = loop(one, args[0], args[1], args[2:])
     near(run(fused, [*args, *more]), loop(two, y.float(), args[1], more) + y, torch.float32, "fused")
+
+
+def test_one_slot_in_all() -> None:
+    """One token with one expert: torch stores a number without dimensions in the inverse permutation."""
+    layer = Layer(inverse="put", top_k=1)
+    args = make(layer, 1, 0, False)
+    fused, remarks = rewritten(capture(layer.forward, args, ()), FUSE)
+    assert [op.name for op in fused.ops].count("moe.experts") == 1, [r.message for r in remarks]
+    near(run(fused, args), loop(layer, args[0], args[1], args[2:]), torch.float32, "fused")
