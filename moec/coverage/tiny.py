@@ -63,7 +63,10 @@ class Tiny:
             return {"pixel_values": pixels, "dataset_index": torch.arange(BATCH)}
         names = ["input_ids", "decoder_input_ids"] if self.encoder_decoder else ["input_ids"]
         shape = (BATCH, LENGTH)
-        return {n: torch.randint(_FIRST_PLAIN_TOKEN, VOCAB - 1, shape, generator=generator) for n in names}
+        made = {n: torch.randint(_FIRST_PLAIN_TOKEN, VOCAB - 1, shape, generator=generator) for n in names}
+        if self.encoder_decoder:  # in eager mode an encoder may make one up; when it is compiled, it asks for it
+            made["attention_mask"] = torch.ones(shape, dtype=torch.long)
+        return made
 
 
 def build(family: Family) -> Tiny:
