@@ -8,6 +8,7 @@ from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import isa_of, missing, refusal
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError
+from moec.backends.cpu.memory import elsewhere
 from moec.backends.cpu.route import NO_FUNCTIONS, CpuRoute, functions
 from moec.backends.cpu.route_source import read_router, write_router
 from moec.backends.cpu.source import read_shape, write_source
@@ -43,6 +44,8 @@ class CpuBackend(Backend):
         isa = isa_of(target)
         if isinstance(isa, str):
             return Support.no(isa)
+        if (device := elsewhere(op)) is not None:
+            return Support.no(f"its operands are on {device}")
         if compiler() is None:
             warn_of_no_compiler()
             return Support.no("there is no C++ compiler; install g++")

@@ -19,6 +19,7 @@ from moec.backends.cpu.derivative import compile_derivative
 from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
+from moec.backends.cpu.memory import check_readable
 from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, form_of, one_stride
 from moec.backends.cpu.source import Shape
 from moec.backends.cpu.uneven import alike
@@ -73,6 +74,7 @@ class CpuBackward:
         spec, b = self.spec, self.spec.bounds
         if self.reason or any(needs[b[6] :]):
             return None  # gradients of captured tensors are sums over all rows
+        check_readable(inputs)
         p = spec.params(inputs)
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]

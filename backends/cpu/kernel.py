@@ -18,6 +18,7 @@ from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
+from moec.backends.cpu.memory import check_readable
 from moec.backends.cpu.operands import ALIGN, Operands, Pointers, aligned, form_of
 from moec.backends.cpu.source import Shape, write_source
 from moec.backends.cpu.uneven import alike, later, row_bytes, table_of
@@ -83,6 +84,8 @@ class CpuExperts(Kernel):
         out = torch.empty((tokens, shape.width), dtype=spec.out_dtype)
         if not tokens:
             return [out]
+        if not (x.is_cpu and ids.is_cpu and weights.is_cpu):
+            check_readable(inputs[:3])
         placed = self._placed(inputs)
         if placed is None:
             return self.aten.forward(inputs)  # no side of the matrix is contiguous, or not the same one of all
@@ -119,6 +122,7 @@ class CpuExperts(Kernel):
         last = self.last
         if last is not None and last[0] == key:
             return last[1]
+        check_readable(inputs[3:])
         p, spec = self.spec.params(inputs), self.spec
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         up_rows = row_bytes(p.up, self.apart, -2 if up_nk == spec.up_nk else -1)

@@ -15,6 +15,7 @@ from moec.backends.cpu import team
 from moec.backends.cpu.build import build
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
+from moec.backends.cpu.memory import check_readable
 from moec.backends.cpu.route_source import Router, write_router
 from moec.backends.reference import AutogradKernel
 from moec.ir.core import Graph
@@ -63,6 +64,8 @@ class CpuRoute(Kernel):
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         logits = inputs[0]
         bias = inputs[1] if self.bias else None
+        if not all(t.is_cpu for t in inputs):
+            check_readable(inputs)
         tokens, experts = logits.shape
         if experts > 1 and logits.stride(1) != 1:
             logits = logits.contiguous()
