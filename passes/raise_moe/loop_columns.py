@@ -9,7 +9,9 @@ from moec.ir.core import Value
 from moec.ir.types import DType
 from moec.passes.matching import CASTS, VIEWS, arg, function, maker, rank, tensor
 from moec.passes.raise_moe.loop_branches import Branch
-from moec.passes.raise_moe.loop_rows import Factor
+from moec.passes.raise_moe.loop_ids import id_bound
+from moec.passes.raise_moe.loop_masks import Mask, coordinate
+from moec.passes.raise_moe.loop_rows import Factor, indices_of, peel_column
 from moec.passes.raise_moe.refusal import Refusal
 
 
@@ -52,6 +54,29 @@ def read_column(value: Value) -> Column | None:
     if not whole or not isinstance(dim, int) or not isinstance(index, int) or index < 0:
         return None
     return Column(arg(op, 0, "self"), dim % 2, index, tuple(casts))
+
+
+def gate_factor(column: Value, branches: Sequence[Branch], mask: Mask) -> tuple[Factor, Value] | None:
+    """``gates[token, e, None]``: every branch's own column, at its tokens; and that column as the first takes it in.
+
+    Raises:
+        Refusal: Another branch has another expert's column, or an id may be none of the columns.
+    """
+    picked, casts = peel_column(column, set(branches[0].ops))
+    op = maker(picked, "index", "index_select")
+    indices = indices_of(op) if op is not None else []
+    if op is None or len(indices) != 1:
+        return None
+    place = coordinate(indices[0]) if indices[0] is not branches[0].root else (branches[0].root, 0)
+    if place is None or place[0] is not branches[0].root or mask.dims[place[1]] != 0:
+        return None
+    factor = shared_factor(arg(op, 0, "self"), branches, 1)
+    if factor is None:
+        return None
+    gates, bound = tensor(factor.weights), id_bound(mask.ids)
+    if gates is None or bound is None or not gates.shape[1].is_Integer or bound > int(gates.shape[1]):
+        raise Refusal("nothing says that every expert id has a column of gates", op)
+    return Factor(factor.weights, (*factor.casts, *casts), op, by_expert=True), arg(op, 0, "self")
 
 
 def shared_factor(column: Value, branches: Sequence[Branch], dim: int) -> Factor | None:

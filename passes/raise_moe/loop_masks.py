@@ -29,12 +29,14 @@ class Mask:
         expert: The number compared with; None in a one-hot tensor, which holds the answers for all of them.
         dims: The dimension of ``ids`` that every dimension of the mask runs along.
         keep: A condition besides, of the shape of ``ids``.
+        once: A token is marked once, however many of its ids are equal to ``expert``.
     """
 
     ids: Value
     expert: int | None
     dims: tuple[int, ...]
     keep: Value | None = None
+    once: bool = False
 
     @property
     def upright(self) -> bool:
@@ -122,7 +124,7 @@ def read_mask(value: Any) -> Mask | None:
         return _one_hot(arg(op, 0, "self"))
     if name in _AND:
         return _conjunction(op)
-    if name not in (*_SAME_MASK, "ne", "gt", "permute", "transpose", "t", "select", "unbind", "squeeze"):
+    if name not in (*_SAME_MASK, "ne", "gt", "permute", "transpose", "t", "select", "unbind", "squeeze", "any"):
         return None
     mask = read_mask(arg(op, 0, "self"))
     if mask is None or name in _SAME_MASK:
@@ -135,12 +137,14 @@ def read_mask(value: Any) -> Mask | None:
         return _picked(mask, arg(op, 1, "dim"), arg(op, 2, "index"))
     if name == "unbind":
         return _picked(mask, arg(op, 1, "dim", 0), value.index)
-    return _squeezed(op, mask)
+    without = _without(op, mask)
+    return replace(without, once=True) if without is not None and name == "any" else without
 
 
-def _squeezed(op: Op, mask: Mask) -> Mask | None:
-    """A mask of ``[T, 1]`` as one of ``[T]``."""
+def _without(op: Op, mask: Mask) -> Mask | None:
+    """A mask of ``[T, k]`` as one of ``[T]``: k is 1, or any of a token's choices counts."""
     dim = arg(op, 1, "dim")
+    dim = dim[0] if isinstance(dim, list) and len(dim) == 1 else dim
     if not _is_int(dim) or rank(op.results[0]) != len(mask.dims) - 1:
         return None
     at = dim % len(mask.dims)

@@ -22,11 +22,13 @@ class Factor:
         weights: Of all slots.
         casts: Types that they are cast to, one after the other.
         gather: The call that takes the expert's own.
+        by_expert: ``weights`` has a column for every expert rather than one for every choice.
     """
 
     weights: Value
     casts: tuple[DType, ...]
     gather: Op | None
+    by_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ def _of_slots(source: Any, ids: TensorType) -> Value | None:
     return source
 
 
+def indices_of(op: Op) -> list[Any]:
+    """The indices of a gather, in order of the dimensions that they index."""
+    if function(op) == "index_select":
+        return [arg(op, 2, "index")] if arg(op, 1, "dim") == 0 else []
+    return list(arg(op, 1, "indices"))
+
+
 def slot_factor(column: Value, branch: Branch, mask: Mask) -> Factor | None:
     """``weights[token, slot, None]``, or ``weights[mask]``, of the slots that chose this expert."""
     picked, casts = peel_column(column, set(branch.ops))
@@ -103,10 +112,7 @@ def slot_factor(column: Value, branch: Branch, mask: Mask) -> Factor | None:
     ids = tensor(mask.ids)
     if op is None or ids is None:
         return None
-    if function(op) == "index_select":
-        indices = [arg(op, 2, "index")] if arg(op, 1, "dim") == 0 else []
-    else:
-        indices = arg(op, 1, "indices")
+    indices = indices_of(op)
     weights = _of_slots(arg(op, 0, "self"), ids)
     if weights is None or not indices:
         return None

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.ir.core import Graph, Op, Value
-from moec.ir.types import DType, as_dim
+from moec.ir.types import DTYPES, DType, as_dim
 from moec.passes.matching import tensor
 from moec.passes.raise_moe.block import Block, Emitter
 from moec.passes.raise_moe.loop_branches import Branch
 from moec.passes.raise_moe.loop_experts import collect
 from moec.passes.raise_moe.loop_ids import keep_ids, may_miss, renumber
-from moec.passes.raise_moe.loop_rows import Weighting
+from moec.passes.raise_moe.loop_rows import Factor, Weighting
 from moec.passes.raise_moe.loops import Loop
 
 
@@ -36,17 +36,29 @@ def no_weights(emit: Emitter, weighting: Weighting, ids: Value) -> Value:
     return emit.call("aten.ones_like.default", (ids,), i.with_(dtype=dtype), {"dtype": dtype})
 
 
+def _of_choices(emit: Emitter, factor: Factor, ids: Value) -> Value:
+    """The weights of a token's choices."""
+    i, gates = tensor(ids), tensor(factor.weights)
+    assert i is not None and gates is not None
+    if not factor.by_expert:
+        return factor.weights
+    (ids,) = (cast_all(emit, v, [DTYPES["i64"]] if i.dtype != DTYPES["i64"] else []) for v in (ids,))
+    return emit.call("aten.gather.default", (factor.weights, 1, ids), i.with_(dtype=gates.dtype))
+
+
 def write_loop(emit: Emitter, loop: Loop) -> Value:
     """Write the block of ``loop``; the new sum."""
     t, out, factor = tensor(loop.ids), tensor(loop.chain.out), loop.kind.weighting.factor
     assert t is not None and out is not None
     top_k = as_dim(1) if t.rank == 1 else t.shape[1]
-    ids = keep_ids(emit, emit.matrix(loop.ids, t.shape[0], top_k), loop.keep)
+    chosen = emit.matrix(loop.ids, t.shape[0], top_k)
+    ids = keep_ids(emit, chosen, loop.keep)
     experts = [b.expert for b in loop.kind.branches]
     if factor is None:
         weights = no_weights(emit, loop.kind.weighting, ids)
     else:
-        weights = emit.matrix(cast_all(emit, factor.weights, factor.casts), t.shape[0], top_k)
+        weights = cast_all(emit, _of_choices(emit, factor, chosen), factor.casts)
+        weights = emit.matrix(weights, t.shape[0], top_k)
     *ups, down = collect(loop.expert, loop.kind.first.outside, [b.outside for b in loop.kind.branches])
     block = Block(
         x=cast_all(emit, loop.kind.x, loop.expert.casts),

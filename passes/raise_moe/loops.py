@@ -15,10 +15,11 @@ from moec.ir.core import Graph, Value
 from moec.passes.hazards import write_within
 from moec.passes.matching import arg, function, maker, peel_views, same_dim, tensor
 from moec.passes.raise_moe.loop_branches import Branch, read_branches
+from moec.passes.raise_moe.loop_columns import gate_factor
 from moec.passes.raise_moe.loop_experts import GEMMS, Expert, find_gemms, is_expert, read_expert
 from moec.passes.raise_moe.loop_ids import choices_differ
 from moec.passes.raise_moe.loop_masks import Mask, coordinate, read_mask
-from moec.passes.raise_moe.loop_rows import Weighting, read_gather, read_weighting, slot_factor
+from moec.passes.raise_moe.loop_rows import Factor, Weighting, read_gather, read_weighting, slot_factor
 from moec.passes.raise_moe.loop_steps import Chain, Step
 from moec.passes.raise_moe.loop_terms import Term, read_terms
 from moec.passes.raise_moe.refusal import Refusal
@@ -101,14 +102,14 @@ def _pick(step: Step) -> tuple[Value, Mask] | None:
     return (root, mask) if found is not None or mask.dims == (0,) else None
 
 
-def _check_modes(chain: Chain, ids: Value, fresh: bool) -> None:
+def _check_modes(chain: Chain, mask: Mask, fresh: bool) -> None:
     """Refuse steps that do not add every row once."""
-    t = tensor(ids)
+    t = tensor(mask.ids)
     assert t is not None
     single = t.rank == 1 or t.shape[1] == 1
     for step in chain.steps:
-        if step.mode == "add-once" and not single and not choices_differ(ids):
-            raise Refusal("out[token] += adds once per token, and a token's expert ids may be equal", step.op)
+        if (mask.once or step.mode == "add-once") and not single and not choices_differ(mask.ids):
+            raise Refusal("the loop adds once per token, and a token's expert ids may be equal", step.op)
         if step.mode == "write" and not single:
             raise Refusal("out[token] = overwrites what other experts of the same token wrote", step.op)
         if step.mode == "write" and not fresh:
@@ -167,12 +168,12 @@ def read_loop(graph: Graph, chain: Chain) -> Loop | None:
         return None
     chain.check()
     ids, keep = masks[0].ids, masks[0].keep
-    if any(m.ids is not ids or m.keep is not keep for m in masks):
+    if any(m.ids is not ids or m.keep is not keep or m.once != masks[0].once for m in masks):
         raise Refusal("the experts of the loop look at different ids", chain.steps[0].op)
     if len(set(experts)) != len(experts):
         raise Refusal("an expert occurs twice in the loop", chain.steps[0].op)
     fresh = starts_at_zero(chain)
-    _check_modes(chain, ids, fresh)
+    _check_modes(chain, masks[0], fresh)
     mask_of = dict(zip(experts, masks, strict=True))
     kinds = []
     for group in kinds_of(branches, [m.dims for m in masks]):
@@ -185,8 +186,17 @@ def read_loop(graph: Graph, chain: Chain) -> Loop | None:
 
 
 def _read_kind(group: list[Branch], mask: Mask) -> Kind:
-    weighting = read_weighting(group[0], lambda column: slot_factor(column, group[0], mask))
-    return Kind(group, *read_gather(group[0], weighting.factor), weighting)
+    columns: list[Value] = []
+
+    def factor(column: Value) -> Factor | None:
+        found = gate_factor(column, group, mask)
+        if found is None:
+            return slot_factor(column, group[0], mask)
+        columns.append(found[1])
+        return found[0]
+
+    weighting = read_weighting(group[0], factor)
+    return Kind(group, *read_gather(group[0], weighting.factor), weighting, tuple(columns))
 
 
 def read_experts(kinds: list[Kind], ids: Value, chain: Chain) -> tuple[Kind, Expert]:
@@ -228,7 +238,7 @@ def _check_shared(kind: Kind, other: Kind) -> None:
         raise Refusal("some experts of the loop are weighted with other tensors", kind.first.step.op)
     if mine.gather is not None and mine.gather.operands[0] in kind.own:
         raise Refusal("the experts of the loop are weighted with different tensors", kind.first.step.op)
-    if mine.casts != theirs.casts:
+    if (mine.casts, mine.by_expert) != (theirs.casts, theirs.by_expert):
         raise Refusal("the experts of the loop cast their weights differently", kind.first.step.op)
 
 

@@ -8,37 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-H, INNER, E, K = 16, 12, 4, 2
-
-
-def weights(gen: torch.Generator, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=gen) * 0.3)
-
-
-class Swiglu(nn.Module):
-    """One expert with three matrices."""
-
-    def __init__(self, gen: torch.Generator, inner: int = INNER) -> None:
-        super().__init__()
-        self.w1, self.w3 = weights(gen, inner, H), weights(gen, inner, H)
-        self.w2 = weights(gen, H, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, self.w1)) * F.linear(x, self.w3), self.w2)
-
-
-class Mlp(nn.Module):
-    """One expert of ``nn.Linear`` with biases and an activation that captures a vector shared by all."""
-
-    def __init__(self, gen: torch.Generator, scale: nn.Parameter) -> None:
-        super().__init__()
-        self.up, self.down, self.scale = nn.Linear(H, INNER), nn.Linear(INNER, H), scale
-        with torch.no_grad():
-            for p in (*self.up.parameters(), *self.down.parameters()):
-                p.copy_(torch.randn(p.shape, generator=gen) * 0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)) * self.scale)
+from tests.slicing.loop_experts import INNER, Constant, Copy, E, H, K, Mlp, Swiglu, Zero, weights
 
 
 class Loop(nn.Module):
@@ -216,6 +186,32 @@ class Slots(Loop):
         return (y.view(*w.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
 
 
+class GatesByExpert(Loop):
+    """A mask of tokens, and gates that have a column for every expert: a softmax over the chosen scores alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        top, ids = F.linear(x, self.gate).topk(K, -1)
+        gates = torch.full((x.shape[0], E), float("-inf")).scatter(-1, ids, top).softmax(-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = (ids == e).any(dim=-1)
+            out[mask] += expert(x[mask]) * gates[mask, e].unsqueeze(1)
+        return out
+
+
+class GatesOfTokens(Loop):
+    """The same gates, at tokens that were searched for."""
+
+    def forward(self, x: Tensor) -> Any:
+        gates = F.linear(x, self.gate).sigmoid()
+        ids = gates.topk(K, -1).indices
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token = (ids == e).any(dim=-1).nonzero().squeeze(1)
+            out.index_add_(0, token, expert(x[token]) * gates[token, e, None])
+        return out
+
+
 class Kept(Loop):
     """Choices of small weight do not count."""
 
@@ -253,31 +249,6 @@ class ZeroCompute(Loop):
     def expert(self, e: int) -> nn.Module:
         kinds: list[type[nn.Module]] = [Zero, Copy, Constant, Constant]
         return Swiglu(self.gen) if e < E else kinds[e - E](self.gen)
-
-
-class Zero(nn.Module):
-    def __init__(self, gen: torch.Generator) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-class Copy(Zero):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Constant(nn.Module):
-    """``a1 x + a2 v`` with ``(a1, a2) = softmax(W x)`` (MoE++, arXiv:2410.07348, equation 6)."""
-
-    def __init__(self, gen: torch.Generator) -> None:
-        super().__init__()
-        self.v, self.w = weights(gen, H), weights(gen, 2, H)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.linear(x, self.w).softmax(-1)
-        return torch.einsum("b,bd->bd", a[:, 0], x) + torch.einsum("b,d->bd", a[:, 1], self.v)
 
 
 class HalfPrecision(Loop):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.slicing.loop_layers import Copy, E, H, Loop, ZeroCompute, weights
+from tests.slicing.loop_experts import Copy, E, H, K, weights
+from tests.slicing.loop_layers import Loop, ZeroCompute
 
 
 class Refused(Loop):
@@ -219,6 +220,37 @@ class RepeatedIds(Refused):
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(ids == e)
             out[token] += w[token, slot, None] * expert(x[token])
+        return out
+
+
+class RepeatedTokens(Refused):
+    """A mask of tokens marks one once where it chose an expert twice."""
+
+    reason = "may be equal"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, ids, w)
+        ids = ids // 2
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = (ids == e).any(dim=-1)
+            out[mask] += expert(x[mask]) * gates[mask, e].unsqueeze(1)
+        return out
+
+
+class OtherGates(Refused):
+    """Every expert is weighted with its neighbour's gate."""
+
+    reason = "another one's column"
+
+    def forward(self, x: Tensor) -> Any:
+        gates = F.linear(x, self.gate).sigmoid()
+        ids = gates.topk(K, -1).indices
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token = (ids == e).any(dim=-1).nonzero().squeeze(1)
+            out.index_add_(0, token, expert(x[token]) * gates[token, (e + 1) % E, None])
         return out
 
 
