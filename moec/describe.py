@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.ir.core import Graph, Op
+from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
-from moec.passes.matching import arg, function
+from moec.passes.matching import VIEWS, arg, function
 from moec.report import BlockReport
 
 
@@ -39,6 +39,22 @@ def route_text(op: Op) -> str:
     return " ".join(parts)
 
 
+def router_of(op: Op) -> Op | None:
+    """The ``moe.route`` that chooses the experts of a ``moe.experts``, whatever becomes of the ids on their way."""
+    seen: set[Value] = set()
+    stack = [op.operands[1]]
+    while stack:
+        value = stack.pop()
+        if value in seen or value.op is None or not isinstance(value.type, TensorType) or value.type.dtype.is_float:
+            continue
+        seen.add(value)
+        if value.op.name == "moe.route":
+            return value.op
+        if value.op.dialect == "torch":
+            stack += value.op.operands
+    return None
+
+
 def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
     """A region as a formula over its arguments (``silu(g)*u``), cut at ``limit`` characters."""
     text: dict[object, str] = {
@@ -61,7 +77,10 @@ def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
 
 
 def fill_experts(report: BlockReport, op: Op) -> None:
-    """Sizes and text of a ``moe.experts`` op."""
+    """Sizes and text of a ``moe.experts`` op, and what stands between it and its router."""
+    between = [v.op for v in op.operands[1:3] if v.op is not None and v.op.dialect == "torch"]
+    if report.router is not None and any(function(o) not in VIEWS for o in between):
+        report.router += ", then torch calls"
     x, down, ids = op.operands[0].type, op.group("down")[0].type, op.operands[1].type
     assert isinstance(x, TensorType) and isinstance(down, TensorType) and isinstance(ids, TensorType)
     report.num_experts = _attr(op, "experts")

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from moec.backends.partition import Claims, claim
 from moec.blocks import fill_report
 from moec.capture import from_exported
+from moec.describe import router_of
 from moec.emit import to_exported
 from moec.ir.core import Graph
 from moec.lowering import block_name, lowering
@@ -50,13 +51,12 @@ def optimize(program: ExportedProgram, **options: object) -> ExportedProgram:
 
 def _report(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Report:
     report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
-    routes = {op.results[1]: op for op in graph.ops if op.name == "moe.route"}
     for op in graph.ops:
         if op.name == "moe.experts":
             block = BlockReport(block_name(op.loc.module, len(report.layers)), source=op.loc.source or None)
             if op not in claims:
                 block.reason = f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
-            route = routes.get(op.operands[1])
+            route = router_of(op)
             fill_report(block, [op] if route is None else [route, op], claims)
             block.ir_before = raised
             report.layers.append(block)

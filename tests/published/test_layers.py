@@ -50,6 +50,7 @@ def test_gemms_of_indexed_weights(name: str) -> None:
     assert len(found) % blocks == 0, [b.name for b in found]
     for block in found:
         assert ROUTERS.get(name, "") in block.ir_after, block.ir_after
+        assert ("then torch calls" in str(block.router)) == (name in DROPS), block.router
         if name in DROPS and ELIMINATES:
             assert "sentinels = true" in block.ir_after, block.ir_after
         if name not in DROPS:
