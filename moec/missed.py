@@ -64,6 +64,8 @@ def _rewritten(model: torch.nn.Module) -> dict[str, str]:
     """Modules that ``moec.prepare`` rewrote, with why they may be missing: in some modes their own forward runs."""
     found = {}
     for name, rewriter in rewritten(model).items():
+        if not rewriter.runs_experts:
+            continue
         note = rewriter.note(model.get_submodule(name))
         found[name] = "it is rewritten, but no captured graph shows its expert GEMMs" + (f"; {note}" if note else "")
     return found

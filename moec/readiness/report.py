@@ -44,6 +44,7 @@ class RewrittenSite:
         how: How it runs its experts now.
         note: What to know about it, such as a mode in which its own forward still runs; or "".
         freed: Bytes of weights that were never read and are given back.
+        runs_experts: False for an adapter around a router or around experts, which are counted themselves.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RewrittenSite:
     how: str
     note: str = ""
     freed: int = 0
+    runs_experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class PrepareReport:
     @property
     def found(self) -> int:
         """How many modules run experts, whether they follow the interface or not."""
-        return len(self.experts) + len(self.rewritten) + len(self.ignored)
+        return len(self.experts) + sum(site.runs_experts for site in self.rewritten) + len(self.ignored)
 
     @property
     def will_use(self) -> int:
@@ -139,8 +141,10 @@ class PrepareReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         used = self.implementation or "what they had"
-        own = f", {len(self.rewritten)} are rewritten" if self.rewritten else ""
-        yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}{own}")
+        own = sum(site.runs_experts for site in self.rewritten)
+        adapters = len(self.rewritten) - own
+        also = (f", {own} are rewritten" if own else "") + (f"; {adapters} adapters are rewritten" if adapters else "")
+        yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}{also}")
         if self.rewritten:
             rewritten = (LeftOut(s.name, s.kind, _what(s)) for s in self.rewritten)
             yield _table("rewritten", ("module", "kind", "how it runs now"), _merged(rewritten))

@@ -72,7 +72,10 @@ def same_gradients(model: nn.Module, run: Any) -> dict[str, torch.Tensor]:
 def test_adapters_train_in_one_graph(targets: str) -> None:
     layers = 2 if targets == "experts" else 1
     model = adapted(targets, layers=layers)
-    assert len(moec.prepare(model).rewritten) == layers * WRAPPED[targets]
+    prepared = moec.prepare(model)
+    assert len(prepared.rewritten) == layers * WRAPPED[targets]
+    assert prepared.found == prepared.will_use == layers
+    assert ("adapters are rewritten" in str(prepared)) == (WRAPPED[targets] > 0)
     with moec.recording() as report:
         found = same_gradients(model, moec_compile(model))
     assert report.graphs == 1
@@ -215,6 +218,13 @@ def test_adapters_of_an_unknown_release_are_in_no_region(monkeypatch: pytest.Mon
     assert not report.regions
     assert len(report.left_out) == 2
     assert all("ParamWrapper.forward is not written as moec knows it" in left.reason for left in report.left_out)
+
+
+def test_explain_knows_a_rewritten_adapter_on_a_router_for_no_block() -> None:
+    model = adapted("router").eval()
+    moec.prepare(model)
+    report = moec.explain(moe_block(model), (torch.randn(1, 5, 64),), backends=["aten"])
+    assert [b.fused for b in report.layers] == [True], report
 
 
 def test_undo_and_eager_leave_the_wrappers_alone() -> None:

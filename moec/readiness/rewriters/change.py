@@ -42,7 +42,8 @@ class RewriteChange:
             owner, _, method = path.rpartition(".")
             self._put(module.get_submodule(owner), method, function)
         freed = unused if free_unused else 0
-        self.sites.append(RewrittenSite(name, type(module).__name__, rewriter.how, note, freed))
+        kind = type(module).__name__
+        self.sites.append(RewrittenSite(name, kind, rewriter.how, note, freed, rewriter.runs_experts))
 
     def _put(self, module: nn.Module, method: str, function: Any) -> None:
         bound = types.MethodType(function, module)

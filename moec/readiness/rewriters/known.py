@@ -46,6 +46,7 @@ class Rewriter:
         note: What a user should know about this instance, or "".
         unused_bytes: Bytes of weights that the instance holds and never reads.
         free: Gives these bytes back.
+        runs_experts: False for a class that stands around or beside modules that do, as adapters do.
     """
 
     target: str
@@ -57,6 +58,7 @@ class Rewriter:
     note: Callable[[Any], str] = lambda module: ""
     unused_bytes: Callable[[Any], int] = lambda module: 0
     free: Callable[[Any], None] = lambda module: None
+    runs_experts: bool = True
 
     def obstacle(self, module: nn.Module) -> str | None:
         """Why ``module``, an instance of the class, is left as it is, or None."""

@@ -94,4 +94,5 @@ REWRITER = Rewriter(
     },
     check=_check,
     note=_note,
+    runs_experts=False,
 )
