@@ -66,7 +66,7 @@ def _begin(family: Family, row: Row, backends: tuple[str, ...]) -> Study | None:
         return None
     row.found = len(study.blocks)
     if row.found < (there := len(tiny.blocks())):
-        row.reasons.append(f"{there - row.found} more blocks do not run on this input")
+        row.reasons.append(f"{row.found} of its {there} MoE blocks run on text; the others are left out here")
     if study.ties:
         row.reasons.append(f"near ties in all inputs tried ({study.ties}): errors may be no errors")
     return study

@@ -136,8 +136,8 @@ class Study:
         token = self.tiny.inputs(self.seed + _TRIES)["input_ids"][:1, :1]
         if self.tiny.encoder_decoder:  # use_cache is the default; asked for, it would go to the encoder too
             result = self.reference(**first)
-            step = {"encoder_outputs": self.reference.get_encoder()(first["input_ids"], first["attention_mask"]), "decoder_input_ids": token}
-            return result.past_key_values, step
+            encoded = self.reference.get_encoder()(first["input_ids"], first["attention_mask"])
+            return result.past_key_values, {"encoder_outputs": encoded, "decoder_input_ids": token}
         result = self.reference(**first, use_cache=True)
         return getattr(result, "past_key_values", None), {"input_ids": token, "use_cache": True}
 

@@ -129,6 +129,19 @@ def test_two_gemms_of_one_owner_are_one_block() -> None:
     assert block_paths(model, frozenset()) == []
 
 
+def test_experts_within_experts_are_one_block() -> None:
+    class Inner(torch.nn.Module):
+        pass
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Inner(), Inner()
+
+    model = torch.nn.ModuleDict({"ffn": torch.nn.ModuleDict({"experts": Outer()})})
+    assert block_paths(model, frozenset({"Inner", "Outer"})) == ["ffn.experts"]
+
+
 def test_a_family_whose_configuration_leaves_experts_out() -> None:
     plain = families()["gemma4"]
     with pytest.raises(NoExpertsError, match="has no experts"):
