@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 import moec
-from moec import MoecWarning
+from tests.compile.test_bad_input import listen
 from tests.compile.watch import moec_compile
 from tests.support.models import build, inputs
 
@@ -36,14 +34,6 @@ def adapted(targets: str, family: str = "mixtral", layers: int = LAYERS, **confi
         torch.manual_seed(1)
         config = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, **TARGETS[targets], **config}
         return peft.get_peft_model(build(family, train=True, layers=layers), peft.LoraConfig(**config))
-
-
-def listen(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What ``run`` gives, and moec's warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = run()
-    return result, [str(w.message) for w in caught if issubclass(w.category, MoecWarning)]
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import moec
-from tests.compile.test_adapters import LOGITS, listen
+from tests.compile.test_bad_input import listen
 from tests.prepare.undecorated import block
 
 peft = pytest.importorskip("peft")
+
+SAME = 1e-5  # fp32 rows of the order of 1
 
 
 class Expert(nn.Module):
@@ -84,7 +86,7 @@ def test_adapters_inside_the_experts_of_a_loop_run_as_pytorch() -> None:
     merged = model.merge_and_unload()
     with moec.recording() as report, torch.no_grad():
         got = moec.compile(merged, inner="eager", backends=("aten",))(x)
-        assert (got - merged(x)).abs().max() <= LOGITS
+        assert (got - merged(x)).abs().max() <= SAME
     assert report.all_fused
 
 
