@@ -17,6 +17,7 @@ _LOOP = (
     "its experts implementation 'eager' loops over the experts in Python, which no graph can hold; "
     "moec.prepare(model) sets one that can be captured"
 )
+_UNSEEN = "no captured graph shows its expert GEMMs"
 _UNMARKED = "moec.prepare(model) lets a loop over experts be traced as one graph"
 _DATA = (
     "no captured graph shows its experts: its Python asks for data (an if on a count of tokens, .item(), .tolist()), "
@@ -32,11 +33,23 @@ def add_missed(report: Report, model: torch.nn.Module) -> None:
         model: The model that was compiled; names in the report are paths of its modules.
     """
     seen = {block.name for block in report.layers}
+    relative = _relative(report, model)
     for name, reason in {**_following(model), **_rewritten(model), **_looping(model)}.items():
         block = block_name(name, 0) if name else type(model).__name__
         if not any(s == block or s.startswith(f"{block}.") or not name for s in seen):
+            if _UNSEEN in reason and any(block.endswith(f".{r}") for r in relative):
+                continue
             module = model.get_submodule(name)
             report.layers.append(BlockReport(block, reason=reason, source=_source(module)))
+
+
+def _relative(report: Report, model: torch.nn.Module) -> set[str]:
+    """Names of blocks that are no paths in ``model``: after a graph break, a path begins where the graph does.
+
+    Such a graph may be run for any number of layers, so nobody can tell which of them it shows.
+    """
+    paths = {name for name, _ in model.named_modules()}
+    return {b.name for b in report.layers if b.name not in paths}
 
 
 def _following(model: torch.nn.Module) -> dict[str, str]:
@@ -44,7 +57,7 @@ def _following(model: torch.nn.Module) -> dict[str, str]:
     found = {}
     for name, module in followers(model).items():
         chosen = vars(module)["config"]._experts_implementation
-        other = f"no captured graph shows its expert GEMMs (experts implementation {chosen!r})"
+        other = f"{_UNSEEN} (experts implementation {chosen!r})"
         found[name] = _LOOP if chosen == "eager" else _adapter(model, name) or other
     return found
 
@@ -67,7 +80,7 @@ def _rewritten(model: torch.nn.Module) -> dict[str, str]:
         if not rewriter.runs_experts:
             continue
         note = rewriter.note(model.get_submodule(name))
-        found[name] = "it is rewritten, but no captured graph shows its expert GEMMs" + (f"; {note}" if note else "")
+        found[name] = f"it is rewritten; {note}" if note else f"it is rewritten, but {_UNSEEN}"
     return found
 
 
@@ -78,8 +91,8 @@ def _looping(model: torch.nn.Module) -> dict[str, str]:
         module = model.get_submodule(left.name)
         known = verdict(module)
         why = _DATA if is_marked(module) else _UNMARKED
-        # of a class that prepare rewrites, the reason says so already
-        found[left.name] = left.reason if known is not None and known.rewriter else f"{left.reason}; {why}"
+        # of a class that is known, the reason says what to do already
+        found[left.name] = left.reason if known is not None else f"{left.reason}; {why}"
     return found
 
 

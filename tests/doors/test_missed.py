@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +54,40 @@ def test_blocks_that_are_found_are_listed_once() -> None:
 def test_a_model_without_experts_has_no_block() -> None:
     report = moec.explain(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert report.layers == [] and report.remarks
+
+
+class Broken(nn.Module):
+    """A graph break inside every layer: names of what comes after it begin at the layer."""
+
+    def __init__(self, fused: int) -> None:
+        super().__init__()
+        layers = models.build("mixtral").model.layers
+        self.layers = nn.ModuleList(BrokenLayer(layer.mlp) for layer in layers)
+        for layer in self.layers[fused:]:
+            layer.mlp.experts.config = copy.copy(layer.mlp.experts.config)
+            layer.mlp.experts.config._experts_implementation_internal = "eager"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class BrokenLayer(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("fused", [2, 1])
+def test_blocks_after_a_graph_break_are_not_missed_and_others_are(fused: int) -> None:
+    model = Broken(fused)
+    x = torch.randn(1, 6, models.build("mixtral").config.hidden_size)
+    report = moec.explain(model, (x,), inner="eager")
+    assert any(b.fused for b in report.layers)
+    missed = [b for b in report.layers if not b.fused]
+    assert len(missed) == 2 - fused and all("moec.prepare" in (b.reason or "") for b in missed)
