@@ -16,6 +16,8 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from tests.compile.ranks import CASES, RANKS, TOKENS, main, make, part, train, whole
 
+pytestmark = pytest.mark.slow  # two processes start, and generated kernels are built
+
 SAME = 1e-5  # fp32, gradients averaged in another order; relative to max(1, largest element)
 BF16 = 2e-2  # sums of bf16 products, in another order
 DEADLINE = 240.0  # seconds for all cases of all ranks, on a busy machine
