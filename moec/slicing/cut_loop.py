@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch.fx import Node
 
 from moec.slicing import nodes
@@ -10,12 +12,21 @@ from moec.slicing.loops import Loop
 from moec.slicing.plain import strange_operand
 
 
+def _only(users: Iterable[Node]) -> Node | None:
+    found = list(users)
+    return found[0] if len(found) == 1 else None
+
+
 def _end(view: View, loop: Loop) -> Node:
-    """The last step, or the cast that is all that follows it."""
+    """The last step, or what is all that follows it: a cast, or a weighted sum of the rows of each token's choices."""
     last = view.order[loop.last]
-    after = {u for total in loop.sums for u in total.users if view.order[u] > last}
-    user = after.pop() if len(after) == 1 else None
-    return user if user is not None and nodes.name(user) in nodes.CASTS else loop.last
+    end = loop.last
+    node = follower = _only({u for total in loop.sums for u in total.users if view.order[u] > last})
+    while node is not None and nodes.name(node) in nodes.VIEWS | {"mul"}:
+        node = _only(node.users)
+    if node is not None and nodes.name(node) == "sum" and nodes.dims(node) == 2:
+        end, follower = node, _only(node.users)
+    return follower if follower is not None and nodes.name(follower) in nodes.CASTS else end
 
 
 def cut_loop(view: View, loop: Loop) -> Slice:
@@ -27,7 +38,8 @@ def cut_loop(view: View, loop: Loop) -> Slice:
     for node in sorted(loop.block, key=view.order.__getitem__):
         if (strange := strange_operand(node)) is not None:
             raise Refused(strange)
-    outside = {node for rows in loop.rows for node in ancestors(rows)}
+    repeats = frozenset({"repeat_interleave"})  # of every token for each of its choices
+    outside = {node for rows in loop.rows for node in ancestors(nodes.peel(rows, repeats))}
     piece = close(view, loop.last, _end(view, loop), loop.block, outside, loop.checks)
     leak = next((n for n in piece.outputs if n in loop.block and n not in loop.sums), None)
     if leak is not None:

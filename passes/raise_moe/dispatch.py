@@ -114,7 +114,7 @@ def _sorted_slots(rows: Value) -> tuple[Value, Value, sympy.Expr]:
         return x, *slots
     if maker(index, "sort", "argsort") is None:
         raise Refusal("the gather of token rows is not by slot // k", rows.op)
-    repeated = _repeated(x)  # rows repeated per slot first, then sorted
+    repeated = repeated_rows(x)  # rows repeated per slot first, then sorted
     return (repeated[0], index, repeated[1]) if repeated is not None else (x, index, as_dim(1))
 
 
@@ -151,7 +151,7 @@ def expert_count(gemm: Gemm) -> int:
     return int(weight.shape[0])
 
 
-def _repeated(rows: Value) -> tuple[Value, sympy.Expr] | None:
+def repeated_rows(rows: Value) -> tuple[Value, sympy.Expr] | None:
     """``(x, k)`` if ``rows`` is every row of ``x`` repeated k times in place."""
     op = maker(rows, "repeat_interleave")
     if op is not None:
@@ -176,7 +176,7 @@ def _repeated(rows: Value) -> tuple[Value, sympy.Expr] | None:
 
 
 def _in_slot_order(gemm: Gemm) -> DispatchPlan:
-    repeated = _repeated(gemm.rows)
+    repeated = repeated_rows(gemm.rows)
     rows, ids = tensor(gemm.rows), tensor(gemm.groups)
     if repeated is None and rows is not None and ids is not None and same_dim(rows.shape[0], ids.shape[0]):
         repeated = gemm.rows, as_dim(1)  # one expert per row, as the weight was indexed

@@ -46,6 +46,11 @@ class ChosenLoop:
     branches: list[Branch]
 
     @property
+    def out(self) -> Value:
+        """The loop's result, in whose place the block stands."""
+        return self.chain.out
+
+    @property
     def what(self) -> str:
         """In words."""
         return f"loop over {len(self.branches)} experts that choose their tokens"

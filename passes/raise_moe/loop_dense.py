@@ -121,4 +121,4 @@ def read_dense(graph: Graph, chain: Chain) -> Loop | None:
         raise Refusal(f"the experts of the loop run {len(kinds)} different programs", last)
     check_writes(graph, branches)
     start = None if starts_at_zero(chain) else chain.start
-    return Loop(chain, ids, None, kind, expert, [], branches, start)
+    return Loop(chain, ids, None, kind, expert, [], branches, start, chain.out)

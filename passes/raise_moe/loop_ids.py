@@ -6,48 +6,49 @@ from collections.abc import Sequence
 
 from moec.ir.core import Op, Value
 from moec.ir.types import DTYPES
-from moec.passes.matching import CASTS, VIEWS, arg, function, peel, same_dim, tensor
+from moec.passes.matching import CASTS, VIEWS, arg, function, maker, same_dim, tensor
 from moec.passes.raise_moe.block import Emitter
 
 _NO_EXPERT = -1
-_CHOICES = ("topk", "sort", "argsort")
+_DIM_AT = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "max": 1}
+"""Where the dimension stands among the arguments of a call that gives places of scores."""
+_SEVERAL = ("topk", "sort", "argsort")
 
 
-def _choice(ids: Value) -> Op | None:
-    """The call that chose ``ids`` along the last dimension, if it is known."""
-    value = peel(ids, (*CASTS, *VIEWS, "slice"))
-    op = value.op if isinstance(value, Value) else None
-    known = op is not None and (function(op) in (*_CHOICES, "argmax", "max")) and value is op.results[-1]
-    return op if known else None
-
-
-def _chosen_from(op: Op) -> tuple[Value, int] | None:
-    """``(scores, dim)`` of a choice."""
-    scores = arg(op, 0, "self")
-    given = [v for v in op.attrs.get("args", ())[1:] if isinstance(v, int) and not isinstance(v, bool)]
-    default = given[-1] if given and function(op) != "topk" else -1
-    dim = arg(op, 2, "dim", -1) if function(op) == "topk" else arg(op, 99, "dim", default)
-    t = tensor(scores)
-    if t is None or not isinstance(dim, int) or dim % t.rank != t.rank - 1:
+def _choice(ids: Value) -> tuple[Op, bool] | None:
+    """The call that chose ``ids`` among the last dimension of its scores, and whether a token's choices differ."""
+    value, apart = ids, True
+    while (op := maker(value, *CASTS, *VIEWS, "slice")) is not None:
+        source, t = arg(op, 0, "self"), tensor(value)
+        wide = tensor(source)
+        if function(op) in VIEWS and wide is not None and t is not None:
+            apart = apart and wide.rank > 0 and same_dim(wide.shape[-1], t.shape[-1])
+        value = source
+    op, scores = value.op, tensor(arg(value.op, 0, "self")) if value.op is not None else None
+    if op is None or scores is None or value is not op.results[-1]:
         return None
-    return scores, dim
+    name = function(op)
+    if name not in _DIM_AT:
+        return None
+    given = [v for v in op.attrs.get("args", ())[_DIM_AT[name] :] if not isinstance(v, bool)]  # a flag may stand first
+    default = -1 if name in _SEVERAL else None
+    dim = given[0] if given else op.attrs.get("kwargs", {}).get("dim", default)
+    if not isinstance(dim, int) or dim % scores.rank != scores.rank - 1:
+        return None
+    return op, apart and name in _SEVERAL
 
 
 def choices_differ(ids: Value) -> bool:
     """True if the ids of one token are known to be different: they are the places of its best scores."""
-    op, t = _choice(ids), tensor(ids)
-    if op is None or t is None or function(op) not in _CHOICES or _chosen_from(op) is None:
-        return False
-    made = tensor(op.results[-1])
-    return made is not None and (function(op) != "topk" or same_dim(made.shape[-1], t.shape[-1]))
+    found = _choice(ids)
+    return found is not None and found[1]
 
 
 def id_bound(ids: Value) -> int | None:
     """A number that all ids are known to be below, or None. They are not negative then."""
-    op = _choice(ids)
-    chosen = _chosen_from(op) if op is not None else None
-    t = tensor(chosen[0]) if chosen is not None else None
-    return int(t.shape[-1]) if t is not None and t.shape[-1].is_Integer else None
+    found = _choice(ids)
+    scores = tensor(arg(found[0], 0, "self")) if found is not None else None
+    return int(scores.shape[-1]) if scores is not None and scores.shape[-1].is_Integer else None
 
 
 def keep_ids(emit: Emitter, ids: Value, keep: Value | None) -> Value:

@@ -18,6 +18,9 @@ from moec.passes.raise_moe.loop_ids import keep_ids, may_miss, renumber
 from moec.passes.raise_moe.loop_rows import Factor, Weighting
 from moec.passes.raise_moe.loops import Loop
 
+_IDS = DTYPES["i64"]
+"""The type of ids in a block: others may be unsigned, and no index for torch."""
+
 
 def cast_all(emit: Emitter, value: Value, casts: Sequence[DType]) -> Value:
     """``value`` cast to one type after the other."""
@@ -42,16 +45,16 @@ def _of_choices(emit: Emitter, factor: Factor, ids: Value) -> Value:
     assert i is not None and gates is not None
     if not factor.by_expert:
         return factor.weights
-    (ids,) = (cast_all(emit, v, [DTYPES["i64"]] if i.dtype != DTYPES["i64"] else []) for v in (ids,))
     return emit.call("aten.gather.default", (factor.weights, 1, ids), i.with_(dtype=gates.dtype))
 
 
 def write_loop(emit: Emitter, loop: Loop) -> Value:
     """Write the block of ``loop``; the new sum."""
-    t, out, factor = tensor(loop.ids), tensor(loop.chain.out), loop.kind.weighting.factor
+    t, out, factor = tensor(loop.ids), tensor(loop.out), loop.kind.weighting.factor
     assert t is not None and out is not None
     top_k = as_dim(1) if t.rank == 1 else t.shape[1]
-    chosen = emit.matrix(loop.ids, t.shape[0], top_k)
+    numbers = loop.ids if t.dtype == _IDS else emit.call("aten.to.dtype", (loop.ids, _IDS), t.with_(dtype=_IDS))
+    chosen = emit.matrix(numbers, t.shape[0], top_k)
     ids = keep_ids(emit, chosen, loop.keep)
     experts = [b.expert for b in loop.kind.branches]
     if factor is None:
@@ -75,7 +78,7 @@ def write_loop(emit: Emitter, loop: Loop) -> Value:
         out=out,
         sentinels=may_miss(loop.ids, loop.keep, experts),
     )
-    total = block.write(emit, loop.chain.out.name)
+    total = block.write(emit, loop.out.name)
     if loop.start is not None:
         total = emit.call("aten.add.Tensor", (loop.start, total), out)
     for term in loop.terms:

@@ -74,6 +74,7 @@ class Loop:
         terms: The others.
         branches: All experts.
         start: The sum before the loop; None if it is zero.
+        out: The loop's result, in whose place the block stands.
     """
 
     chain: Chain
@@ -84,6 +85,7 @@ class Loop:
     terms: list[Term]
     branches: list[Branch]
     start: Value | None
+    out: Value
 
     @property
     def what(self) -> str:
@@ -182,7 +184,7 @@ def read_loop(graph: Graph, chain: Chain) -> Loop | None:
     kind, expert = read_experts(kinds, ids, chain)
     terms = [t for k in kinds if k is not kind for t in read_terms(k.branches, k.rows, k.x, k.weighting)]
     check_writes(graph, branches)
-    return Loop(chain, ids, keep, kind, expert, terms, branches, None if fresh else chain.start)
+    return Loop(chain, ids, keep, kind, expert, terms, branches, None if fresh else chain.start, chain.out)
 
 
 def _read_kind(group: list[Branch], mask: Mask) -> Kind:

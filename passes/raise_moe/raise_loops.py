@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from moec.ir.core import Graph, Location
 from moec.passes.base import PassContext
+from moec.passes.dce import erase_unused
 from moec.passes.raise_moe.block import Emitter
 from moec.passes.raise_moe.loop_chosen import ChosenLoop, read_chosen
 from moec.passes.raise_moe.loop_dense import find_dense_chains, read_dense
+from moec.passes.raise_moe.loop_slots import fold_slots
 from moec.passes.raise_moe.loop_steps import Chain, find_chains
 from moec.passes.raise_moe.loop_write import erase, write_loop
 from moec.passes.raise_moe.loops import Loop, read_loop
@@ -14,15 +16,19 @@ from moec.passes.raise_moe.refusal import Refusal
 
 
 def _read_gathers(graph: Graph, chain: Chain) -> Loop | ChosenLoop | None:
-    return read_loop(graph, chain) or read_chosen(graph, chain)
+    loop = read_loop(graph, chain)
+    return fold_slots(graph, loop) if loop is not None else read_chosen(graph, chain)
 
 
 def _replace(graph: Graph, loop: Loop | ChosenLoop) -> None:
-    last = loop.chain.steps[-1].op
-    emit = Emitter(graph, last, Location(last.loc.module, last.loc.source, last.loc.stack))
+    last, loc = loop.out.op, loop.chain.steps[-1].op.loc
+    assert last is not None
+    emit = Emitter(graph, last, Location(loc.module, loc.source, loc.stack))
     total = write_loop(emit, loop) if isinstance(loop, Loop) else loop.write(emit)
-    total.meta = dict(loop.chain.out.meta)
-    loop.chain.out.replace_all_uses_with(total)
+    total.meta = dict(loop.out.meta)
+    loop.out.replace_all_uses_with(total)
+    if loop.out is not loop.chain.out:
+        erase_unused(last)
     erase(graph, loop.branches)
 
 
