@@ -10,6 +10,8 @@ from moec.passes.matching import CASTS, VIEWS, arg, function, maker, same_dim, t
 from moec.passes.raise_moe.block import Emitter
 
 _NO_EXPERT = -1
+_EXACT_ID_BITS = 16
+"""Casts to fewer bits could change an expert id."""
 _DIM_AT = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "max": 1}
 """Where the dimension stands among the arguments of a call that gives places of scores."""
 _SEVERAL = ("topk", "sort", "argsort")
@@ -21,7 +23,9 @@ def _choice(ids: Value) -> tuple[Op, bool] | None:
     while (op := maker(value, *CASTS, *VIEWS, "slice")) is not None:
         source, t = arg(op, 0, "self"), tensor(value)
         wide = tensor(source)
-        if function(op) in VIEWS and wide is not None and t is not None:
+        if wide is None or t is None or t.dtype.kind != "int" or t.dtype.bits < _EXACT_ID_BITS:
+            return None
+        if function(op) in VIEWS:
             apart = apart and wide.rank > 0 and same_dim(wide.shape[-1], t.shape[-1])
         value = source
     op, scores = value.op, tensor(arg(value.op, 0, "self")) if value.op is not None else None
