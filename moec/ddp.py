@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from moec.passes.raise_moe.refusal import LONE
 from moec.report import Report
-from moec.slicing import LONE
 
 CUT = (
     "MoE blocks run as PyTorch would run them: it cuts graphs at the gradient buckets of DistributedDataParallel, here "

@@ -147,3 +147,14 @@ def between(source: Iterable[Value], target: Value) -> set[Op]:
                 reach.add(user)
                 stack.extend(user.results)
     return {op for op in ancestors([target], starts) if op in reach}
+
+
+def clamp_bounds(op: Op) -> tuple[Any, Any] | None:
+    """``(low, high)`` of a clamp, each None where there is none; None for what is no clamp."""
+    low_at, high_at = {"clamp": (1, 2), "clamp_min": (1, None), "clamp_max": (None, 1)}.get(function(op), (None, None))
+    if low_at is None and high_at is None:
+        return None
+    return (
+        None if low_at is None else arg(op, low_at, "min"),
+        None if high_at is None else arg(op, high_at, "max"),
+    )

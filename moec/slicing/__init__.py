@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from moec.slicing.cut import NotSliced, Slice
-from moec.slicing.find import LONE, find_slices
+from moec.slicing.find import find_slices
 
-__all__ = ["LONE", "NotSliced", "Slice", "find_slices"]
+__all__ = ["NotSliced", "Slice", "find_slices"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from moec.passes.raise_moe.refusal import LONE
 from moec.slicing.anchors import feeders, find_anchors
 from moec.slicing.cut import NotSliced, Refused, Slice, View, cut
 from moec.slicing.cut_loop import cut_loop
 from moec.slicing.dense import find_dense
 from moec.slicing.loops import find_loops
-
-LONE = "an expert GEMM without a second one: no up and down projection"
 
 
 def find_slices(graph: Graph) -> list[Slice | NotSliced]:

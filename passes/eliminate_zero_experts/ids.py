@@ -12,7 +12,7 @@ from typing import Any
 
 from moec.ir.core import Op, Value
 from moec.passes.eliminate_zero_experts.masks import Mask, as_mask, constant, is_bool, selected
-from moec.passes.matching import CASTS, VIEWS, arg, between, function, last_dim, maker, tensor
+from moec.passes.matching import CASTS, VIEWS, arg, between, clamp_bounds, function, last_dim, maker, tensor
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 _EXACT_BITS = 32
@@ -237,14 +237,8 @@ def _kept(op: Op) -> IdSet | None:
     name, bound = function(op), arg(op, 1, "other")
     if name in ("remainder", "fmod") and isinstance(bound, int) and bound > 0:
         return IdSet.of((0, bound - 1))
-    if name == "clamp":
-        low, high = arg(op, 1, "min"), arg(op, 2, "max")
-    elif name == "clamp_min":
-        low, high = arg(op, 1, "min"), None
-    elif name == "clamp_max":
-        low, high = None, arg(op, 1, "max")
-    else:
+    bounds = clamp_bounds(op)
+    if bounds is None or not all(b is None or isinstance(b, int) for b in bounds):
         return None
-    if not all(b is None or isinstance(b, int) for b in (low, high)):
-        return None
+    low, high = bounds
     return IdSet.of((LOWEST if low is None else low, HIGHEST if high is None else high))

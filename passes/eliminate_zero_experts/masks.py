@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moec.ir.core import Op, Value
-from moec.passes.matching import CASTS, VIEWS, arg, function, maker, tensor
+from moec.passes.matching import CASTS, VIEWS, arg, clamp_bounds, function, maker, tensor
 
 _PRODUCTS = frozenset({"mul", "multiply"})
 _QUOTIENTS = frozenset({"div", "true_divide", "divide"})
@@ -242,17 +242,10 @@ def without_mask(value: Value, masks: list[Mask]) -> Value | None:
 
 def _holds_zero(op: Op) -> bool:
     """True for ``clamp`` and its like with numbers as bounds and 0 between them."""
-    name = function(op)
-    if name == "clamp":
-        low, high = arg(op, 1, "min"), arg(op, 2, "max")
-    elif name == "clamp_min":
-        low, high = arg(op, 1, "min"), None
-    elif name == "clamp_max":
-        low, high = None, arg(op, 1, "max")
-    else:
+    bounds = clamp_bounds(op)
+    if bounds is None or not all(b is None or isinstance(b, (int, float)) for b in bounds):
         return False
-    if not all(b is None or isinstance(b, (int, float)) for b in (low, high)):
-        return False
+    low, high = bounds
     return (low is None or low <= 0) and (high is None or high >= 0)
 
 

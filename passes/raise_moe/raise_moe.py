@@ -25,7 +25,7 @@ from moec.passes.raise_moe.block import Block, Emitter, Projection
 from moec.passes.raise_moe.combine import read_combine
 from moec.passes.raise_moe.dispatch import DispatchPlan, expert_count, read_dispatch
 from moec.passes.raise_moe.raise_loops import raise_loops
-from moec.passes.raise_moe.refusal import Refusal
+from moec.passes.raise_moe.refusal import LONE, Refusal
 from moec.passes.registry import register_pass
 
 
@@ -163,6 +163,6 @@ class RaiseMoe(Pass):
             raised += 1
         for op in gemms:
             if op not in told and op.parent is graph:
-                ctx.remark("missed", self.name, "an expert GEMM without a second one: no up and down projection", op)
+                ctx.remark("missed", self.name, LONE, op)
         raised += raise_loops(graph, ctx, self.name)
         return PassResult(raised > 0, {"blocks": raised})
