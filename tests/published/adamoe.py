@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.published.experts import EXPERTS, HIDDEN, Experts, made
+from tests.published.experts import EXPERTS, HIDDEN, Published, made
 
 NULLS, TOP_K = 4, 3
 
 
-class AdaMoE(nn.Module):
-    """One layer; ``mistake`` makes it another one."""
+class AdaMoE(Published):
+    """One layer."""
 
     def __init__(self, form: str, dtype: torch.dtype = torch.float32, mistake: str = "") -> None:
-        super().__init__()
-        self.gate, self.null_gate = made(10, EXPERTS, HIDDEN, scale=1.0), made(11, NULLS, HIDDEN, scale=1.0)
-        self.experts = Experts(form, dtype, spare=True, mixes=mistake == "experts mix rows")
-        self.mistake = mistake
+        super().__init__(form, dtype, mistake, spare=True)
+        self.null_gate = made(11, NULLS, HIDDEN, scale=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()

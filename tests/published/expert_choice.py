@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.published.experts import EXPERTS, HIDDEN, Experts, made
+from tests.published.experts import EXPERTS, Published
 
 FACTOR = 2
 
 
-class ExpertChoice(nn.Module):
-    """One layer; ``mistake`` makes it another one."""
-
-    def __init__(self, form: str, dtype: torch.dtype = torch.float32, mistake: str = "") -> None:
-        super().__init__()
-        self.gate = made(10, EXPERTS, HIDDEN, scale=1.0)
-        self.experts = Experts(form, dtype, mixes=mistake == "experts mix rows")
-        self.mistake = mistake
+class ExpertChoice(Published):
+    """One layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = F.linear(x.float(), self.gate).softmax(0 if self.mistake == "softmax over tokens" else -1)

@@ -98,3 +98,27 @@ class Experts(nn.Module):
         y = torch._grouped_mm(between(h, self.mixes), self.w2.transpose(1, 2), offs=ends)
         y = y[torch.argsort(order)].view(-1, k, HIDDEN)
         return (y * weights.unsqueeze(-1)).sum(1)
+
+
+class Published(nn.Module):
+    """Base of the layers that route once: a gate, the experts, and a ``mistake`` that makes it another layer.
+
+    Args:
+        form: One of :data:`FORMS`.
+        count: Number of experts.
+        spare: Ids of ``count`` and more mean no expert.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        dtype: torch.dtype = torch.float32,
+        mistake: str = "",
+        *,
+        count: int = EXPERTS,
+        spare: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate = made(10, count, HIDDEN, scale=1.0)
+        self.experts = Experts(form, dtype, count=count, spare=spare, mixes=mistake == "experts mix rows")
+        self.mistake = mistake

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.published.experts import EXPERTS, HIDDEN, Experts, made
+from tests.published.experts import EXPERTS, Published
 
 
-class GShard(nn.Module):
-    """One layer; ``mistake`` makes it another one."""
-
-    def __init__(self, form: str, dtype: torch.dtype = torch.float32, mistake: str = "") -> None:
-        super().__init__()
-        self.gate = made(10, EXPERTS, HIDDEN, scale=1.0)
-        self.experts = Experts(form, dtype, mixes=mistake == "experts mix rows")
-        self.mistake = mistake
+class GShard(Published):
+    """One layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = F.linear(x.float(), self.gate).softmax(-1).topk(2, -1)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.published.experts import HIDDEN, Experts, made
+from tests.published.experts import Published
 
 COUNT, GROUPS = 8, 4
 SIZE = COUNT // GROUPS
 
 
-class MoGE(nn.Module):
+class MoGE(Published):
     """One layer.
 
     Args:
@@ -29,11 +29,9 @@ class MoGE(nn.Module):
     def __init__(
         self, form: str, dtype: torch.dtype = torch.float32, mistake: str = "", way: str = "topk", per_group: int = 1
     ) -> None:
-        super().__init__()
-        self.gate = made(10, COUNT, HIDDEN, scale=1.0)
-        self.experts = Experts(form, dtype, count=COUNT, mixes=mistake == "experts mix rows")
+        super().__init__(form, dtype, mistake, count=COUNT)
         self.register_buffer("first", torch.arange(0, COUNT, SIZE))
-        self.way, self.each, self.mistake = way, per_group, mistake
+        self.way, self.each = way, per_group
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and ids [T, GROUPS * per_group]."""

@@ -76,11 +76,8 @@ def test_grouped_gemms_in_bf16(name: str) -> None:
     assert len(found) == blocks
 
 
-@pytest.mark.parametrize("each", [1, 2])
-@pytest.mark.parametrize("way", ["topk", "max", "masked"])
+@pytest.mark.parametrize(("way", "each"), [("topk", 1), ("topk", 2), ("max", 1), ("masked", 1), ("masked", 2)])
 def test_every_way_to_write_groups_of_equal_load(way: str, each: int) -> None:
-    if way == "max" and each == 2:
-        pytest.skip("a maximum gives one expert")
     (block,) = fused(compare(lambda: MoGE("batched", way=way, per_group=each), CALLS[1:2]))
     assert f"groups = 4, per_group = {each}" in block.ir_after, block.ir_after
     assert ("by_group = true" in block.ir_after) == (way != "masked")

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.published.experts import EXPERTS, HIDDEN, Experts, made
+from tests.published.experts import EXPERTS, Published
 
 
-class TopP(nn.Module):
-    """One layer; ``mistake`` makes it another one."""
+class TopP(Published):
+    """One layer."""
 
     def __init__(self, form: str, dtype: torch.dtype = torch.float32, mistake: str = "", p: float = 0.5) -> None:
-        super().__init__()
-        self.gate = made(10, EXPERTS, HIDDEN, scale=1.0)
-        self.experts = Experts(form, dtype, mixes=mistake == "experts mix rows")
-        self.p, self.mistake = p, mistake
+        super().__init__(form, dtype, mistake)
+        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = F.linear(x.float(), self.gate).softmax(-1).topk(EXPERTS, -1)
