@@ -51,12 +51,14 @@ def compile(
     checks = CompileOptions.from_dict(given).checks  # a bad option is told now, not at the first call
     if prepare:
         from moec.readiness import prepare as ready
-        from moec.readiness.adapters import MERGE
+        from moec.readiness.adapters import holds_adapter
+        from moec.readiness.rewriters import verdict
 
         report = ready(model)
         # Graphs break where these run: no graph shows the block, and nothing else would name it.
         for left in report.ignored:
-            if MERGE in left.reason and checks != "off":
+            module = model.get_submodule(left.name)
+            if verdict(module) is not None and holds_adapter(module) and checks != "off":
                 text = f"MoE block {left.name!r} runs as PyTorch would run it: {left.reason}"
                 warnings.warn(text, MoecWarning, stacklevel=2)
     compiled = torch.compile(model, backend="moec", dynamic=dynamic, fullgraph=fullgraph, options=given)

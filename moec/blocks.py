@@ -33,7 +33,6 @@ from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
-from moec.slicing.plain import own_name
 
 MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
 
@@ -164,7 +163,7 @@ def retrace(piece: Slice) -> GraphModule:
     except Exception as error:  # whatever torch cannot trace here, it can still run: the block stays as it is
         raise MoecError(f"the block could not be retraced: {type(error).__name__}: {error}") from error
     for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
-        placeholder.name = own_name(node)
+        placeholder.name = fx_nodes.own_name(node)
     _locate(traced, piece)
     return traced
 

@@ -6,6 +6,7 @@ otherwise read those of the chosen experts alone. PyTorch does the same; the use
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from torch.fx import Node
 from moec.ir.core import Graph, Value
 from moec.ir.types import TensorType
 from moec.passes.matching import function, peel
+from moec.sizes import size_text
 from moec.slicing import nodes
-from moec.slicing.plain import own_name
 
 _VIEWS = frozenset({"view", "alias", "detach", "unsqueeze", "squeeze", "flatten", "select", "slice", "narrow"})
 _VIEWS |= {"transpose", "permute", "t", "mT", "swapaxes", "view_as"}
@@ -44,7 +45,9 @@ class Computed:
 
     def __str__(self) -> str:
         named = ", ".join(self.sources[:_NAMED]) + (", ..." if len(self.sources) > _NAMED else "")
-        return f"expert weights are computed in every call, {_size(self.bytes)} a block, from {named}; {HOW_TO_END_IT}"
+        return (
+            f"expert weights are computed in every call, {size_text(self.bytes)} a block, from {named}; {HOW_TO_END_IT}"
+        )
 
 
 def computed_weights(graph: Graph, inputs: Sequence[Node]) -> Computed | None:
@@ -81,10 +84,7 @@ def _bytes(value: Value) -> int:
     t = value.type
     if not isinstance(t, TensorType) or not all(d.is_Integer for d in t.shape):
         return 1  # computed, of a size that is known only when it runs
-    count = 1
-    for d in t.shape:
-        count *= int(d)
-    return max(1, count * t.dtype.bits // 8)
+    return max(1, math.prod(map(int, t.shape)) * t.dtype.bits // 8)
 
 
 def _leaves(value: Value, node_of: dict[Value, Node]) -> list[Node]:
@@ -115,21 +115,14 @@ def _names(starts: Sequence[Node]) -> tuple[str, ...]:
         if node.op in ("placeholder", "get_attr"):
             leaves.append(node)
         stack.extend(reversed(node.all_input_nodes))
-    owned = [n for n in leaves if own_name(n) != n.name]
+    owned = [n for n in leaves if nodes.own_name(n) != n.name]
     return tuple(dict.fromkeys(_label(n) for n in owned or leaves))
 
 
 def _label(node: Node) -> str:
     """The tensor's own name, or with the modules around it where it has a name that every layer has."""
-    name = own_name(node)
+    name = nodes.own_name(node)
     if name not in ("weight", "bias"):
         return name
     path = node.name.rsplit("_parameters_", 1)[0].split("_modules_")[-2:]
     return ".".join([*path, name])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"

@@ -17,7 +17,6 @@ _LOOP = (
     "its experts implementation 'eager' loops over the experts in Python, which no graph can hold; "
     "moec.prepare(model) sets one that can be captured"
 )
-_UNSEEN = "no captured graph shows its expert GEMMs"
 _UNMARKED = "moec.prepare(model) lets a loop over experts be traced as one graph"
 _DATA = (
     "no captured graph shows its experts: its Python asks for data (an if on a count of tokens, .item(), .tolist()), "
@@ -36,11 +35,12 @@ def add_missed(report: Report, model: torch.nn.Module) -> None:
     relative = _relative(report, model)
     for name, reason in {**_following(model), **_rewritten(model), **_looping(model)}.items():
         block = block_name(name, 0) if name else type(model).__name__
-        if not any(s == block or s.startswith(f"{block}.") or not name for s in seen):
-            if _UNSEEN in reason and any(block.endswith(f".{r}") for r in relative):
-                continue
-            module = model.get_submodule(name)
-            report.layers.append(BlockReport(block, reason=reason, source=_source(module)))
+        if any(s == block or s.startswith(f"{block}.") or not name for s in seen):
+            continue
+        if reason is None and any(block.endswith(f".{r}") for r in relative):
+            continue
+        source = _source(model.get_submodule(name))
+        report.layers.append(BlockReport(block, reason=reason or _unseen(model, name), source=source))
 
 
 def _relative(report: Report, model: torch.nn.Module) -> set[str]:
@@ -52,13 +52,19 @@ def _relative(report: Report, model: torch.nn.Module) -> set[str]:
     return {b.name for b in report.layers if b.name not in paths}
 
 
-def _following(model: torch.nn.Module) -> dict[str, str]:
-    """Modules that follow transformers' experts interface, with why they may be missing."""
+def _unseen(model: torch.nn.Module, name: str) -> str:
+    """What can be said of a module that nothing is known to keep out of graphs."""
+    module = model.get_submodule(name)
+    how = "rewritten" if is_rewritten(module) else f"implementation {vars(module)['config']._experts_implementation!r}"
+    return f"no captured graph shows its expert GEMMs ({how})"
+
+
+def _following(model: torch.nn.Module) -> dict[str, str | None]:
+    """Modules that follow transformers' experts interface, with what keeps them out of graphs; None for nothing."""
     found = {}
     for name, module in followers(model).items():
-        chosen = vars(module)["config"]._experts_implementation
-        other = f"{_UNSEEN} (experts implementation {chosen!r})"
-        found[name] = _LOOP if chosen == "eager" else _adapter(model, name) or other
+        eager = vars(module)["config"]._experts_implementation == "eager"
+        found[name] = _LOOP if eager else _adapter(model, name)
     return found
 
 
@@ -73,20 +79,16 @@ def _adapter(model: torch.nn.Module, name: str) -> str | None:
     return f"{what}: no graph can hold that; {way_out}"
 
 
-def _rewritten(model: torch.nn.Module) -> dict[str, str]:
-    """Modules that ``moec.prepare`` rewrote, with why they may be missing: in some modes their own forward runs."""
-    found = {}
-    for name, rewriter in rewritten(model).items():
-        if not rewriter.runs_experts:
-            continue
-        note = rewriter.note(model.get_submodule(name))
-        found[name] = f"it is rewritten; {note}" if note else f"it is rewritten, but {_UNSEEN}"
-    return found
+def _rewritten(model: torch.nn.Module) -> dict[str, str | None]:
+    """Modules that ``moec.prepare`` rewrote; in some modes their own forward runs, and the note says so."""
+    running = {name: rewriter for name, rewriter in rewritten(model).items() if rewriter.runs_experts}
+    notes = {name: rewriter.note(model.get_submodule(name)) for name, rewriter in running.items()}
+    return {name: f"it is rewritten; {note}" if note else None for name, note in notes.items()}
 
 
-def _looping(model: torch.nn.Module) -> dict[str, str]:
+def _looping(model: torch.nn.Module) -> dict[str, str | None]:
     """Modules that run experts in their own way, with why they may be missing."""
-    found = {}
+    found: dict[str, str | None] = {}
     for left in lookalikes(model):
         module = model.get_submodule(left.name)
         known = verdict(module)

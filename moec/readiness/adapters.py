@@ -18,6 +18,11 @@ def is_adapter(module: torch.nn.Module) -> bool:
     return isinstance(module._modules.get("base_layer"), torch.nn.Module)
 
 
+def holds_adapter(module: torch.nn.Module) -> bool:
+    """True if an adapter lies somewhere in ``module``."""
+    return any(is_adapter(part) for part in module.modules())
+
+
 def describe(module: torch.nn.Module) -> str:
     """``"an adapter (peft's Linear)"``."""
     kind = type(module)

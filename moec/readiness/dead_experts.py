@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moec.ir.errors import MoecError, nearest
 from moec.readiness.experts import followers
+from moec.sizes import size_text
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 _GROUPS = ("n_group", "num_group", "n_groups", "num_expert_group")
@@ -27,7 +28,6 @@ _CHECKED_TOKENS = 64
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _NARROW_TOLERANCE = 3e-2
 """Largest |difference| of the block's output before and after, over the largest |output|."""
-_MIB = 2**20
 
 
 class DeadExpertsError(MoecError):
@@ -67,7 +67,7 @@ class DeadExpertsReport:
 
     def __str__(self) -> str:
         lines = [f"{b.name}: {len(b.dead)} experts dropped, {b.left} left" for b in self.blocks]
-        total = f"{self.freed / _MIB:.1f} MiB of weights are freed" if self.blocks else "no expert is dead"
+        total = f"{size_text(self.freed)} of weights are freed" if self.blocks else "no expert is dead"
         return "\n".join([*lines, total, *(f"note: {n}" for n in self.notes)])
 
 

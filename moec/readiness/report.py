@@ -12,6 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from moec.sizes import size_text
+
 _TEXT_WIDTH = 140  # of a report turned into text where there is no terminal to ask
 
 
@@ -168,7 +170,7 @@ class PrepareReport:
 
 
 def _what(site: RewrittenSite) -> str:
-    freed = f"; {site.freed / 2**20:.1f} MiB of unread weights are freed" if site.freed else ""
+    freed = f"; {size_text(site.freed)} of unread weights are freed" if site.freed else ""
     return site.how + freed + (f"; {site.note}" if site.note else "")
 
 

@@ -71,6 +71,14 @@ def name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def own_name(node: Node) -> str:
+    """The parameter's own name out of Dynamo's (``l_self_modules_..._parameters_down_proj_``)."""
+    for mark in ("_parameters_", "_buffers_"):
+        if mark in node.name:
+            return node.name.rsplit(mark, 1)[1].strip("_") or node.name
+    return node.name
+
+
 def value(node: Any) -> Any:
     """The fake value of a node, or None."""
     if not isinstance(node, Node):

@@ -20,14 +20,6 @@ _HINTS = {
 }
 
 
-def own_name(node: Node) -> str:
-    """The parameter's own name out of Dynamo's (``l_self_modules_..._parameters_down_proj_``)."""
-    for mark in ("_parameters_", "_buffers_"):
-        if mark in node.name:
-            return node.name.rsplit(mark, 1)[1].strip("_") or node.name
-    return node.name
-
-
 def strangeness(value: Any) -> str:
     """What a recorded tensor is, if it is not plain memory with values in it; else "". Other values are plain."""
     if not isinstance(value, torch.Tensor):
@@ -53,7 +45,7 @@ def strange_operand(node: Node) -> str | None:
             while origin is not None:
                 operand = origin
                 origin = next((n for n in origin.all_input_nodes if strangeness(nodes.value(n)) == why), None)
-            return f"{own_name(operand)} {why}"
+            return f"{nodes.own_name(operand)} {why}"
     return None
 
 

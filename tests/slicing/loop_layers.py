@@ -41,8 +41,13 @@ class Loop(nn.Module):
         out = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+            out.index_add_(0, token, self.rows(e, expert, x[token]) * w[token, slot, None])
         return out
+
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        """What expert ``e`` makes of its tokens."""
+        found: Tensor = expert(x)
+        return found
 
 
 class Biased(Loop):
@@ -124,27 +129,15 @@ class Stacked(Loop):
         self.gate_up, self.down = weights(gen, E, H, 2 * INNER), weights(gen, E, INNER, H)
         self.gate_up_bias, self.down_bias = weights(gen, E, 2 * INNER), weights(gen, E, H)
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in range(E):
-            token, slot = torch.where(ids == e)
-            g, u = (x[token] @ self.gate_up[e] + self.gate_up_bias[e]).chunk(2, dim=-1)
-            rows = F.silu(g) * u @ self.down[e] + self.down_bias[e]
-            out.index_add_(0, token, rows * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        g, u = (x @ self.gate_up[e] + self.gate_up_bias[e]).chunk(2, dim=-1)
+        return F.silu(g) * u @ self.down[e] + self.down_bias[e]
 
 
 class StackedLinear(Stacked):
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in range(E):
-            token, slot = torch.where(ids == e)
-            h = F.linear(x[token], self.gate_up[e].T)
-            rows = F.linear(F.silu(h[:, ::2]) * h[:, 1::2], self.down[e].T)
-            out.index_add_(0, token, rows * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, self.gate_up[e].T)
+        return F.linear(F.silu(h[:, ::2]) * h[:, 1::2], self.down[e].T)
 
 
 class Residual(Loop):

@@ -23,16 +23,9 @@ class Differing(Refused):
 
     reason = "different programs"
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in range(E):
-            token, slot = torch.where(ids == e)
-            x1, expert = x[token], self.experts[e]
-            act = F.silu if e else F.gelu
-            rows = F.linear(act(F.linear(x1, expert.w1)) * F.linear(x1, expert.w3), expert.w2)
-            out.index_add_(0, token, rows * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        act = F.silu if e else F.gelu
+        return F.linear(act(F.linear(x, expert.w1)) * F.linear(x, expert.w3), expert.w2)
 
 
 class OwnNorm(Refused):
@@ -44,13 +37,8 @@ class OwnNorm(Refused):
         super().__init__()
         self.norm = nn.ParameterList(torch.ones(H) for _ in range(E))
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            out.index_add_(0, token, F.rms_norm(expert(x[token]), (H,), self.norm[e]) * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        return F.rms_norm(expert(x), (H,), self.norm[e])
 
 
 class MixedRows(Refused):
@@ -58,14 +46,8 @@ class MixedRows(Refused):
 
     reason = "may mix rows"
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            h = F.linear(x[token], expert.w1).softmax(0) * F.linear(x[token], expert.w3)
-            out.index_add_(0, token, F.linear(h, expert.w2) * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, expert.w1).softmax(0) * F.linear(x, expert.w3), expert.w2)
 
 
 class MixedTerm(Refused, ZeroCompute):
@@ -73,15 +55,9 @@ class MixedTerm(Refused, ZeroCompute):
 
     reason = "may mix rows"
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            rows = expert(x[token])
-            rows = rows - rows.mean(0, keepdim=True) if isinstance(expert, Copy) else rows
-            out.index_add_(0, token, rows * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        found: Tensor = expert(x)
+        return found - found.mean(0, keepdim=True) if isinstance(expert, Copy) else found
 
 
 class Wide(Refused, ZeroCompute):
@@ -93,14 +69,9 @@ class Wide(Refused, ZeroCompute):
         super().__init__()
         self.wide = weights(torch.Generator().manual_seed(4), 3 * H, H)
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            rows = F.linear(x[token], self.wide)[:, :H] if isinstance(expert, Copy) else expert(x[token])
-            out.index_add_(0, token, rows * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        found: Tensor = F.linear(x, self.wide)[:, :H] if isinstance(expert, Copy) else expert(x)
+        return found
 
 
 class ScaledInput(Refused):
@@ -273,14 +244,8 @@ class Deep(Refused):
 
     reason = "GEMMs"
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            rows = F.linear(F.linear(F.linear(x[token], expert.w1), expert.w2), expert.w3)
-            out.index_add_(0, token, F.linear(rows, expert.w2) * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        return F.linear(F.linear(F.linear(F.linear(x, expert.w1), expert.w2), expert.w3), expert.w2)
 
 
 class SumSeen(Refused):
@@ -305,13 +270,8 @@ class Inactive(Refused):
 
     reason = "effect"
 
-    def forward(self, x: Tensor) -> Any:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            out.index_add_(0, token, F.dropout(expert(x[token]), 0.0) * w[token, slot, None])
-        return out
+    def rows(self, e: int, expert: Any, x: Tensor) -> Tensor:
+        return F.dropout(expert(x), 0.0)
 
 
 class Mixture(Refused):

@@ -10,8 +10,7 @@ from torch import nn
 from moec.readiness.report import RewrittenSite
 from moec.readiness.rewriters.known import Rewriter, is_ours
 from moec.readiness.rewriters.registry import REWRITERS, verdict
-
-_MIB = 2**20
+from moec.sizes import size_text
 
 
 class RewriteChange:
@@ -36,7 +35,7 @@ class RewriteChange:
         if unused and free_unused:
             rewriter.free(module)
         elif unused:
-            hint = f"{unused / _MIB:.1f} MiB of its weights are never read: prepare(model, free_unused=True) frees them"
+            hint = f"{size_text(unused)} of its weights are never read: prepare(model, free_unused=True) frees them"
             note = f"{note}; {hint}" if note else hint
         for path, function in rewriter.methods.items():
             owner, _, method = path.rpartition(".")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moec.readiness.rewriters.known import Rewriter, fingerprint
 from moec.readiness.signature import hooks
+from moec.sizes import size_text
 
 _ACTIVATE = "db87e5dcf1da3acf"
 
@@ -75,9 +76,9 @@ def _check(module: Any) -> str | None:
 
 
 def _note(module: Any) -> str:
-    size = module.get_param().numel() * module.get_param().element_size() / 2**20
+    size = module.get_param().numel() * module.get_param().element_size()
     return (
-        f"its adapted weight, {size:.1f} MiB, is computed in every call; "
+        f"its adapted weight, {size_text(size)}, is computed in every call; "
         "for inference, merge_and_unload() makes it part of the weights"
     )
 
