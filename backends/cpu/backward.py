@@ -78,11 +78,12 @@ class CpuBackward:
         p = spec.params(inputs)
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]
-        make = recycle.SHARED.empty_like
-        found = [make(t) if need else None for t, need in zip(inputs, needs, strict=True)]
-        found[0] = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-        found[1] = None
-        found[2] = torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None
+        found: list[Tensor | None] = [
+            torch.empty(x.shape, dtype=x.dtype) if needs[0] else None,
+            None,
+            torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None,
+            *(recycle.SHARED.empty_like(t) if need else None for t, need in zip(inputs[3:], needs[3:], strict=True)),
+        ]
         d_up, d_down = found[b[2] : b[3]], found[b[3] : b[4]]
         forms = up_nk, down_nk, form_of(d_up, spec.up_nk), form_of(d_down, spec.down_nk)
         if up_nk is None or down_nk is None or None in forms:

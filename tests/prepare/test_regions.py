@@ -20,13 +20,6 @@ SAME_FUNCTION = (0.0, 1e-5)  # the same operations; gpt-oss takes another attent
 KINDS = {"gpt_oss": 2, "qwen3_next": 2}  # these mix two kinds of attention
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 class Seen:
     """A backend that keeps the graphs it is handed and runs them as they are."""
 

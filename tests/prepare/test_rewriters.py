@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +17,6 @@ from tests.prepare.undecorated import EXPERTS, FAMILIES, FAVOURITE, HIDDEN, INNE
 SAME_F32 = {"rtol": 1e-5, "atol": 1e-5}  # the same products, added in another order
 SAME_BF16 = {"rtol": 2e-2, "atol": 2e-2}  # a few roundings of 2**-8 at other places
 PREFILL, DECODE, LONGER = (2, 7), (1, 1), (3, 11)
-
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def both(family: str, **options: Any) -> tuple[nn.Module, nn.Module]:
