@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     are generated code as well, built when they are first asked for; ``aten`` gives those of captured tensors, of
     experts that differ in their widths, and where an activation takes whole rows or a region follows the down GEMM.
     Targets ``cpu:avx2``, ``cpu:avx512``, ``cpu:avx512_bf16`` and ``cpu:amx`` choose the instructions (AMX's
-    tiles for bf16, in the forward); ``cpu`` takes the best that the processor has, AMX only with ``MOEC_AMX=1``.
+    tiles for bf16, in the forward); ``cpu`` takes the best that the processor has.
     """
 
     name = "cpu"

@@ -38,8 +38,6 @@ LEVELS = {
     "amx": Isa("amx", _BF16_NEEDS | {"amx_tile", "amx_bf16"}, (*_BF16, "-mamx-tile", "-mamx-bf16")),
 }
 """From the lowest to the highest."""
-USE_AMX = "MOEC_AMX"
-"""Environment variable: ``1`` lets kernels use AMX where the processor has it."""
 EMULATED_AMX = Isa("amx_emulated", _BF16_NEEDS, (*_BF16, "-DMOEC_EMULATE_AMX"))
 """The kernels of ``amx`` with its tile instructions in plain C++: for tests where the processor lacks them."""
 
@@ -61,11 +59,8 @@ def isa_of(target: str) -> Isa | str:
 
 
 def missing(isa: Isa) -> str:
-    """What this machine lacks for ``isa``: flags of its processor, or leave to use tiles; empty if nothing."""
-    lacks = ", ".join(sorted(isa.needs - cpu_flags()))
-    if not lacks and "amx_tile" in isa.needs and os.environ.get(USE_AMX) != "1":
-        return f"the setting {USE_AMX}=1 (these kernels have run in emulation alone so far)"
-    return lacks
+    """Flags of the processor that this machine lacks for ``isa``; empty if none."""
+    return ", ".join(sorted(isa.needs - cpu_flags()))
 
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # x86-64 Linux: the call, its code, the state's number

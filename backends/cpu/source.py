@@ -28,7 +28,7 @@ struct Sizes {{
     static constexpr int K = {hidden}, M = {up}, I = {inner}, N = {down}, WIDTH = {width};
     static constexpr bool UP_NK = {up_nk}, DOWN_NK = {down_nk}, PAIRED = {paired};
     static constexpr bool UP_BIAS = {up_bias}, DOWN_BIAS = {down_bias}, ROWS = {rows}, POST = {post};
-    static constexpr bool RAGGED = {ragged};
+    static constexpr bool RAGGED = {ragged}, LANEWISE = {lanewise};
     static constexpr int64_t ROW_FLOATS = {row_floats};
 {functions}}};
 }}
@@ -214,6 +214,7 @@ def write_source(shape: Shape, up_nk: bool, down_nk: bool) -> str:
         rows=boolean(not isinstance(shape.activation, str)),
         post=boolean(shape.post is not None),
         ragged=boolean(shape.ragged),
+        lanewise=boolean(isinstance(shape.activation, str) and "captures[" not in shape.activation),
         row_floats=row_floats,
         functions=functions,
     )

@@ -26,40 +26,15 @@ struct Sums {
     int64_t a, b, row;
 };
 
-// Lines of memory that are wanted soon, some at every product: runs of `count` lines, `inner` bytes apart.
+// Memory that is wanted soon: with every product `count` lines, `row` bytes apart, and the next time those `step` bytes on.
 struct Fetch {
     const char* line = nullptr;
-    int64_t inner = 0, outer = 0, left = 0;  // outer: from the last line of a run to the first of the next
-    int count = 0, in_run = 0, each = 0;
+    int64_t row = 0, step = 0;
+    int count = 0;
 
-    // Rows of a matrix: a line of each, then the next line of each, as tiles are read.
-    static Fetch rows(const char* at, int64_t row, int n, int64_t bytes, int64_t steps) {
-        return of(at, row, n, 64, (bytes + 63) / 64, steps);
-    }
-    // Rows one after the other.
-    static Fetch runs(const char* at, int64_t row, int n, int64_t bytes, int64_t steps) {
-        return of(at, 64, (int)((bytes + 63) / 64), row, n, steps);
-    }
-    inline __attribute__((always_inline)) void step() {
-        int n = left < each ? (int)left : each;
-        left -= n;
-        for (; n > 0; n--) {
-            _mm_prefetch(line, _MM_HINT_T1);
-            line += inner;
-            if (--in_run == 0) {
-                line += outer;
-                in_run = count;
-            }
-        }
-    }
-
-private:
-    static Fetch of(const char* at, int64_t inner, int count, int64_t run, int64_t times, int64_t steps) {
-        Fetch f;
-        f.line = at, f.inner = inner, f.outer = run - inner * count, f.count = f.in_run = count;
-        f.left = at ? times * count : 0;
-        f.each = (int)((f.left + steps - 1) / steps);
-        return f;
+    inline __attribute__((always_inline)) void next() {
+        for (int i = 0; i < count; i++) _mm_prefetch(line + i * row, _MM_HINT_T1);
+        line += step;
     }
 };
 
@@ -86,21 +61,19 @@ public:
     }
 };
 
-// One product along K of A by B tiles. STREAM: what is on the left is not wanted again soon.
-template <int A, int B, bool STREAM>
+// One product along K of A by B tiles.
+template <int A, int B>
 static inline __attribute__((always_inline)) void product(const char* a0, const char* a1, int64_t row_a, const char* b0, const char* b1,
                                                           int64_t row_b0, int64_t row_b1) {
     TILE_LOAD(6, b0, row_b0);
-    if constexpr (STREAM) TILE_STREAM(4, a0, row_a);
-    else TILE_LOAD(4, a0, row_a);
+    TILE_LOAD(4, a0, row_a);
     TILE_PRODUCT(0, 4, 6);
     if constexpr (B == 2) {
         TILE_LOAD(7, b1, row_b1);
         TILE_PRODUCT(1, 4, 7);
     }
     if constexpr (A == 2) {
-        if constexpr (STREAM) TILE_STREAM(5, a1, row_a);
-        else TILE_LOAD(5, a1, row_a);
+        TILE_LOAD(5, a1, row_a);
         TILE_PRODUCT(2, 5, 6);
         if constexpr (B == 2) TILE_PRODUCT(3, 5, 7);
     }
@@ -108,9 +81,9 @@ static inline __attribute__((always_inline)) void product(const char* a0, const 
 
 // c (+)= a * b over `steps` products along K, and one more of the left tiles in `last` where there are such: those lie
 // TILE_FLOATS floats apart, each with rows of 64 bytes.
-template <int A, int B, bool STREAM>
+template <int A, int B>
 static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, int steps, const char* last, const Sums& c, bool add,
-                                            Fetch& fetch) {
+                                            Fetch soon, Fetch also) {
     const char *a0 = a[0].at, *a1 = a[A - 1].at, *b0 = b[0].at, *b1 = b[B - 1].at;
     const int64_t row_a = a[0].row, row_b0 = b[0].row, row_b1 = b[B - 1].row;
     float *c0 = c.at, *c2 = c.at + c.a;
@@ -125,14 +98,12 @@ static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, 
         if constexpr (A == 2) TILE_ZERO(2);
         if constexpr (A == 2 && B == 2) TILE_ZERO(3);
     }
-    Fetch soon = fetch;
     for (int i = 0; i < steps; i++) {
-        soon.step();
-        product<A, B, STREAM>(a0, a1, row_a, b0, b1, row_b0, row_b1);
+        soon.next(), also.next();
+        product<A, B>(a0, a1, row_a, b0, b1, row_b0, row_b1);
         a0 += a[0].step, a1 += a[A - 1].step, b0 += b[0].step, b1 += b[B - 1].step;
     }
-    fetch = soon;
-    if (last) product<A, B, false>(last, last + TILE_FLOATS * sizeof(float), 64, b0, b1, row_b0, row_b1);
+    if (last) product<A, B>(last, last + TILE_FLOATS * sizeof(float), 64, b0, b1, row_b0, row_b1);
     TILE_STORE(0, c0, c.row);
     if constexpr (B == 2) TILE_STORE(1, c0 + c.b, c.row);
     if constexpr (A == 2) TILE_STORE(2, c2, c.row);
@@ -140,14 +111,13 @@ static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, 
 }
 
 // The same for one or two tiles on each side.
-template <bool STREAM>
 static inline void tiles_of(Shapes& shapes, const Operand* a, int na, const Operand* b, int nb, int steps, const char* last, const Sums& c,
-                            bool add, Fetch& fetch) {
+                            bool add, const Fetch* fetch) {
     shapes.set(a[0].size, a[na - 1].size, b[0].size, b[nb - 1].size);
-    if (na == 2 && nb == 2) tiles<2, 2, STREAM>(a, b, steps, last, c, add, fetch);
-    else if (na == 2) tiles<2, 1, STREAM>(a, b, steps, last, c, add, fetch);
-    else if (nb == 2) tiles<1, 2, STREAM>(a, b, steps, last, c, add, fetch);
-    else tiles<1, 1, STREAM>(a, b, steps, last, c, add, fetch);
+    if (na == 2 && nb == 2) tiles<2, 2>(a, b, steps, last, c, add, fetch[0], fetch[1]);
+    else if (na == 2) tiles<2, 1>(a, b, steps, last, c, add, fetch[0], fetch[1]);
+    else if (nb == 2) tiles<1, 2>(a, b, steps, last, c, add, fetch[0], fetch[1]);
+    else tiles<1, 1>(a, b, steps, last, c, add, fetch[0], fetch[1]);
 }
 
 }  // namespace amx

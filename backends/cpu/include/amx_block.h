@@ -19,90 +19,130 @@ struct Tiles {
     int size(int tile) const { return rows - tile * TILE < TILE ? rows - tile * TILE : TILE; }
 };
 
-constexpr int SLICE_STEPS = 16;  // products along K, after which the sums of many tokens wait: 32 tokens of it take 32 KB
+constexpr int SLICE_STEPS = 64;  // products along K, after which sums wait: so much of 256 tokens and of two units fits the second cache
 
 // Weights whose rows are outputs.
+//
+// A unit is 32 rows of weights, 16 of gate and 16 of up where there are both, times all tokens of the segment, 32 by 32 along
+// the whole of K. The rows come from memory while the first tokens pass, and lie in the second cache for the others; those
+// of the next unit are fetched meanwhile, a line of each row at a time, as they are read later. More rows at once are more
+// streams than a processor's own prefetcher follows, and reading gets slower, not faster.
 struct InPlace {
     using Tiles = amx::Tiles;
-    static constexpr int LDC = 128, LINES = LDC / TILE;  // outputs of a block, of all matrices together
-    template <int PARTS> static constexpr int BLOCK = LDC / PARTS;
-    static constexpr int64_t STAGED = LDC * TILE, TURNED = LDC * TILE;  // floats
+    static constexpr bool ACROSS = true;
+    static constexpr int ROWS = 256;  // most of a segment
+    template <int PARTS> static constexpr int BLOCK = 128 / PARTS;
+    static constexpr int PAIR = 2 * TILE, LDC = PAIR;               // of turned sums
+    static constexpr int64_t STAGED = PAIR * TILE, TURNED = TILE * LDC, SUMS = 4 * TILE_FLOATS;  // floats
 
     static constexpr int64_t room(int64_t rows) {
-        return (int64_t)sizeof(float) * (STAGED + TURNED + (int64_t)LDC * up_to((int)(rows < SEGMENT ? rows : SEGMENT), TILE));
+        return (int64_t)sizeof(float) * (STAGED + TURNED + 128 * (int64_t)up_to((int)(rows < ROWS ? rows : ROWS), PAIR));
     }
-    // Packed rows become the right operand: within each run, what was [tokens][pairs] is [pairs][tokens].
+
+    // Rows of a tile as the right operand: within each run of K, [pairs][tokens]. row(t) is where the t-th begins.
+    template <int K, class Row> static void pack(Packed<bf16>* tile, int size, Row&& row) {
+        const bf16* rows[TILE];
+        for (int t = 0; t < size; t++) rows[t] = row(t);
+        for (int k = 0; k < K; k += RUN<bf16>) {
+            V v[TILE];
+            if (size == TILE && k + RUN<bf16> <= K) {
+#pragma GCC unroll 16
+                for (int t = 0; t < TILE; t++) v[t] = Step<bf16>::row(rows[t] + k);
+            } else {
+                for (int t = 0; t < TILE; t++) v[t] = t < size ? Step<bf16>::row_n(rows[t] + k, K - k) : zero();
+            }
+            put_run((float*)packed_at<bf16>(tile, size, 0, k), v, size);
+        }
+    }
+    // Rows that were packed as a left operand, made a right one.
     static void seal(Packed<bf16>* tile, int size, int from, int count) {
         if (size == 1) return;
         for (int k = from; k < from + count; k += RUN<bf16>) {
             float* run = (float*)packed_at<bf16>(tile, size, 0, k);
             V v[TILE];
-            if (size == TILE) {
-#pragma GCC unroll 16
-                for (int t = 0; t < TILE; t++) v[t] = load(run + t * W);
-                transpose(v);
-#pragma GCC unroll 16
-                for (int i = 0; i < TILE; i++) store(run + i * W, v[i]);
-            } else {
-                for (int t = 0; t < TILE; t++) v[t] = t < size ? load(run + t * W) : zero();
-                transpose(v);
-                for (int i = 0; i < TILE; i++) store_n(run + i * size, v[i], size);
-            }
+            for (int t = 0; t < TILE; t++) v[t] = t < size ? load(run + t * W) : zero();
+            put_run(run, v, size);
         }
     }
+    // Elements k and k + 1 (even, odd) of a tile's tokens, both of them rounded.
+    static void put_pair(Packed<bf16>* tile, int size, int k, V even, V odd) {
+        const __m512i pair = _mm512_or_si512(_mm512_castps_si512(odd), _mm512_srli_epi32(_mm512_castps_si512(even), 16));
+        store_n((float*)tile + (k / RUN<bf16> * W + k % RUN<bf16> / 2) * size, _mm512_castsi512_ps(pair), size);
+    }
 
-    // Few tokens: the weights pass once, and the rows after those at work are fetched. Many: a slice of 32 tokens stays in
-    // the first cache, the block's rows in the second, where those of the next block arrive over the whole of this one.
-    template <int K, int PARTS, class Done>
+    // TURN: done(at, n, first token, tokens, c, ldc) gets c[t * ldc + part * ldc / 2 + i] for outputs at + i of each part.
+    // Else: done(at, n, first token, tokens, c) gets the sums as they are, c[row(i, part)][t], see row().
+    template <int K, int PARTS, bool TURN, class Done>
     static void block(const Place& w, int64_t row, const Packed<bf16>* x, Tiles tokens, const Place& next, float* room, Done&& done) {
-        constexpr int WHOLE = K / RUN<bf16>, LEFT = K % RUN<bf16>, BYTES = K * (int)sizeof(bf16), PAIR = 2 * TILE;
-        float *staged = room, *turned = room + STAGED, *sums = turned + TURNED;
-        const bool once = tokens.count <= 2;
-        const int length = once || WHOLE == 0 ? WHOLE : SLICE_STEPS, pairs = (tokens.count + 1) / 2, blocks = (w.n + PAIR - 1) / PAIR;
-        if (LEFT)
-            for (int part = 0; part < PARTS; part++)
-                stage(w.at[part] + WHOLE * RUN<bf16> * sizeof(bf16), row, w.n, LEFT, staged + part * (LDC / PARTS) * TILE);
-        Fetch fetch[2];
-        for (int part = 0; part < PARTS && !once; part++)
-            fetch[part] = Fetch::rows(next.at[part], row, next.n, BYTES, (int64_t)pairs * blocks * (WHOLE + 1));
+        constexpr int WHOLE = K / RUN<bf16>, LEFT = K % RUN<bf16>, OUTPUTS = PAIR / PARTS;  // outputs: of each part, in a unit
+        constexpr int SLICES = WHOLE > SLICE_STEPS ? (WHOLE + SLICE_STEPS - 1) / SLICE_STEPS : 1, STEPS = (WHOLE + SLICES - 1) / SLICES;
+        float *staged = room, *turned = room + STAGED, *all = turned + TURNED;
+        const int pairs = (tokens.count + 1) / 2;
         Shapes shapes;
         int k = 0;
         do {
-            const int steps = WHOLE - k < length ? WHOLE - k : length;
-            const bool ends = k + steps == WHOLE && LEFT;
-            for (int pair = 0; pair < pairs; pair++) {
-                const int first = 2 * pair, nb = tokens.count - first < 2 ? 1 : 2;
-                Operand b[2];
-                for (int j = 0; j < nb; j++) {
-                    const int size = tokens.size(first + j);
-                    const auto* xs = x + (int64_t)tokens.start(first + j) * PADDED<bf16, K> + (int64_t)k * size * W;
-                    b[j] = {(const char*)xs, (int64_t)size * 4, (int64_t)size * 64, size};
+            const int steps = WHOLE - k < STEPS ? WHOLE - k : STEPS;
+            const bool ends = k + steps == WHOLE;
+            float* sums = all;
+            for (int n = 0; n < w.n; n += OUTPUTS) {
+                const int count = w.n - n < OUTPUTS ? w.n - n : OUTPUTS, na = PARTS == 2 || count > TILE ? 2 : 1;
+                Operand a[2];
+                for (int i = 0; i < na; i++) {
+                    const int at = PARTS == 2 ? n : n + i * TILE;
+                    a[i] = {w.at[PARTS == 2 ? i : 0] + at * row + k * 64, row, 64, w.n - at < TILE ? w.n - at : TILE};
+                    if (LEFT && ends) stage(a[i].at + steps * 64, row, a[i].size, LEFT, staged + i * TILE_FLOATS);
                 }
-                for (int part = 0; part < PARTS; part++)
-                    for (int n = 0; n < w.n; n += PAIR) {
-                        const int na = w.n - n > TILE ? 2 : 1, line = part * (LINES / PARTS) + n / TILE;
-                        Operand a[2];
-                        for (int i = 0; i < na; i++) {
-                            const int at = n + i * TILE;
-                            a[i] = {w.at[part] + at * row + (int64_t)k * 64, row, 64, w.n - at < TILE ? w.n - at : TILE};
-                        }
-                        if (once) fetch[part] = after(w, part, n + PAIR, PARTS, row, next, BYTES, steps + 1);
-                        const char* last = ends ? (const char*)(staged + line * TILE_FLOATS) : nullptr;
-                        float* to = sums + ((int64_t)first * LINES + line) * TILE_FLOATS;
-                        tiles_of<true>(shapes, a, na, b, nb, steps, last, {to, TILE_FLOATS, LINES * TILE_FLOATS, 64}, k > 0, fetch[part]);
+                const Unit then = tokens.count <= 2     ? Unit{}
+                                  : n + OUTPUTS < w.n ? unit<PARTS>(w, n + OUTPUTS, row, k)
+                                  : ends                ? unit<PARTS>(next, 0, row, 0)
+                                                        : unit<PARTS>(w, 0, row, k + steps);
+                for (int first = 0; first < tokens.count; first += 2, sums += SLICES > 1 ? SUMS : 0) {
+                    const int nb = tokens.count - first < 2 ? 1 : 2;
+                    const Fetch fetch[2] = {then.part(0, first / 2, pairs, row), then.part(1, first / 2, pairs, row)};
+                    Operand b[2];
+                    for (int j = 0; j < nb; j++) {
+                        const int size = tokens.size(first + j);
+                        const auto* xs = x + (int64_t)tokens.start(first + j) * PADDED<bf16, K> + (int64_t)k * size * W;
+                        b[j] = {(const char*)xs, (int64_t)size * 4, (int64_t)size * 64, size};
                     }
+                    const char* last = LEFT && ends ? (const char*)staged : nullptr;
+                    if (tokens.count == 1) {  // one stream of rows after the other
+                        for (int i = 0; i < na; i++) {
+                            const char* end = last ? last + i * TILE_FLOATS * (int)sizeof(float) : nullptr;
+                            tiles_of(shapes, a + i, 1, b, 1, steps, end, {sums + i * 2 * TILE_FLOATS, 0, 0, 64}, k > 0, fetch);
+                        }
+                    } else {
+                        tiles_of(shapes, a, na, b, nb, steps, last, {sums, 2 * TILE_FLOATS, TILE_FLOATS, 64}, k > 0, fetch);
+                    }
+                    for (int j = 0; j < nb && ends; j++) {
+                        const float* c = sums + j * TILE_FLOATS;
+                        const int t0 = tokens.start(first + j), mt = tokens.size(first + j);
+                        if constexpr (TURN) {
+                            for (int i = 0; i < na; i++) turn(c + i * 2 * TILE_FLOATS, turned + i * TILE);
+                            done(n, count, t0, mt, turned, LDC);
+                        } else {
+                            done(n, count, t0, mt, c);
+                        }
+                    }
+                }
             }
-            k += length;
-        } while (k < WHOLE);
-        for (int t = 0; t < tokens.count; t++) {
-            for (int part = 0; part < PARTS; part++)
-                for (int n = part * (LDC / PARTS), end = n + w.n; n < end; n += TILE)
-                    turn(sums + ((int64_t)t * LINES + n / TILE) * TILE_FLOATS, turned + n);
-            done(tokens.start(t), tokens.size(t), turned, LDC);
-        }
+        } while ((k += STEPS) < WHOLE);
+    }
+    // Where the sums of a unit's i-th output of a part begin.
+    template <int PARTS> static constexpr int row(int i, int part) {
+        return PARTS == 2 ? part * 2 * TILE_FLOATS + i * TILE : i / TILE * 2 * TILE_FLOATS + i % TILE * TILE;
     }
 
 private:
+    static inline __attribute__((always_inline)) void put_run(float* run, V* v, int size) {
+        transpose(v);
+        if (size == TILE) {
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) store(run + i * W, v[i]);
+        } else {
+            for (int i = 0; i < TILE; i++) store_n(run + i * size, v[i], size);
+        }
+    }
     // The last elements of n rows with zeros after them, as left tiles: what comes after a row is not read.
     static void stage(const char* w, int64_t row, int n, int left, float* to) {
         for (int i = 0; i < n; i++) store(to + i * TILE, Step<bf16>::row_n((const bf16*)(w + i * row), left));
@@ -116,34 +156,42 @@ private:
 #pragma GCC unroll 16
         for (int i = 0; i < TILE; i++) store(to + i * LDC, v[i]);
     }
-    // The 32 rows from row n on, of this matrix, of the one after it or of the next block.
-    static Fetch after(const Place& w, int part, int n, int parts, int64_t row, const Place& next, int64_t bytes, int64_t steps) {
-        const Place* place = &w;
-        if (n >= w.n) {
-            n = 0;
-            if (++part == parts) {
-                part = 0;
-                place = &next;
-            }
+    // Where a unit's rows begin, and how many there are in each of its two halves.
+    struct Unit {
+        const char* at[2];
+        int rows[2];
+
+        // Those that are fetched while the i-th of so many pairs of token tiles passes: a share of all rows, whose lines are
+        // asked for as they lie.
+        Fetch part(int half, int i, int pairs, int64_t row) const {
+            const int all = rows[0] + rows[1], skip = half ? rows[0] : 0;
+            int from = all * i / pairs - skip, stop = all * (i + 1) / pairs - skip;
+            from = from < 0 ? 0 : from, stop = stop > rows[half] ? rows[half] : stop;
+            return {at[half] + from * row, row, 64, stop - from};
         }
-        if (!place->at[part]) return {};
-        const int count = place->n - n < 2 * TILE ? place->n - n : 2 * TILE;
-        return Fetch::rows(place->at[part] + n * row, row, count, bytes, steps);
+    };
+    template <int PARTS> static Unit unit(const Place& w, int n, int64_t row, int k) {
+        if (!w.at[0]) return {};
+        const int count = w.n - n < PAIR / PARTS ? w.n - n : PAIR / PARTS;
+        const int64_t skip = n * row + k * 64;
+        return {{w.at[0] + skip, PARTS == 2 ? w.at[1] + skip : nullptr}, {count, PARTS == 2 ? count : 0}};
     }
 };
 
 // Weights whose rows are elements of K.
 struct FromPanel {
     using Tiles = amx::Tiles;
-    static constexpr int LDC = 256;
+    static constexpr int LDC = 256, ROWS = 256;
     template <int PARTS> static constexpr int BLOCK = LDC / PARTS;
 
     static constexpr int64_t room(int64_t rows) {
-        return PANEL_BYTES + (int64_t)sizeof(float) * LDC * (rows < SEGMENT ? rows : SEGMENT);
+        return PANEL_BYTES + (int64_t)sizeof(float) * LDC * (rows < ROWS ? rows : ROWS);
     }
+    static constexpr bool ACROSS = false;
+    template <int K, class Row> static void pack(Packed<bf16>* tile, int size, Row&& row) { pack_tile<bf16, K>(tile, size, row); }
     static void seal(Packed<bf16>*, int, int, int) {}  // packed rows are the left operand
 
-    template <int K, int PARTS, class Done>
+    template <int K, int PARTS, bool TURN, class Done>
     static void block(const Place& w, int64_t row, const Packed<bf16>* x, Tiles tokens, const Place& next, float* room, Done&& done) {
         constexpr int LENGTH = SLICE<bf16>, FIRST = K < LENGTH ? K : LENGTH, PAIR = 2 * TILE;
         float *panel = room, *sums = room + PANEL_BYTES / sizeof(float);
@@ -152,12 +200,7 @@ struct FromPanel {
         for (int part = 0; part < PARTS; part++)
             for (int k = 0; k < K; k += LENGTH) {
                 const int count = K - k < LENGTH ? K - k : LENGTH, after = k + LENGTH, steps = (count + RUN<bf16> - 1) / RUN<bf16>;
-                auto runs = [&](const char* at, int n, int rows) {
-                    return Fetch::runs(at, row, rows, n * (int64_t)sizeof(bf16), (int64_t)pairs * columns * steps);
-                };
-                Fetch fetch = after < K          ? runs(w.at[part] + after * row, w.n, K - after < LENGTH ? K - after : LENGTH)
-                              : part + 1 < PARTS ? runs(w.at[part + 1], w.n, FIRST)
-                                                 : runs(next.at[0], next.n, FIRST);
+                const Fetch fetch[2] = {};
                 for (int group = 0; group < w.n; group += GROUP) {
                     const int width = w.n - group < GROUP ? w.n - group : GROUP;
                     fill_panel<bf16, false>(w.at[part] + k * row + group * sizeof(bf16), row, width, count, panel);
@@ -174,12 +217,12 @@ struct FromPanel {
                             Operand b[2];
                             for (int j = 0; j < nb; j++) b[j] = {(const char*)(panel + n + j * TILE), GROUP * 4, TILE * GROUP * 4, TILE};
                             float* to = sums + tokens.start(first) * LDC + part * (LDC / PARTS) + group + n;
-                            tiles_of<false>(shapes, a, na, b, nb, steps, nullptr, {to, TILE * LDC, TILE, LDC * 4}, k > 0, fetch);
+                            tiles_of(shapes, a, na, b, nb, steps, nullptr, {to, TILE * LDC, TILE, LDC * 4}, k > 0, fetch);
                         }
                     }
                 }
             }
-        for (int t = 0; t < tokens.count; t++) done(tokens.start(t), tokens.size(t), sums + tokens.start(t) * LDC, LDC);
+        for (int t = 0; t < tokens.count; t++) done(0, w.n, tokens.start(t), tokens.size(t), sums + tokens.start(t) * LDC, LDC);
     }
 };
 

@@ -47,6 +47,10 @@ template <class T, int K> static inline void pack_row(Packed<T>* tile, int size,
     }
 }
 
+template <class T, int K, class Row> static inline void pack_tile(Packed<T>* tile, int size, Row&& row) {
+    for (int t = 0; t < size; t++) pack_row<T, K>(tile, size, t, row(t));
+}
+
 // Outputs of a block that lie in one matrix and of a panel. Rows that are outputs are read in long runs whatever the
 // block; rows that are elements of K are not, so blocks are wider there.
 template <bool NK> constexpr int COLUMNS = NK ? 128 : 256;           // of all matrices together
@@ -70,10 +74,10 @@ static inline void few_block(const Place& w, int64_t row, const Packed<T>* x, Ti
             direct_of<T>(tiles.rows, rows, row, w.n - at < W ? w.n - at : W, then ? then : rows, x, second, k,
                          sums + part * (LDC / 2) + at, LDC);
         }
-    for (int t = 0; t < tiles.count; t++) done(tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
+    for (int t = 0; t < tiles.count; t++) done(0, w.n, tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
 }
 
-// Calls done(first token, tokens, c, ldc) for every tile, with c[t * ldc + part * ldc / 2 + n] filled.
+// Calls done(0, outputs, first token, tokens, c, ldc) for every tile, with c[t * ldc + part * ldc / 2 + n] filled.
 // x: the segment's packed rows. next: the block that this thread takes after this one. k: how much of K there is.
 template <class T, bool NK, int K, int PARTS, class Done>
 static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done,
@@ -106,7 +110,7 @@ static inline void gemm_block(const Place& w, int64_t row, const Packed<T>* x, T
                 }
             }
         }
-    for (int t = 0; t < tiles.count; t++) done(tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
+    for (int t = 0; t < tiles.count; t++) done(0, w.n, tiles.start(t), tiles.size(t), sums + tiles.start(t) * LDC, LDC);
 }
 
 // The GEMM of a layer's weights of one form. There are others for bf16 on AMX.
@@ -114,9 +118,14 @@ template <class T, bool NK> struct Core {
     using Tiles = moec::Tiles;
     template <int PARTS> static constexpr int BLOCK = moec::BLOCK<NK, PARTS>;  // outputs of each matrix
     static constexpr int64_t room(int64_t rows) { return room_of<NK>(rows); }
+    static constexpr int ROWS = SEGMENT;   // most of a segment
+    static constexpr bool ACROSS = false;  // sums may be had [outputs][tokens], and rows are packed so
+    // The rows of a tile; row(t) is where the t-th begins.
+    template <int K, class Row> static void pack(Packed<T>* tile, int size, Row&& row) { pack_tile<T, K>(tile, size, row); }
     // `count` elements of a tile's packed rows, from `from` on, are there; both are whole runs.
     static void seal(Packed<T>*, int, int, int) {}
-    template <int K, int PARTS, class Done>
+    // TURN: what is done with the sums takes them [tokens][outputs], as it always may.
+    template <int K, int PARTS, bool TURN, class Done>
     static void block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done) {
         gemm_block<T, NK, K, PARTS>(w, row, x, tiles, next, room, done);
     }

@@ -49,8 +49,11 @@ template <class T, bool NK> struct RaggedCore {
     using Tiles = moec::Tiles;
     template <int PARTS> static constexpr int BLOCK = moec::BLOCK<NK, PARTS>;
     static constexpr int64_t room(int64_t rows) { return room_of<NK>(rows); }
+    static constexpr int ROWS = SEGMENT;
+    static constexpr bool ACROSS = false;
+    template <int K, class Row> static void pack(Packed<T>* tile, int size, Row&& row) { pack_tile<T, K>(tile, size, row); }
     static void seal(Packed<T>*, int, int, int) {}
-    template <int K, int PARTS, class Done>
+    template <int K, int PARTS, bool TURN, class Done>
     static void block(const Place& w, int64_t row, const Packed<T>* x, Tiles tiles, const Place& next, float* room, Done&& done) {
         gemm_block<T, NK, K, PARTS>(w, row, x, tiles, next, room, done, w.k);
     }
@@ -67,6 +70,9 @@ template <class L> struct Layer {
     static constexpr int UP_BLOCKS = (L::M + UP - 1) / UP, DOWN_BLOCKS = (L::N + DOWN - 1) / DOWN;
     static constexpr int K_PADDED = PADDED<T, L::K>, I_PADDED = PADDED<T, L::I>;
 
+    static constexpr int SEGMENT_ROWS = UpCore::ROWS < DownCore::ROWS ? UpCore::ROWS : DownCore::ROWS;
+    // Activations go from the up GEMM's sums into the down GEMM's rows as they lie.
+    static constexpr bool ACROSS = UpCore::ACROSS && DownCore::ACROSS && L::LANEWISE && !L::ROWS;
     static constexpr int SHARES = 8;  // of a segment, where rows are worked on one by one
 
     // Bytes of working memory: of a slot in `a` and in `o`, and of a thread's room for so many rows.
@@ -112,17 +118,15 @@ template <class L> struct Layer {
     void pack(Segment s) const {
         const Tiles tiles(s.rows);
         for (int tile = 0; tile < tiles.count; tile++) {
-            const int t0 = tiles.start(tile), mt = tiles.size(tile);
-            Packed<T>* to = packed_x(s) + (int64_t)t0 * K_PADDED;
-            for (int t = 0; t < mt; t++)
-                pack_row<T, L::K>(to, mt, t, (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row));
-            UpCore::seal(to, mt, 0, up_to(L::K, RUN<T>));
+            const int t0 = tiles.start(tile);
+            auto row = [&](int t) { return (const T*)(c.x + order[s.start + t0 + t] / c.top_k * c.x_row); };
+            UpCore::template pack<L::K>(packed_x(s) + (int64_t)t0 * K_PADDED, tiles.size(tile), row);
         }
     }
 
-    // The activations of columns i0 .. i0 + n - 1 of a tile, and in the last block zeros up to a whole run.
-    void activate(const Segment& s, int i0, int n, int t0, int mt, const float* h, int ldh, const float (*bias)[UP + W]) const {
-        const int all = inner(s.expert), stop = i0 + UP < all ? n : up_to(all, RUN<T>) - i0;
+    // The activations of columns i0 .. i0 + n - 1 of a tile, and after the last column zeros up to a whole run.
+    void activate(const Segment& s, int i0, int n, int t0, int mt, const float* h, int ldh, const float (*bias)[UP + W], int at) const {
+        const int all = inner(s.expert), stop = i0 + n < all ? n : up_to(all, RUN<T>) - i0;
         Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
         for (int t = 0; t < mt; t++) {
             for (int i = 0; i < stop; i += W) {
@@ -138,8 +142,8 @@ template <class L> struct Layer {
                     g = round_to<T>(g);
                     u = round_to<T>(u);
                     if (L::UP_BIAS) {
-                        g = round_to<T>(g + load(bias[0] + i));
-                        u = round_to<T>(u + load(bias[L::PARTS - 1] + i));
+                        g = round_to<T>(g + load(bias[0] + at + i));
+                        u = round_to<T>(u + load(bias[L::PARTS - 1] + at + i));
                     }
                     a = keep_n(L::activation(g, u, c.captures, i0 + i, n - i), n - i);
                 }
@@ -147,6 +151,23 @@ template <class L> struct Layer {
             }
         }
         DownCore::seal(tile, mt, i0, stop);
+    }
+
+    // The same from sums that lie [outputs][tokens], as activations are packed there: nothing is turned. at: the unit's
+    // first output within the block.
+    void activate_across(const Segment& s, int i0, int n, int at, int t0, int mt, const float* h, const float (*bias)[UP + W]) const {
+        const int all = inner(s.expert), stop = i0 + n < all ? n : up_to(all, RUN<T>) - i0;
+        Packed<T>* tile = packed_a(s) + (int64_t)t0 * I_PADDED;
+        auto activation = [&](int i) {
+            if (i >= n) return zero();
+            auto sum = [&](int part) {
+                const int row = L::PAIRED ? UpCore::template row<1>(2 * i + part, 0) : UpCore::template row<MATRICES>(i, part);
+                V v = round_to<T>(load(h + row));
+                return L::UP_BIAS ? round_to<T>(v + set1(bias[part][at + i])) : v;
+            };
+            return L::activation(sum(0), sum(L::PARTS - 1), c.captures, 0, 0);
+        };
+        for (int i = 0; i < stop; i += 2) UpCore::put_pair(tile, mt, i0 + i, activation(i), activation(i + 1));
     }
 
     // A row of a GEMM's sums, rounded, with its bias.
@@ -164,25 +185,33 @@ template <class L> struct Layer {
         alignas(64) float bias[2][UP + W];
         if (L::UP_BIAS)
             for (int p = 0; p < L::PARTS; p++) bias_block<T>(bias[p], c.up_bias[p], s.expert, i0, n);
-        auto done = [&](int t0, int mt, const float* h, int ldh) {
-            if constexpr (L::ROWS) {
-                for (int t = 0; t < mt; t++) put_row<L::UP_BIAS>(h + t * ldh, bias[0], h_row(s.start + t0 + t) + i0, n);
-            } else {
-                activate(s, i0, n, t0, mt, h, ldh, bias);
-            }
-        };
-        UpCore::template block<L::K, MATRICES>(up_at(s, block), up_row(s.expert), packed_x(s), Tiles(s.rows), next, room(), done);
+        const Place w = up_at(s, block);
+        if constexpr (ACROSS) {
+            auto done = [&](int at, int count, int t0, int mt, const float* h) {
+                activate_across(s, i0 + at / OUTPUTS, count / OUTPUTS, at / OUTPUTS, t0, mt, h, bias);
+            };
+            UpCore::template block<L::K, MATRICES, false>(w, up_row(s.expert), packed_x(s), Tiles(s.rows), next, room(), done);
+        } else {
+            auto done = [&](int at, int count, int t0, int mt, const float* h, int ldh) {
+                if constexpr (L::ROWS) {
+                    for (int t = 0; t < mt; t++) put_row<L::UP_BIAS>(h + t * ldh, bias[0] + at, h_row(s.start + t0 + t) + i0 + at, count);
+                } else {
+                    activate(s, i0 + at / OUTPUTS, count / OUTPUTS, t0, mt, h, ldh, bias, at / OUTPUTS);
+                }
+            };
+            UpCore::template block<L::K, MATRICES, true>(w, up_row(s.expert), packed_x(s), Tiles(s.rows), next, room(), done);
+        }
     }
 
     void down(Segment s, int block, const Place& next) const {
         const int n0 = block * DOWN, n = part_of(L::N, n0, DOWN);
         alignas(64) float bias[DOWN + W];
         if (L::DOWN_BIAS) bias_block<T>(bias, c.down_bias, s.expert, n0, n);
-        auto done = [&](int t0, int mt, const float* h, int ldh) {
+        auto done = [&](int at, int count, int t0, int mt, const float* h, int ldh) {
             for (int t = 0; t < mt; t++)
-                put_row<L::DOWN_BIAS>(h + t * ldh, bias, (T*)o_row(order[s.start + t0 + t]) + n0, n);
+                put_row<L::DOWN_BIAS>(h + t * ldh, bias + at, (T*)o_row(order[s.start + t0 + t]) + n0 + at, count);
         };
-        DownCore::template block<L::I, 1>(down_at(s, block), down_row(s.expert), packed_a(s), Tiles(s.rows), next, room(), done);
+        DownCore::template block<L::I, 1, true>(down_at(s, block), down_row(s.expert), packed_a(s), Tiles(s.rows), next, room(), done);
     }
 
     // A share of a segment's tiles: the activation of their rows.
@@ -267,7 +296,7 @@ template <class L> struct Layer {
 template <class L> static void experts(const Call& c) {
     int32_t *offsets = c.ints, *order = c.ints + L::E + 1;
     sort_slots(c.ids, c.tokens * c.top_k, L::E, offsets, order);
-    Layer<L>{c, order, Segments(offsets, L::E, SEGMENT)}.run();
+    Layer<L>{c, order, Segments(offsets, L::E, Layer<L>::SEGMENT_ROWS)}.run();
 }
 
 }  // namespace moec

@@ -32,6 +32,12 @@ struct Segments {
     }
     int pieces(int e) const { return (offsets[e + 1] - offsets[e] + most - 1) / most; }
 
+    // Where the j-th of n pieces begins: after whole tiles of the widest kernel, or the last of each piece is half empty.
+    static int whole(int rows, int j, int n) {
+        const int at = (int)((int64_t)rows * j / n);
+        return j < n ? (at + 16) / 32 * 32 : at;
+    }
+
     // A cursor only moves forward: tasks are taken in order.
     struct Cursor {
         int expert = 0, before = 0;
@@ -39,7 +45,7 @@ struct Segments {
     Segment at(int i, Cursor& k) const {
         while (i >= k.before + pieces(k.expert)) k.before += pieces(k.expert++);
         int rows = offsets[k.expert + 1] - offsets[k.expert], n = pieces(k.expert), j = i - k.before;
-        int start = (int)((int64_t)rows * j / n), stop = (int)((int64_t)rows * (j + 1) / n);
+        int start = whole(rows, j, n), stop = whole(rows, j + 1, n);
         return {k.expert, offsets[k.expert] + start, stop - start};
     }
 };
