@@ -1,0 +1,11 @@
+"""Kernels that are embedded in an artifact: no Python at run time, and every declared instruction set in one library."""
+
+from __future__ import annotations
+
+from moec.backends.cpu.aot.archive import archive
+from moec.backends.cpu.aot.embedded import Embedded
+from moec.backends.cpu.aot.experts import Addresses, embed_experts
+from moec.backends.cpu.aot.levels import declared, lowest
+from moec.backends.cpu.aot.route import embed_route
+
+__all__ = ["Addresses", "Embedded", "archive", "declared", "embed_experts", "embed_route", "lowest"]
