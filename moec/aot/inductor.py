@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor import config as inductor_config
-from torch._inductor import cpu_vec_isa
 from torch.export import ExportedProgram
 
 from moec.aot.lowering import Embedding
@@ -51,6 +51,20 @@ def _instructions(target: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _weights_later() -> Iterator[None]:
+    """The library maps a blob of weights that is written later; Inductor serialises none and needs none in memory."""
+    name = "determine_aoti_mmap_flags"
+    before = getattr(codecache, name, None)
+    if before is None:
+        raise InductorError(f"torch {torch.__version__} is not known to moec's ahead-of-time door", hint="use torch 2.13")
+    setattr(codecache, name, lambda size: (True, False))
+    try:
+        yield
+    finally:
+        setattr(codecache, name, before)
+
+
+@contextlib.contextmanager
 def _library_path(folder: Path) -> Iterator[None]:
     before = os.environ.get("LIBRARY_PATH")
     os.environ["LIBRARY_PATH"] = f"{folder}{os.pathsep + before if before else ''}"
@@ -74,7 +88,6 @@ def settings(embedding: Embedding, library: Path | None) -> dict[str, Any]:
         "aot_inductor.custom_ops_to_c_shims": embedding.shims,
         "aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")] if library is not None else [],
         "aot_inductor.package_constants_in_so": False,
-        "aot_inductor.package_constants_on_disk_format": "binary_blob",
         "always_keep_tensor_constants": True,  # values come later: none may be written into the code
         "cpp.march": low.march,
         "cpp.simdlen": low.vector_bits,
@@ -90,7 +103,8 @@ def compile_package(program: ExportedProgram, embedding: Embedding, library: Pat
         InductorError: Inductor or the compiler fails; the message is its own first line.
     """
     declared(embedding.target)
-    with _instructions(embedding.target), _library_path(library.parent if library is not None else path.parent):
+    folder = library.parent if library is not None else path.parent
+    with _instructions(embedding.target), _library_path(folder), _weights_later():
         try:
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=settings(embedding, library)

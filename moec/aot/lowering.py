@@ -9,10 +9,12 @@ import torch
 
 from moec.aot.ops import torch_op
 from moec.backends.cpu.aot import Embedded, embed_experts, embed_route
+from moec.backends.partition import Claims, claim
 from moec.backends.cpu.expression import UnsupportedError
 from moec.emit import LowerOp
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
+from moec.options import CompileOptions
 from moec.runtime.programs import program_graph
 
 Node = torch.fx.Node
@@ -49,6 +51,10 @@ class Embedding:
             except UnsupportedError as reason:
                 found.append(f"{op.loc.module or op.name}: {reason}")
         return found
+
+    def claims(self, graph: Graph, options: CompileOptions) -> Claims:
+        """The cpu backend's answer for every op, as a report shows it."""
+        return claim(graph, ("cpu",), options.target)
 
     def lower_op(self) -> LowerOp:
         """The ``lower_op`` of ``moec.emit`` for every op that has embedded code."""

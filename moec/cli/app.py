@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.cli import backends, coverage, demo, doctor, explain, opt, passes, profile
+from moec.cli import backends, compile, coverage, demo, doctor, explain, opt, passes, profile
 from moec.cli.console import show_error, show_internal
 from moec.ir.errors import MoecError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("compile")(compile.compile)
 app.command("explain")(explain.explain)
 app.command("opt")(opt.opt)
 app.command("passes")(passes.passes)

@@ -1,0 +1,174 @@
+"""The stages of a compile: export, passes, kernels, AOTInductor, weights, archive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moec.aot.code import Code, compile_code
+from moec.aot.dynamic import Ranges
+from moec.aot.errors import AotError
+from moec.aot.lowering import Embedding
+from moec.aot.source import Source, export
+from moec.aot.state import state_of
+from moec.aot.write import EntryParts, Parts, write_artifact
+from moec.backends.cpu.aot import archive
+from moec.capture import from_exported
+from moec.emit import to_exported
+from moec.exported import report_of
+from moec.ir.core import Graph
+from moec.options import CompileOptions
+from moec.pipeline import run_pipeline
+from moec.report import Report
+from moec.session import publish
+
+Told = Callable[[str, str], None]
+"""Hears the stage, and what of it is being done."""
+
+
+@dataclass(frozen=True)
+class AotOptions:
+    """What a compile may be told.
+
+    Attributes:
+        compile: Passes, target and what helps to look inside.
+        dynamic: Ranges of the sizes that vary.
+        weights: ``inside`` or ``beside``.
+    """
+
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    dynamic: Ranges = field(default_factory=dict)
+    weights: str = "inside"
+
+
+@dataclass
+class Built:
+    """What came of a compile.
+
+    Attributes:
+        seconds: By stage.
+        cached: The code was in the cache.
+        report: What was found and fused.
+    """
+
+    path: Path
+    bytes: int
+    seconds: dict[str, float]
+    cached: bool
+    report: Report
+    kernels: int
+
+
+@dataclass
+class Optimized:
+    """One entry before it is compiled to code."""
+
+    program: ExportedProgram
+    before: str
+    after: str
+    raised: str
+
+
+class Stages:
+    """Times of the stages, and who hears of them."""
+
+    def __init__(self, told: Told) -> None:
+        self.seconds: dict[str, float] = {}
+        self._told = told
+        self._stage, self._since = "", time.perf_counter()
+
+    def begin(self, stage: str, detail: str = "") -> None:
+        """A stage begins; the one before is over."""
+        self.end()
+        self._stage, self._since = stage, time.perf_counter()
+        self._told(stage, detail)
+
+    def detail(self, text: str) -> None:
+        """What of the stage is being done."""
+        self._told(self._stage, text)
+
+    def end(self) -> None:
+        """No stage is running."""
+        if self._stage:
+            passed = time.perf_counter() - self._since
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + passed
+        self._stage = ""
+
+
+def build(source: Source, output: Path, options: AotOptions, told: Told = lambda stage, detail: None) -> Built:
+    """Compile ``source`` to the artifact ``output``.
+
+    Raises:
+        MoecError: The model cannot be exported or compiled, or the file cannot be written. Nothing half-written stays.
+    """
+    if not output.parent.is_dir():
+        raise AotError(f"there is no folder {output.parent} to write {output.name} to")
+    stages = Stages(told)
+    stages.begin("export")
+    program = export(source, options.dynamic)
+    embedding = Embedding(options.compile.target)
+    report = Report()
+    optimized = optimize(program, embedding, options.compile, report, stages)
+    publish(report)
+    code, cached = compile_entry(optimized, embedding, stages)
+    stages.begin("weights")
+    state = state_of(source, optimized.program)
+    entry = EntryParts(optimized.program, code, optimized.before, optimized.after)
+    parts = Parts(source, options.compile, options.weights, {"model": entry}, state, tuple(options.dynamic))
+    stages.begin("archive")
+    size = write_artifact(output, parts, stages.detail)
+    stages.end()
+    return Built(output, size, stages.seconds, cached, report, len(embedding.programs))
+
+
+def optimize(
+    program: ExportedProgram, embedding: Embedding, options: CompileOptions, report: Report, stages: Stages
+) -> Optimized:
+    """Run the passes, and put embedded code where MoE ops are.
+
+    A program of which an op has no embedded code comes back as it was: it is plain ATen, which runs with torch alone.
+    """
+    stages.begin("passes")
+    graph = from_exported(program)
+    before = str(graph)
+    ctx, raised = run_pipeline(graph, options)
+    made = report_of(graph, embedding.claims(graph, options), ctx, raised)
+    report.layers += made.layers
+    report.remarks += made.remarks
+    report.graphs += 1
+    if refused := embedding.refusals(graph):
+        report.remarks += [f"{text}; the model runs as PyTorch would run it" for text in refused]
+        for block in report.layers:
+            block.fused, block.reason = False, refused[0]
+        return Optimized(program, before, before, raised)
+    after = str(graph)
+    return Optimized(_emitted(graph, program, embedding, stages), before, after, raised)
+
+
+def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stages: Stages) -> ExportedProgram:
+    lower = embedding.lower_op()
+    done = 0
+
+    def told(op: Any, fx: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+        nonlocal done
+        if op.name == "moe.experts":
+            done += 1
+            stages.detail(f"layer {done}")
+        return lower(op, fx, args)
+
+    return to_exported(graph, program, lower_op=told)
+
+
+def compile_entry(optimized: Optimized, embedding: Embedding, stages: Stages) -> tuple[Code, bool]:
+    """Kernels, then AOTInductor."""
+    stages.begin("kernels")
+    programs = list(embedding.programs.values())
+    library = archive(programs, embedding.target, stages.detail) if programs else None
+    stages.begin("code")
+    return compile_code(optimized.program, embedding, library)

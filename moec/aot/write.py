@@ -1,0 +1,170 @@
+"""Writing an artifact: under another name first, so that nothing half-written is ever found under its own."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from moec import __version__
+from moec.aot.blob import write_blob
+from moec.aot.code import Code, Constant
+from moec.aot.errors import AotError
+from moec.aot.licences import licences_of
+from moec.aot.source import Source
+from moec.aot.spec import entry_spec
+from moec.aot.state import State
+from moec.artifact import manifest as m
+from moec.artifact.archive import MANIFEST, aligned_member, hashed_copy
+from moec.artifact.weights import members_hash, remember
+from moec.options import CompileOptions
+from moec.passes.registry import parse_pipeline
+
+PACKAGE = "cpu/model.pt2"
+_ROOT = "model"
+
+
+@dataclass(frozen=True)
+class EntryParts:
+    """One entry: its program, its code, and its IR before and after the passes."""
+
+    program: ExportedProgram
+    code: Code
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that goes into an artifact."""
+
+    source: Source
+    options: CompileOptions
+    weights: str
+    entries: Mapping[str, EntryParts]
+    state: State
+    dims: tuple[str, ...] = ()
+    generate: Mapping[str, int] = field(default_factory=dict)
+
+
+def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambda _: None) -> int:
+    """Write the artifact ``path``; returns its size in bytes.
+
+    Raises:
+        AotError: The disk is full, or the folder cannot be written to. What was written is removed.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            made = Path(folder) / "artifact"
+            with zipfile.ZipFile(made, "w") as archive:
+                manifest = _write_members(archive, Path(folder), parts, told)
+                with aligned_member(archive, MANIFEST) as member:
+                    member.write(manifest.to_json().encode())
+            made.replace(path)
+    except OSError as error:
+        raise AotError(f"{path} cannot be written: {error.strerror or error}") from error
+    remember(path, members_hash(manifest))
+    return path.stat().st_size
+
+
+def _write_members(
+    archive: zipfile.ZipFile, folder: Path, parts: Parts, told: Callable[[str], None]
+) -> m.Manifest:
+    members: dict[str, m.Member] = {}
+
+    def add(name: str, data: bytes) -> None:
+        with aligned_member(archive, name) as member:
+            member.write(data)
+        members[name] = m.Member(len(data), hashlib.sha256(data).hexdigest())
+
+    for name, entry in parts.entries.items():
+        add(f"ir/{name}.before.moe", entry.before.encode())
+        add(f"ir/{name}.after.moe", entry.after.encode())
+    licences = licences_of(parts.source, add)
+    told("weights")
+    package = folder / "model.pt2"
+    weights, constants = _write_package(package, parts)
+    told("archive")
+    with package.open("rb") as f, aligned_member(archive, PACKAGE) as member:
+        members[PACKAGE] = m.Member(*hashed_copy(f, member))
+    package.unlink()
+    return m.Manifest(
+        moec_version=__version__,
+        torch_version=torch.__version__,
+        target=parts.options.target,
+        model=parts.source.text,
+        passes=",".join(str(p) for p in parse_pipeline(parts.options.passes)),
+        options={"weights": parts.weights},
+        entries={name: entry_spec(entry.program, parts.dims) for name, entry in parts.entries.items()},
+        blobs=(m.Blob(parts.options.target, "aotinductor", PACKAGE, constants),),
+        weights=weights,
+        members=members,
+        licences=licences,
+        generate=dict(parts.generate),
+    )
+
+
+def _write_package(path: Path, parts: Parts) -> tuple[m.Weights, dict[str, dict[str, str]]]:
+    """AOTInductor's package. With weights inside, that of a single entry runs with torch alone as it is."""
+    tensors: dict[str, m.Tensor] = {}
+    files: dict[str, m.File] = {}
+    constants: dict[str, dict[str, str]] = {}
+    first = next(iter(parts.entries))
+    blob_name = f"{_ROOT}/data/aotinductor/{first}/{parts.entries[first].code.blob}"
+    with zipfile.ZipFile(path, "w") as package:
+        for name, entry in parts.entries.items():
+            with zipfile.ZipFile(entry.code.path) as code:
+                for info in code.infolist():
+                    kind, _, short = info.filename.partition("/")
+                    if kind == "frame" and name == first:
+                        _add(package, f"{_ROOT}/{short}", code.read(info))
+                    elif kind == "code":
+                        _add(package, f"{_ROOT}/data/aotinductor/{name}/{short}", code.read(info))
+        layout = _layout(parts, tensors, constants)
+        size = sum(c.size for c in layout)
+        with aligned_member(package, blob_name) as member:
+            write_blob(member, layout, _values(parts))
+        files["inside"] = m.File(f"{PACKAGE}!{blob_name}", "", size, "")
+    return m.Weights("inside", files, tensors), constants
+
+
+def _add(package: zipfile.ZipFile, name: str, data: bytes) -> None:
+    with aligned_member(package, name) as member:
+        member.write(data)
+
+
+def _key(entry: str, constant: Constant, parts: Parts) -> str:
+    """The weight that a constant is: parameters and buffers are the model's, whatever entry takes them."""
+    if len(parts.entries) == 1 or constant.name in parts.entries[entry].program.state_dict:
+        return constant.name
+    return f"{entry}/{constant.name}"
+
+
+def _layout(parts: Parts, tensors: dict[str, m.Tensor], constants: dict[str, dict[str, str]]) -> list[Constant]:
+    """The blob: the first entry's constants as its code wants them, then what others take besides."""
+    made: list[Constant] = []
+    offset = 0
+    for name, entry in parts.entries.items():
+        constants[name] = {}
+        for c in entry.code.constants:
+            key = constants[name][c.name] = _key(name, c, parts)
+            if key in tensors:
+                continue
+            made.append(Constant(key, c.dtype, c.shape, c.stride, offset, c.size))
+            tensors[key] = m.Tensor(c.dtype, c.shape, c.stride, "inside", offset, c.size)
+            offset += c.size
+    return made
+
+
+def _values(parts: Parts) -> dict[str, Tensor]:
+    values = dict(parts.state)
+    for name, entry in parts.entries.items():
+        values |= {f"{name}/{k}": v for k, v in entry.program.constants.items() if isinstance(v, Tensor)}
+    return values
