@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.aot.code import Code, compile_code
+from moec.aot.code import compile_code
 from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError
+from moec.aot.generation import export_pair, generation_facts
 from moec.aot.lowering import Embedding
 from moec.aot.source import Source, export
 from moec.aot.state import state_of
@@ -40,11 +41,13 @@ class AotOptions:
         compile: Passes, target and what helps to look inside.
         dynamic: Ranges of the sizes that vary.
         weights: ``inside`` or ``beside``.
+        generate: Make a prefill and a decode entry.
     """
 
     compile: CompileOptions = field(default_factory=CompileOptions)
     dynamic: Ranges = field(default_factory=dict)
     weights: str = "inside"
+    generate: bool = False
 
 
 @dataclass
@@ -111,20 +114,38 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
         raise AotError(f"there is no folder {output.parent} to write {output.name} to")
     stages = Stages(told)
     stages.begin("export")
-    program = export(source, options.dynamic)
+    programs, facts = _exported(source, options)
     embedding = Embedding(options.compile.target)
     report = Report()
-    optimized = optimize(program, embedding, options.compile, report, stages)
+    optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
     publish(report)
-    code, cached = compile_entry(optimized, embedding, stages)
+    stages.begin("kernels")
+    kernels = list(embedding.programs.values())
+    library = archive(kernels, embedding.target, stages.detail) if kernels else None
+    stages.begin("code")
+    codes, cached = {}, True
+    for name, entry in optimized.items():
+        stages.detail(name)
+        codes[name], known = compile_code(entry.program, embedding, library)
+        cached = cached and known
     stages.begin("weights")
-    state = state_of(source, optimized.program)
-    entry = EntryParts(optimized.program, code, optimized.before, optimized.after)
-    parts = Parts(source, options.compile, options.weights, {"model": entry}, state, tuple(options.dynamic))
+    state = state_of(source, [entry.program for entry in optimized.values()])
+    entries = {name: EntryParts(o.program, codes[name], o.before, o.after) for name, o in optimized.items()}
+    parts = Parts(source, options.compile, options.weights, entries, state, tuple(options.dynamic), facts)
     stages.begin("archive")
     size = write_artifact(output, parts, stages.detail)
     stages.end()
-    return Built(output, size, stages.seconds, cached, report, len(embedding.programs))
+    return Built(output, size, stages.seconds, cached, report, len(kernels))
+
+
+def _exported(
+    source: Source, options: AotOptions
+) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
+    """The entries' programs, and what the manifest says about generating."""
+    if not options.generate:
+        return {"model": export(source, options.dynamic)}, {}
+    programs, length = export_pair(source, options.dynamic)
+    return programs, generation_facts(source, length)
 
 
 def optimize(
@@ -163,12 +184,3 @@ def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stage
         return lower(op, fx, args)
 
     return to_exported(graph, program, lower_op=told)
-
-
-def compile_entry(optimized: Optimized, embedding: Embedding, stages: Stages) -> tuple[Code, bool]:
-    """Kernels, then AOTInductor."""
-    stages.begin("kernels")
-    programs = list(embedding.programs.values())
-    library = archive(programs, embedding.target, stages.detail) if programs else None
-    stages.begin("code")
-    return compile_code(optimized.program, embedding, library)

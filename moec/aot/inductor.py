@@ -56,7 +56,9 @@ def _weights_later() -> Iterator[None]:
     name = "determine_aoti_mmap_flags"
     before = getattr(codecache, name, None)
     if before is None:
-        raise InductorError(f"torch {torch.__version__} is not known to moec's ahead-of-time door", hint="use torch 2.13")
+        raise InductorError(
+            f"torch {torch.__version__} is not known to moec's ahead-of-time door", hint="use torch 2.13"
+        )
     setattr(codecache, name, lambda size: (True, False))
     try:
         yield

@@ -76,17 +76,25 @@ def export(source: Source, ranges: Ranges) -> ExportedProgram:
         return source.program
     module = source.module
     assert module is not None
-    named = _named(module, source)
-    dynamic = shapes(ranges, named)
+    dynamic = shapes(ranges, _named(module, source))
+    return exported(module.eval(), source.text, source.args, source.kwargs, dynamic)
+
+
+def exported(module: nn.Module, text: str, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
+    """``torch.export.export`` with errors told.
+
+    Raises:
+        AotError: It cannot be exported; the message is torch's first line.
+    """
     try:
         with torch.no_grad():
-            return torch.export.export(module.eval(), source.args, source.kwargs, dynamic_shapes=dynamic, strict=False)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except MoecError:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AotError(
-            f"{source.text} cannot be exported by torch.export: {type(error).__name__}: {first}",
+            f"{text} cannot be exported by torch.export: {type(error).__name__}: {first}",
             hint="run again with --traceback to see where",
         ) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -13,15 +13,25 @@ from moec.aot.source import Source
 State = Mapping[str, Tensor]
 
 
-def state_of(source: Source, program: ExportedProgram) -> State:
-    """Tensors by name; those that ``source`` brings take the place of what was traced."""
-    traced = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
+def state_of(source: Source, programs: Sequence[ExportedProgram]) -> State:
+    """Tensors by name; those that ``source`` brings take the place of what was traced.
+
+    Raises:
+        AotError: The source lacks a weight, or has one of another shape.
+    """
+    traced: dict[str, Tensor] = {}
+    known: set[str] = set()
+    for program in programs:
+        traced |= program.state_dict
+        traced |= {k: v for k, v in program.constants.items() if isinstance(v, Tensor)}
+        known |= program.state_dict.keys()
     if source.weights is None:
         return traced
     brought = source.weights()
-    known = {*program.state_dict}
     if missing := sorted(known - brought.keys()):
-        raise AotError(f"{source.text} brings no weight {missing[0]!r}", hint="does the checkpoint fit its config.json?")
+        raise AotError(
+            f"{source.text} brings no weight {missing[0]!r}", hint="does the checkpoint fit its config.json?"
+        )
     for name in known:
         if brought[name].shape != traced[name].shape:
             shapes = f"{list(brought[name].shape)}, the model has {list(traced[name].shape)}"

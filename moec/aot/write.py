@@ -51,7 +51,7 @@ class Parts:
     entries: Mapping[str, EntryParts]
     state: State
     dims: tuple[str, ...] = ()
-    generate: Mapping[str, int] = field(default_factory=dict)
+    generate: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambda _: None) -> int:
@@ -74,9 +74,7 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
     return path.stat().st_size
 
 
-def _write_members(
-    archive: zipfile.ZipFile, folder: Path, parts: Parts, told: Callable[[str], None]
-) -> m.Manifest:
+def _write_members(archive: zipfile.ZipFile, folder: Path, parts: Parts, told: Callable[[str], None]) -> m.Manifest:
     members: dict[str, m.Member] = {}
 
     def add(name: str, data: bytes) -> None:

@@ -142,7 +142,9 @@ class Archive:
         except KeyError:
             raise ArtifactError(f"{self.path} is no moec artifact: it has no {MANIFEST}", hint=_IS) from None
         if info.file_size > MOST_MANIFEST_BYTES:
-            raise ArtifactError(f"{self.path}: the manifest is larger than {MOST_MANIFEST_BYTES >> 20} MiB", hint=_AGAIN)
+            raise ArtifactError(
+                f"{self.path}: the manifest is larger than {MOST_MANIFEST_BYTES >> 20} MiB", hint=_AGAIN
+            )
         try:
             text = self._raw(MANIFEST).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -83,7 +83,9 @@ class LoadedArtifact:
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         if "model" not in self.entries:
             names = ", ".join(self.entries)
-            raise InputError(f"this artifact was compiled for generating: it has {names}", hint="call .generate(tokens)")
+            raise InputError(
+                f"this artifact was compiled for generating: it has {names}", hint="call .generate(tokens)"
+            )
         return self.entries["model"](*args, **kwargs)
 
     def generate(self, tokens: Tensor, count: int) -> Tensor:
@@ -158,8 +160,7 @@ def _loader(code: Path, name: str, path: Path) -> Any:
 
 
 def _code_package(archive: Archive, blob: Blob, checked: bool) -> Path:
-    """The blob as a package without weights in the cache directory; the loader of torch unpacks packages whole.
-    """
+    """The blob as a package without weights in the cache directory; the loader of torch unpacks packages whole."""
     manifest = archive.manifest
     weights = {f.member.partition("!")[2] for f in manifest.weights.files.values() if f.member.startswith(blob.member)}
     key = hashlib.sha256(f"{manifest.members[blob.member].sha256}\0{sorted(weights)}".encode()).hexdigest()[:40]
@@ -172,7 +173,11 @@ def _code_package(archive: Archive, blob: Blob, checked: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         made = Path(folder) / "code.pt2"
         try:
-            with archive.open_member(blob.member) as member, zipfile.ZipFile(member) as package, zipfile.ZipFile(made, "w") as out:
+            with (
+                archive.open_member(blob.member) as member,
+                zipfile.ZipFile(member) as package,
+                zipfile.ZipFile(made, "w") as out,
+            ):
                 for info in package.infolist():
                     if info.filename not in weights:
                         with package.open(info) as f, aligned_member(out, info.filename) as to:

@@ -135,7 +135,7 @@ class Manifest:
         model: The text MODEL it was compiled from.
         passes: Pipeline text with all options.
         options: What else the compile was told.
-        generate: Sizes of the static cache, where there are prefill and decode entries.
+        generate: Of prefill and decode entries: ``cache``, the tokens that fit, and ``end``, the tokens that end a text.
     """
 
     moec_version: str
@@ -149,7 +149,7 @@ class Manifest:
     weights: Weights
     members: dict[str, Member]
     licences: tuple[Licence, ...] = ()
-    generate: dict[str, int] = field(default_factory=dict)
+    generate: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as text."""

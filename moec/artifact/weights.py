@@ -118,15 +118,19 @@ def locate(artifact: Path, file: File) -> Path:
     return path
 
 
-def check_all(archive: Archive) -> None:
+def check_all(archive: Archive, *, again: bool = False) -> None:
     """Compare the hash of every member, and of every file beside; what was compared once and is unchanged is not read again.
+
+    Args:
+        archive: The artifact.
+        again: Read everything all the same.
 
     Raises:
         ArtifactError: A file or member has another content; it is named.
     """
     members = archive.manifest.members
     whole = members_hash(archive.manifest)
-    if not known_good(archive.path, whole):
+    if again or not known_good(archive.path, whole):
         for name in members:
             archive.check(name)
         remember(archive.path, whole)
@@ -134,7 +138,7 @@ def check_all(archive: Archive) -> None:
         if file.member:
             continue
         path = locate(archive.path, file)
-        if known_good(path, file.sha256):
+        if not again and known_good(path, file.sha256):
             continue
         if file_hash(path) != file.sha256:
             raise ArtifactError(

@@ -25,10 +25,18 @@ def compile(
     ] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16; the model's own by default.")] = None,
     dynamic: Annotated[
-        str | None, typer.Option(help="Sizes that vary: batch=1..64,seq=1..4096 (the default where MODEL takes tokens).")
+        str | None,
+        typer.Option(help="Sizes that vary: batch=1..64,seq=1..4096 (the default where MODEL takes tokens)."),
     ] = None,
-    passes: Annotated[str, typer.Option("-p", "--passes", help="Pipeline text, or the name of a pipeline.")] = "default",
-    weights: Annotated[str, typer.Option(help="inside the artifact, or beside it: in the checkpoint as it lies.")] = "inside",
+    passes: Annotated[
+        str, typer.Option("-p", "--passes", help="Pipeline text, or the name of a pipeline.")
+    ] = "default",
+    weights: Annotated[
+        str, typer.Option(help="inside the artifact, or beside it: in the checkpoint as it lies.")
+    ] = "inside",
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Compile a prefill and a decode step with a cache of seq's largest size.")
+    ] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Make the weights up instead of reading them.")
     ] = False,
@@ -61,13 +69,15 @@ def compile(
         source, ranges = source_of(
             model, dtype=dtype, dynamic=dynamic, random_weights=random_weights, trust_remote_code=trust_remote_code
         )
-        built = build(source, output, AotOptions(options, ranges, weights), told)
+        built = build(source, output, AotOptions(options, ranges, weights, generate), told)
     if explain:
         out().print(built.report.table())
     for line in built.report.lines():
         out().print(line, markup=False, soft_wrap=True)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in built.seconds.items())
-    emit(f"{output}: {_size(built.bytes)}, {built.kernels} kernels, {times}{' (code from the cache)' if built.cached else ''}")
+    emit(
+        f"{output}: {_size(built.bytes)}, {built.kernels} kernels, {times}{' (code from the cache)' if built.cached else ''}"
+    )
 
 
 def _size(count: int) -> str:

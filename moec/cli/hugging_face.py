@@ -138,9 +138,7 @@ def check_safetensors(folder: Path) -> None:
         raise ModelError(what, hint=hint)
 
 
-def stored_model(
-    folder: Path, config: Any, dtype: torch.dtype | None, trusted: bool = False
-) -> torch.nn.Module:
+def stored_model(folder: Path, config: Any, dtype: torch.dtype | None, trusted: bool = False) -> torch.nn.Module:
     """The model with the weights that lie in ``folder``.
 
     Raises:

@@ -105,7 +105,9 @@ def _object(source: str, flags: tuple[str, ...], export: str | None) -> Path:
 
 
 def _headers() -> bytes:
-    return b"".join(p.name.encode() + p.read_bytes() for folder in (INCLUDE, HEADERS) for p in sorted(folder.glob("*.h")))
+    return b"".join(
+        p.name.encode() + p.read_bytes() for folder in (INCLUDE, HEADERS) for p in sorted(folder.glob("*.h"))
+    )
 
 
 def _tool(name: str) -> str:
