@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.aot.code import compile_code
+from moec.aot.addresses import with_addresses
 from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError
 from moec.aot.generation import export_pair, generation_facts
@@ -115,7 +116,10 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     stages = Stages(told)
     stages.begin("export")
     programs, facts = _exported(source, options)
-    embedding = Embedding(options.compile.target)
+    if options.weights == "beside" and source.checkpoint is None:
+        raise AotError("--weights beside is for a folder of safetensors", hint="use --weights inside")
+    places = source.checkpoint.places if source.checkpoint is not None and options.weights == "beside" else {}
+    embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1})
     report = Report()
     optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
     publish(report)
@@ -129,9 +133,9 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
         codes[name], known = compile_code(entry.program, embedding, library)
         cached = cached and known
     stages.begin("weights")
-    state = state_of(source, [entry.program for entry in optimized.values()])
+    state = state_of(source, places, [entry.program for entry in optimized.values()])
     entries = {name: EntryParts(o.program, codes[name], o.before, o.after) for name, o in optimized.items()}
-    parts = Parts(source, options.compile, options.weights, entries, state, tuple(options.dynamic), facts)
+    parts = Parts(source, options.compile, options.weights, entries, state, tuple(options.dynamic), facts, places)
     stages.begin("archive")
     size = write_artifact(output, parts, stages.detail)
     stages.end()
@@ -173,7 +177,8 @@ def optimize(
 
 
 def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stages: Stages) -> ExportedProgram:
-    lower = embedding.lower_op()
+    lifted = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    lower = embedding.lower_op(lifted)
     done = 0
 
     def told(op: Any, fx: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
@@ -183,4 +188,4 @@ def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stage
             stages.detail(f"layer {done}")
         return lower(op, fx, args)
 
-    return to_exported(graph, program, lower_op=told)
+    return with_addresses(to_exported(graph, program, lower_op=told), embedding.addressed)

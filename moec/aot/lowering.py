@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from moec.aot.ops import torch_op
-from moec.backends.cpu.aot import Embedded, embed_experts, embed_route
+from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
 from moec.backends.partition import Claims, claim
 from moec.backends.cpu.expression import UnsupportedError
 from moec.emit import LowerOp
@@ -23,17 +24,23 @@ Node = torch.fx.Node
 class Embedding:
     """The embedded programs of an artifact.
 
-    Attributes:
+    Args:
         target: ``cpu`` or ``cpu:LEVEL``.
+        one_by_one: Names of weights of which a checkpoint holds the experts' matrices one by one.
+
+    Attributes:
+        addressed: Those of them in whose place a program now takes addresses, and how many.
         programs: By name; equal layers have one.
         calls: How many nodes call each.
     """
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, one_by_one: Collection[str] = ()) -> None:
+        self.target, self.one_by_one = target, one_by_one
+        self.addressed: dict[str, int] = {}
         self.programs: dict[str, Embedded] = {}
         self.calls: dict[str, int] = {}
         self._ops: dict[str, torch._ops.OpOverload] = {}
+        self._names: Mapping[str, str] = {}
 
     @property
     def shims(self) -> dict[torch._ops.OpOverload, list[str]]:
@@ -56,8 +63,13 @@ class Embedding:
         """The cpu backend's answer for every op, as a report shows it."""
         return claim(graph, ("cpu",), options.target)
 
-    def lower_op(self) -> LowerOp:
-        """The ``lower_op`` of ``moec.emit`` for every op that has embedded code."""
+    def lower_op(self, names: Mapping[str, str]) -> LowerOp:
+        """The ``lower_op`` of ``moec.emit`` for every op that has embedded code.
+
+        Args:
+            names: Of the program's lifted inputs: the weight that each is.
+        """
+        self._names = names
 
         def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
             if op.name == "moe.experts":
@@ -68,11 +80,11 @@ class Embedding:
 
         return lower
 
-    def _embed(self, op: Op, up_nk: bool, down_nk: bool) -> Embedded:
+    def _embed(self, op: Op, up_nk: bool, down_nk: bool, addressed: bool = False) -> Embedded:
         if op.name == "moe.route":
             return embed_route(op, self.target)
         if op.name == "moe.experts":
-            return embed_experts(op, self.target, up_nk, down_nk)
+            return embed_experts(op, self.target, up_nk, down_nk, addressed)
         raise UnsupportedError(f"there is no kernel for {op.name}")
 
     def _enter(self, op: Op, embedded: Embedded) -> torch._ops.OpOverload:
@@ -85,7 +97,13 @@ class Embedding:
         program = _canonical(op)
         up, down = (args[sum(op.groups[:g])] for g in (3, 4))
         get = op_def(op.name).attr
-        embedded = self._embed(program, _nk(up, get(op, "up_form")), _nk(down, get(op, "down_form")))
+        names = [self._names.get(a.name, "") for a in (up, down)]
+        addressed = addressable(op) and all(n in self.one_by_one for n in names)
+        if addressed:
+            experts = get(op, "experts")
+            self.addressed |= {names[0]: experts * (1 if get(op, "layout") == "single" else 2), names[1]: experts}
+        forms = _nk(up, get(op, "up_form")), _nk(down, get(op, "down_form"))
+        embedded = self._embed(program, *forms, addressed)
         x, ids, weights = (_contiguous(graph, a) for a in args[:3])
         if ids.meta["val"].dtype != torch.int64:
             ids = _call(graph, torch.ops.aten._to_copy.default, ids, dtype=torch.int64)

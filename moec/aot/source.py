@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from moec.aot.checkpoint import Checkpoint
 from moec.aot.dynamic import Ranges, shapes
 from moec.aot.errors import AotError
 from moec.ir.errors import MoecError
@@ -43,6 +44,7 @@ class Source:
         weights: Called once the code is compiled: tensors by their names in ``module``. None: those of ``module``.
         folder: The Hugging Face folder that it comes from.
         program: An exported program instead of a module.
+        checkpoint: Where the weights lie in the folder.
         made_up: The weights are random numbers.
     """
 
@@ -53,6 +55,7 @@ class Source:
     weights: Callable[[], State] | None = None
     folder: Path | None = None
     program: ExportedProgram | None = None
+    checkpoint: Checkpoint | None = None
     made_up: bool = False
 
 

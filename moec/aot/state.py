@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -13,8 +13,13 @@ from moec.aot.source import Source
 State = Mapping[str, Tensor]
 
 
-def state_of(source: Source, programs: Sequence[ExportedProgram]) -> State:
+def state_of(source: Source, places: Collection[str], programs: Sequence[ExportedProgram]) -> State:
     """Tensors by name; those that ``source`` brings take the place of what was traced.
+
+    Args:
+        source: The model.
+        places: Weights that stay where they lie; if there are any, all others were traced.
+        programs: The entries.
 
     Raises:
         AotError: The source lacks a weight, or has one of another shape.
@@ -25,6 +30,8 @@ def state_of(source: Source, programs: Sequence[ExportedProgram]) -> State:
         traced |= program.state_dict
         traced |= {k: v for k, v in program.constants.items() if isinstance(v, Tensor)}
         known |= program.state_dict.keys()
+    if places:
+        return {name: value for name, value in traced.items() if name not in places}
     if source.weights is None:
         return traced
     brought = source.weights()

@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 from moec import __version__
 from moec.aot.blob import write_blob
 from moec.aot.code import Code, Constant
+from moec.aot.beside import FileTable, put_tensor
+from moec.aot.checkpoint import Stored
 from moec.aot.errors import AotError
 from moec.aot.licences import licences_of
 from moec.aot.source import Source
@@ -52,6 +54,7 @@ class Parts:
     state: State
     dims: tuple[str, ...] = ()
     generate: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    places: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
 
 
 def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambda _: None) -> int:
@@ -64,7 +67,7 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             made = Path(folder) / "artifact"
             with zipfile.ZipFile(made, "w") as archive:
-                manifest = _write_members(archive, Path(folder), parts, told)
+                manifest = _write_members(archive, Path(folder), parts, FileTable(path.parent, told), told)
                 with aligned_member(archive, MANIFEST) as member:
                     member.write(manifest.to_json().encode())
             made.replace(path)
@@ -74,7 +77,9 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
     return path.stat().st_size
 
 
-def _write_members(archive: zipfile.ZipFile, folder: Path, parts: Parts, told: Callable[[str], None]) -> m.Manifest:
+def _write_members(
+    archive: zipfile.ZipFile, folder: Path, parts: Parts, beside: FileTable, told: Callable[[str], None]
+) -> m.Manifest:
     members: dict[str, m.Member] = {}
 
     def add(name: str, data: bytes) -> None:
@@ -88,7 +93,7 @@ def _write_members(archive: zipfile.ZipFile, folder: Path, parts: Parts, told: C
     licences = licences_of(parts.source, add)
     told("weights")
     package = folder / "model.pt2"
-    weights, constants = _write_package(package, parts)
+    weights, constants = _write_package(package, parts, beside)
     told("archive")
     with package.open("rb") as f, aligned_member(archive, PACKAGE) as member:
         members[PACKAGE] = m.Member(*hashed_copy(f, member))
@@ -109,10 +114,9 @@ def _write_members(archive: zipfile.ZipFile, folder: Path, parts: Parts, told: C
     )
 
 
-def _write_package(path: Path, parts: Parts) -> tuple[m.Weights, dict[str, dict[str, str]]]:
+def _write_package(path: Path, parts: Parts, beside: FileTable) -> tuple[m.Weights, dict[str, dict[str, str]]]:
     """AOTInductor's package. With weights inside, that of a single entry runs with torch alone as it is."""
-    tensors: dict[str, m.Tensor] = {}
-    files: dict[str, m.File] = {}
+    weights = m.Weights("beside" if parts.places else "inside")
     constants: dict[str, dict[str, str]] = {}
     first = next(iter(parts.entries))
     blob_name = f"{_ROOT}/data/aotinductor/{first}/{parts.entries[first].code.blob}"
@@ -125,12 +129,13 @@ def _write_package(path: Path, parts: Parts) -> tuple[m.Weights, dict[str, dict[
                         _add(package, f"{_ROOT}/{short}", code.read(info))
                     elif kind == "code":
                         _add(package, f"{_ROOT}/data/aotinductor/{name}/{short}", code.read(info))
-        layout = _layout(parts, tensors, constants)
+        layout = _layout(parts, weights, constants, beside)
         size = sum(c.size for c in layout)
         with aligned_member(package, blob_name) as member:
             write_blob(member, layout, _values(parts))
-        files["inside"] = m.File(f"{PACKAGE}!{blob_name}", "", size, "")
-    return m.Weights("inside", files, tensors), constants
+        weights.files["inside"] = m.File(f"{PACKAGE}!{blob_name}", "", size, "")
+    weights.files.update(beside.files)
+    return weights, constants
 
 
 def _add(package: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -145,7 +150,9 @@ def _key(entry: str, constant: Constant, parts: Parts) -> str:
     return f"{entry}/{constant.name}"
 
 
-def _layout(parts: Parts, tensors: dict[str, m.Tensor], constants: dict[str, dict[str, str]]) -> list[Constant]:
+def _layout(
+    parts: Parts, weights: m.Weights, constants: dict[str, dict[str, str]], beside: FileTable
+) -> list[Constant]:
     """The blob: the first entry's constants as its code wants them, then what others take besides."""
     made: list[Constant] = []
     offset = 0
@@ -153,10 +160,13 @@ def _layout(parts: Parts, tensors: dict[str, m.Tensor], constants: dict[str, dic
         constants[name] = {}
         for c in entry.code.constants:
             key = constants[name][c.name] = _key(name, c, parts)
-            if key in tensors:
+            if key in weights.tensors or key in weights.tables:
+                continue
+            if key in parts.places:
+                put_tensor(weights, key, c, parts.places[key], beside)
                 continue
             made.append(Constant(key, c.dtype, c.shape, c.stride, offset, c.size))
-            tensors[key] = m.Tensor(c.dtype, c.shape, c.stride, "inside", offset, c.size)
+            weights.tensors[key] = m.Tensor(c.dtype, c.shape, c.stride, "inside", offset, c.size)
             offset += c.size
     return made
 

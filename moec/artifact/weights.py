@@ -130,7 +130,7 @@ def check_all(archive: Archive, *, again: bool = False) -> None:
     """
     members = archive.manifest.members
     whole = members_hash(archive.manifest)
-    if again or not known_good(archive.path, whole):
+    if again or known_hash(archive.path) != whole:
         for name in members:
             archive.check(name)
         remember(archive.path, whole)
@@ -138,7 +138,7 @@ def check_all(archive: Archive, *, again: bool = False) -> None:
         if file.member:
             continue
         path = locate(archive.path, file)
-        if not again and known_good(path, file.sha256):
+        if not again and known_hash(path) == file.sha256:
             continue
         if file_hash(path) != file.sha256:
             raise ArtifactError(
@@ -153,20 +153,25 @@ def members_hash(manifest: Manifest) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _record(path: Path, sha256: str) -> tuple[str, str]:
-    """Name and content of the note that ``path`` had this hash: its identity, size and time of change."""
-    info = path.resolve().stat()
-    name = hashlib.sha256(f"{path.resolve()}\0{sha256}".encode()).hexdigest()[:40]
-    return f"checked/{name}", json.dumps([info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns])
+def _note(path: Path) -> tuple[str, list[int]]:
+    """The name of the note about a file's hash, and what must be equal for it to hold: identity, size, time of change."""
+    real = path.resolve()
+    info = real.stat()
+    name = hashlib.sha256(str(real).encode()).hexdigest()[:40]
+    return f"checked/{name}.json", [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
 
 
-def remember(path: Path, sha256: str) -> None:
+def remember(path: Path, digest: str) -> None:
     """Note that the file has this hash now."""
-    store(*_record(path, sha256))
+    name, state = _note(path)
+    store(name, json.dumps([state, digest]))
 
 
-def known_good(path: Path, sha256: str) -> bool:
-    """The file had this hash before, and has not been written to since."""
-    name, content = _record(path, sha256)
-    note = cache_dir() / name
-    return note.is_file() and note.read_text(encoding="utf-8") == content
+def known_hash(path: Path) -> str | None:
+    """The hash that the file had, if it has not been written to since."""
+    name, state = _note(path)
+    try:
+        then, digest = json.loads((cache_dir() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(digest) if then == state else None

@@ -67,13 +67,15 @@ def compile(
                 console.print(f"{stage} ...", highlight=False)
 
         source, ranges = source_of(
-            model, dtype=dtype, dynamic=dynamic, random_weights=random_weights, trust_remote_code=trust_remote_code
+            model, dtype=dtype, dynamic=dynamic, random_weights=random_weights, trust_remote_code=trust_remote_code,
+            beside=weights == "beside",
         )
         built = build(source, output, AotOptions(options, ranges, weights, generate), told)
     if explain:
         out().print(built.report.table())
-    for line in built.report.lines():
-        out().print(line, markup=False, soft_wrap=True)
+    if explain or not built.report.all_fused:
+        for line in built.report.lines():
+            out().print(line, markup=False, soft_wrap=True)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in built.seconds.items())
     emit(
         f"{output}: {_size(built.bytes)}, {built.kernels} kernels, {times}{' (code from the cache)' if built.cached else ''}"

@@ -10,13 +10,15 @@ import torch
 from moec.aot.dynamic import DEFAULT, Ranges, example_size, parse_dynamic
 from moec.aot.source import Source, State, Tokens, for_experts
 from moec.cli import hugging_face
+from moec.cli.conversion import checkpoint_of
 from moec.cli.model import ModelError, dtype_of, load_model, read_config
 
 _EXAMPLE = (2, 12)  # sequences and tokens to trace with
 
 
 def source_of(
-    text: str, *, dtype: str | None, dynamic: str | None, random_weights: bool, trust_remote_code: bool
+    text: str, *, dtype: str | None, dynamic: str | None, random_weights: bool = False, trust_remote_code: bool = False,
+    beside: bool = False,
 ) -> tuple[Source, Ranges]:
     """The source that ``text`` names, and the ranges of its sizes.
 
@@ -30,7 +32,7 @@ def source_of(
         loaded = load_model(text, dtype=dtype)
         return Source(text, for_experts(loaded.model), loaded.args, loaded.kwargs), parse_dynamic(dynamic or "")
     ranges = parse_dynamic(DEFAULT if dynamic is None else dynamic)
-    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code), ranges
+    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code, beside), ranges
 
 
 def _exported(path: Path, dtype: str | None) -> Source:
@@ -45,7 +47,8 @@ def _exported(path: Path, dtype: str | None) -> Source:
 
 
 def _hugging_face(
-    path: Path, text: str, dtype: str | None, ranges: Ranges, random_weights: bool, trust_remote_code: bool
+    path: Path, text: str, dtype: str | None, ranges: Ranges, random_weights: bool, trust_remote_code: bool,
+    beside: bool,
 ) -> Source:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     if not file.exists():
@@ -69,9 +72,17 @@ def _hugging_face(
         return _prefixed(hugging_face.stored_model(folder, config, element, trust_remote_code).state_dict())
 
     wrapped = Tokens(for_experts(model.eval()))
-    return Source(
-        text, wrapped, (), {"input_ids": example}, weights, folder if stored else None, made_up=random_weights
-    )
+    source = Source(text, wrapped, (), {"input_ids": example}, weights, folder if stored else None)
+    source.made_up = random_weights
+    if beside and stored:
+        source.checkpoint = checkpoint_of(folder, model, "model.")
+        if source.checkpoint.missing:
+            name, why = next(iter(source.checkpoint.missing.items()))
+            raise ModelError(
+                f"--weights beside cannot use {name.removeprefix('model.')!r} as it lies in {folder}: {why}",
+                hint="use --weights inside",
+            )
+    return source
 
 
 def _prefixed(state: Any) -> State:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moec.backends.cpu.aot.archive import archive
 from moec.backends.cpu.aot.embedded import Embedded
-from moec.backends.cpu.aot.experts import Addresses, embed_experts
+from moec.backends.cpu.aot.experts import addressable, embed_experts
 from moec.backends.cpu.aot.levels import declared, lowest
 from moec.backends.cpu.aot.route import embed_route
 
-__all__ = ["Addresses", "Embedded", "archive", "declared", "embed_experts", "embed_route", "lowest"]
+__all__ = ["Embedded", "addressable", "archive", "declared", "embed_experts", "embed_route", "lowest"]

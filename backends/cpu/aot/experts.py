@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moec.backends.cpu.aot.embedded import Embedded, content_name, kernel_table
 from moec.backends.cpu.aot.levels import declared, different
@@ -53,28 +52,15 @@ extern "C" {declaration} {{
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-@dataclass(frozen=True)
-class Addresses:
-    """Weights that are no tensors of the graph but addresses in one, because a checkpoint holds experts one by one.
-
-    The table lists, expert by expert within each of them: gates, ups, downs (or ups, downs where there is no gate). Every
-    matrix is contiguous, with outputs as rows.
-
-    Attributes:
-        parts: 2 for gate and up, 1 for one projection.
-    """
-
-    parts: int
-
-
-def embed_experts(op: Op, target: str, up_nk: bool, down_nk: bool, addresses: Addresses | None = None) -> Embedded:
+def embed_experts(op: Op, target: str, up_nk: bool, down_nk: bool, addressed: bool = False) -> Embedded:
     """The code of a ``moe.experts`` op.
 
     Args:
         op: Its operands are those of the op in the graph.
         target: ``cpu`` or ``cpu:LEVEL``.
         up_nk, down_nk: Rows of the weights in memory are outputs.
-        addresses: The weights are addresses; the op then takes the table and the biases and captures alone.
+        addressed: In the place of the up and of the down weights stand tables of addresses, i64, because a checkpoint
+            holds experts one by one: of gates and then ups, and of downs. Every matrix is contiguous, outputs as rows.
 
     Raises:
         UnsupportedError: The layer has no such code; the message ends "cannot run this op: ...".
@@ -82,13 +68,13 @@ def embed_experts(op: Op, target: str, up_nk: bool, down_nk: bool, addresses: Ad
     shape = read_shape(op)
     if shape.ragged:
         raise UnsupportedError("experts differ in their widths")
-    if addresses is not None and shape.layout == "interleaved":
-        raise UnsupportedError("gate and up are interleaved rows where experts lie one by one")
+    if addressed and not addressable(op):
+        raise UnsupportedError("weights of this form cannot lie expert by expert")
     levels = different(declared(target), shape.element == "bf16")
     source = write_source(shape, up_nk, down_nk)
-    place, tables = _place(op, shape, up_nk, down_nk, addresses)
+    place, tables = _place(op, shape, up_nk, down_nk, addressed)
     sentinels = bool(op_def(op.name).attr(op, "sentinels"))
-    parameters = sum(op.groups[3:]) if addresses is None else 1 + sum(op.groups[5:])
+    parameters = sum(op.groups[3:])
     name = content_name("experts", source, place, str(sentinels), " ".join(isa.name for isa in levels))
     exports = {isa.name: f"{name}_{isa.name}" for isa in levels}
     kernels = {
@@ -114,7 +100,14 @@ def embed_experts(op: Op, target: str, up_nk: bool, down_nk: bool, addresses: Ad
     return Embedded(name, schema, declaration, dispatcher, kernels, exports)
 
 
-def _place(op: Op, shape: Shape, up_nk: bool, down_nk: bool, addresses: Addresses | None) -> tuple[str, int]:
+def addressable(op: Op) -> bool:
+    """Whether one tensor each holds gate and up, and down, of all experts, one after the other with outputs as rows."""
+    get = op_def(op.name).attr
+    forms = get(op, "up_form"), get(op, "down_form")
+    return bool(get(op, "stacked")) and get(op, "layout") in ("concat", "single") and forms == ("nk", "nk")
+
+
+def _place(op: Op, shape: Shape, up_nk: bool, down_nk: bool, addressed: bool) -> tuple[str, int]:
     """Statements that fill in the matrices of a call, and how many addresses their tables take."""
     get = op_def(op.name).attr
     # "nk" says how the op reads a weight; the rows in memory are its outputs or its inputs.
@@ -123,13 +116,13 @@ def _place(op: Op, shape: Shape, up_nk: bool, down_nk: bool, addresses: Addresse
     lines: list[str] = []
     at = 0
     tables = 0
-    if addresses is not None:
-        lines += _addressed(shape, addresses.parts)
-        at = 1
+    if addressed:
+        lines += _addressed(shape)
+        at = 2
     stacked = bool(get(op, "stacked"))
     for index, group in enumerate(("up", "down", "up_bias", "down_bias")):
         count = len(op.group(group))
-        if (addresses is not None and index < 2) or not count:
+        if (addressed and index < 2) or not count:
             continue
         bias = group.endswith("bias")
         parts = 2 if group.startswith("up") and shape.layout == "separate" else 1
@@ -174,8 +167,8 @@ def _assign(group: str, made: Sequence[str], shape: Shape, up_nk: bool) -> list[
     return lines
 
 
-def _addressed(shape: Shape, parts: int) -> list[str]:
-    """The matrices of a table of addresses."""
+def _addressed(shape: Shape) -> list[str]:
+    """The matrices of two tables of addresses."""
     up_row, down_row = f"{shape.hidden} * (int64_t)sizeof(T)", f"{shape.inner} * (int64_t)sizeof(T)"
-    lines = [f"c.up[{i}] = addressed(p[0], {i * shape.experts}, {up_row});" for i in range(parts)]
-    return [*lines, f"c.down = addressed(p[0], {parts * shape.experts}, {down_row});"]
+    lines = [f"c.up[{i}] = addressed(p[0], {i * shape.experts}, {up_row});" for i in range(shape.parts)]
+    return [*lines, f"c.down = addressed(p[1], 0, {down_row});"]
