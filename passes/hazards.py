@@ -45,7 +45,7 @@ def write_within(graph: Graph, ops: Collection[Op], at: Op | None = None) -> Op 
 
 
 def _reads_sizes_alone(op: Op) -> bool:
-    """It gives numbers made of numbers and of tensors' sizes, which no write changes; it may stand far from its piece."""
+    """It makes numbers of numbers and of tensors' sizes, which no write changes; it may stand far from its piece."""
     if not op.results or not all(isinstance(r.type, SymType) for r in op.results):
         return False
     of_tensors = any(isinstance(v.type, TensorType) for v in op.operands)

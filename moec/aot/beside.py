@@ -48,7 +48,9 @@ def put_tensor(weights: m.Weights, key: str, constant: Constant, places: Sequenc
     """
     if len(places) > 1:
         if constant.dtype != "i64" or constant.shape != (len(places),):
-            raise AotError(f"the experts of {key!r} lie one by one, and its layer was not fused", hint="use --weights inside")
+            raise AotError(
+                f"the experts of {key!r} lie one by one, and its layer was not fused", hint="use --weights inside"
+            )
         addresses = tuple(f"{files.key(p.file)}@{p.offset}" for p in places)
         weights.tables[key] = m.Table(addresses, places[0].size)
         return

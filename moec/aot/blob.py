@@ -42,4 +42,4 @@ def _bytes(value: Tensor, constant: Constant) -> list[memoryview]:
         value = torch.empty_strided(constant.shape, constant.stride, dtype=dtype).copy_(value)
     last = sum((n - 1) * s for n, s in zip(constant.shape, constant.stride, strict=True))
     flat = value.as_strided((last + 1,), (1,)).view(torch.uint8)
-    return [memoryview(flat[at : at + _CHUNK].numpy()) for at in range(0, flat.numel(), _CHUNK)]
+    return [flat[at : at + _CHUNK].numpy().data for at in range(0, flat.numel(), _CHUNK)]

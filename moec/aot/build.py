@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.aot.code import compile_code
 from moec.aot.addresses import with_addresses
+from moec.aot.code import compile_code
 from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError
 from moec.aot.generation import export_pair, generation_facts
@@ -24,7 +24,7 @@ from moec.backends.cpu.aot import archive
 from moec.capture import from_exported
 from moec.emit import to_exported
 from moec.exported import report_of
-from moec.ir.core import Graph
+from moec.ir.core import Graph, Op
 from moec.options import CompileOptions
 from moec.pipeline import run_pipeline
 from moec.report import Report
@@ -142,9 +142,7 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     return Built(output, size, stages.seconds, cached, report, len(kernels))
 
 
-def _exported(
-    source: Source, options: AotOptions
-) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
+def _exported(source: Source, options: AotOptions) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
     """The entries' programs, and what the manifest says about generating."""
     if not options.generate:
         return {"model": export(source, options.dynamic)}, {}
@@ -181,7 +179,7 @@ def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stage
     lower = embedding.lower_op(lifted)
     done = 0
 
-    def told(op: Any, fx: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+    def told(op: Op, fx: torch.fx.Graph, args: list[Any]) -> Any:
         nonlocal done
         if op.name == "moe.experts":
             done += 1

@@ -34,8 +34,8 @@ class Checkpoint:
     """The tensors of a model where they lie.
 
     Attributes:
-        places: By the model's own names. A weight that is one tensor on disk has one; stacked experts have one for every
-            expert, the gates of all before the ups.
+        places: By the model's own names. One tensor for a weight that is one on disk; of stacked experts one for
+            each, the gates of all before the ups.
         missing: Weights of the model that have no such place, and why.
     """
 

@@ -1,4 +1,4 @@
-"""What AOTInductor makes of a program, without weights: its files, and where in a blob of weights each constant belongs.
+"""What AOTInductor makes of a program, without weights: its files, and where each constant belongs in a blob.
 
 The code does not depend on the weights' values, so it is kept in the cache directory under a hash of the program:
 compiling again with other weights takes it from there.

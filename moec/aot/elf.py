@@ -1,7 +1,7 @@
 """One number in a shared library: how many bytes of weights it maps.
 
-AOTInductor writes it when it serialises the weights. Here the code is compiled before any weight is in memory, so that a
-model larger than memory compiles, and the number is put in afterwards.
+AOTInductor writes it when it serialises the weights. Here the code is compiled before any weight is in memory, so that
+a model larger than memory compiles, and the number is put in afterwards.
 """
 
 from __future__ import annotations

@@ -27,13 +27,8 @@ class InductorError(MoecError):
 class _Avx512(cpu_vec_isa.VecAVX512):
     """AVX-512 without the extensions that the compiling machine happens to have."""
 
-    def __bool__(self) -> bool:
-        return bool(cpu_vec_isa.VecISA.__bool__(self))
-
     def build_arch_flags(self) -> str:
         return self._arch_flags
-
-    __hash__ = cpu_vec_isa.VecISA.__hash__
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Under what terms the parts of an artifact may be used: what is known is written down, what is not is called unknown."""
+"""Under what terms the parts of an artifact may be used: what is not known is called unknown."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 
 from moec.aot.ops import torch_op
 from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
-from moec.backends.partition import Claims, claim
 from moec.backends.cpu.expression import UnsupportedError
+from moec.backends.partition import Claims, claim
 from moec.emit import LowerOp
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def

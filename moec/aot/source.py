@@ -1,4 +1,4 @@
-"""What is compiled: a module with example inputs whose weights need not be there yet, and where they come from later."""
+"""What is compiled: a module with example inputs and where its weights come from later."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def export(source: Source, ranges: Ranges) -> ExportedProgram:
     return exported(module.eval(), source.text, source.args, source.kwargs, dynamic)
 
 
-def exported(module: nn.Module, text: str, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
+def exported(
+    module: nn.Module, text: str, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> ExportedProgram:
     """``torch.export.export`` with errors told.
 
     Raises:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from moec import __version__
-from moec.aot.blob import write_blob
-from moec.aot.code import Code, Constant
 from moec.aot.beside import FileTable, put_tensor
+from moec.aot.blob import write_blob
 from moec.aot.checkpoint import Stored
+from moec.aot.code import Code, Constant
 from moec.aot.errors import AotError
 from moec.aot.licences import licences_of
 from moec.aot.source import Source
@@ -27,6 +27,7 @@ from moec.artifact import manifest as m
 from moec.artifact.archive import MANIFEST, aligned_member, hashed_copy
 from moec.artifact.weights import members_hash, remember
 from moec.options import CompileOptions
+from moec.passes.pipeline_text import format_pipeline
 from moec.passes.registry import parse_pipeline
 
 PACKAGE = "cpu/model.pt2"
@@ -103,7 +104,7 @@ def _write_members(
         torch_version=torch.__version__,
         target=parts.options.target,
         model=parts.source.text,
-        passes=",".join(str(p) for p in parse_pipeline(parts.options.passes)),
+        passes=format_pipeline(parse_pipeline(parts.options.passes)),
         options={"weights": parts.weights},
         entries={name: entry_spec(entry.program, parts.dims) for name, entry in parts.entries.items()},
         blobs=(m.Blob(parts.options.target, "aotinductor", PACKAGE, constants),),

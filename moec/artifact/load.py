@@ -111,8 +111,8 @@ def load(path: str | Path, *, check: bool = True) -> LoadedArtifact:
 
     Args:
         path: The artifact.
-        check: Compare the hashes of everything, weights too. What was compared once is not read again while its size and
-            time of change stay the same. Otherwise that of the code is compared when it is first used.
+        check: Compare the hashes of everything, weights too. What was compared once is not read again while its size
+            and time of change stay the same. Otherwise that of the code is compared when it is first used.
 
     Raises:
         MoecError: The artifact is damaged, was edited, is too new, has no code for this machine, or lacks its weights.

@@ -1,6 +1,7 @@
 """The manifest: what an artifact holds, as JSON that is read strictly.
 
-It is the same for every target. What a target needs besides is a blob: a member of the archive and the name of its kind.
+It is the same for every target. What a target needs besides is a blob: a member of the archive, and the name of its
+kind.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Manifest:
         model: The text MODEL it was compiled from.
         passes: Pipeline text with all options.
         options: What else the compile was told.
-        generate: Of prefill and decode entries: ``cache``, the tokens that fit, and ``end``, the tokens that end a text.
+        generate: Of prefill and decode entries: ``cache``, how many tokens fit, and ``end``, which tokens end a text.
     """
 
     moec_version: str

@@ -119,7 +119,7 @@ def locate(artifact: Path, file: File) -> Path:
 
 
 def check_all(archive: Archive, *, again: bool = False) -> None:
-    """Compare the hash of every member, and of every file beside; what was compared once and is unchanged is not read again.
+    """Compare the hash of every member and of every file beside. What was compared once and is unchanged is not read.
 
     Args:
         archive: The artifact.
@@ -154,7 +154,7 @@ def members_hash(manifest: Manifest) -> str:
 
 
 def _note(path: Path) -> tuple[str, list[int]]:
-    """The name of the note about a file's hash, and what must be equal for it to hold: identity, size, time of change."""
+    """The name of the note about a file's hash, and what must be equal for it to hold: identity, size, change."""
     real = path.resolve()
     info = real.stat()
     name = hashlib.sha256(str(real).encode()).hexdigest()[:40]

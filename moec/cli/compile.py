@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moec.cli.console import emit, err, out
+from moec.sizes import size_text
 
 
 def compile(
@@ -16,7 +17,7 @@ def compile(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A local Hugging Face folder, its config.json (with --random-weights), package.module:factory, or a .pt2.",
+            help="A Hugging Face folder, its config.json (with --random-weights), package.module:factory, or a .pt2.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
@@ -67,7 +68,11 @@ def compile(
                 console.print(f"{stage} ...", highlight=False)
 
         source, ranges = source_of(
-            model, dtype=dtype, dynamic=dynamic, random_weights=random_weights, trust_remote_code=trust_remote_code,
+            model,
+            dtype=dtype,
+            dynamic=dynamic,
+            random_weights=random_weights,
+            trust_remote_code=trust_remote_code,
             beside=weights == "beside",
         )
         built = build(source, output, AotOptions(options, ranges, weights, generate), told)
@@ -77,12 +82,5 @@ def compile(
         for line in built.report.lines():
             out().print(line, markup=False, soft_wrap=True)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in built.seconds.items())
-    emit(
-        f"{output}: {_size(built.bytes)}, {built.kernels} kernels, {times}{' (code from the cache)' if built.cached else ''}"
-    )
-
-
-def _size(count: int) -> str:
-    from moec.sizes import size_text
-
-    return size_text(count)
+    note = " (code from the cache)" if built.cached else ""
+    emit(f"{output}: {size_text(built.bytes)}, {built.kernels} kernels, {times}{note}")

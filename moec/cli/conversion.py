@@ -58,9 +58,10 @@ def checkpoint_of(folder: Path, model: torch.nn.Module, prefix: str) -> Checkpoi
 
 
 def _conversions(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers import conversion_mapping
 
-    found = get_model_conversion_mapping(model)
+    find: Any = conversion_mapping.get_model_conversion_mapping  # it wants transformers' own base class
+    found = find(model)
     merges = [c for c in found if getattr(c, "operations", None)]
     return [c for c in found if c not in merges], merges
 
@@ -74,7 +75,11 @@ def _target(key: str, renames: list[Any], merges: list[Any]) -> tuple[str, int, 
         if pattern is None:
             continue
         operations = [type(o).__name__ for o in merge.operations]
-        why = "" if operations in _MERGES and all(o.dim == i for i, o in enumerate(merge.operations)) else ", ".join(operations)
+        why = (
+            ""
+            if operations in _MERGES and all(o.dim == i for i, o in enumerate(merge.operations))
+            else ", ".join(operations)
+        )
         return target, merge.source_patterns.index(pattern), why
     return key, 0, ""
 

@@ -17,7 +17,12 @@ _EXAMPLE = (2, 12)  # sequences and tokens to trace with
 
 
 def source_of(
-    text: str, *, dtype: str | None, dynamic: str | None, random_weights: bool = False, trust_remote_code: bool = False,
+    text: str,
+    *,
+    dtype: str | None,
+    dynamic: str | None,
+    random_weights: bool = False,
+    trust_remote_code: bool = False,
     beside: bool = False,
 ) -> tuple[Source, Ranges]:
     """The source that ``text`` names, and the ranges of its sizes.
@@ -47,7 +52,12 @@ def _exported(path: Path, dtype: str | None) -> Source:
 
 
 def _hugging_face(
-    path: Path, text: str, dtype: str | None, ranges: Ranges, random_weights: bool, trust_remote_code: bool,
+    path: Path,
+    text: str,
+    dtype: str | None,
+    ranges: Ranges,
+    random_weights: bool,
+    trust_remote_code: bool,
     beside: bool,
 ) -> Source:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)

@@ -1,4 +1,4 @@
-"""Kernels that are embedded in an artifact: no Python at run time, and every declared instruction set in one library."""
+"""Kernels that are embedded in an artifact: without Python at run time, and with all declared instruction sets."""
 
 from __future__ import annotations
 

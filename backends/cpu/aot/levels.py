@@ -1,4 +1,4 @@
-"""The instruction sets that a target declares: an artifact holds kernels for each of them, and runs the best there is."""
+"""The instruction sets that a target declares: kernels for each of them are embedded, and the best one runs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ extern "C" {declaration} {{
     RouteArrays in{{}};
     in.logits = array_of(logits);
     {bias}
-    if (in.logits.sizes[1] > 1 && in.logits.strides[1] != 1) throw std::runtime_error("{name}: logits must be contiguous");
+    if (in.logits.sizes[1] > 1 && in.logits.strides[1] != 1)
+        throw std::runtime_error("{name}: logits must be contiguous");
     in.threads = threads();
     *weights = empty(in.logits.sizes[0], {k}, aoti_torch_dtype_{out}(), &in.weights);
     char* ids_at;
