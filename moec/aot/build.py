@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from moec.aot.addresses import with_addresses
 from moec.aot.code import compile_code
 from moec.aot.dynamic import Ranges
-from moec.aot.errors import AotError
+from moec.aot.errors import AotError, NoBlockError
 from moec.aot.generation import export_pair, generation_facts
 from moec.aot.lowering import Embedding
 from moec.aot.source import Source, export
@@ -123,6 +123,11 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     report = Report()
     optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
     publish(report)
+    if not report.layers:
+        raise NoBlockError(
+            f"{source.text} has no MoE block that moec finds",
+            hint="moec explain says what it looked at; torch's own AOTInductor compiles models without MoE",
+        )
     stages.begin("kernels")
     kernels = list(embedding.programs.values())
     library = archive(kernels, embedding.target, stages.detail) if kernels else None
@@ -158,6 +163,7 @@ def optimize(
     A program of which an op has no embedded code comes back as it was: it is plain ATen, which runs with torch alone.
     """
     stages.begin("passes")
+    check_ops(program)
     graph = from_exported(program)
     before = str(graph)
     ctx, raised = run_pipeline(graph, options)
@@ -172,6 +178,33 @@ def optimize(
         return Optimized(program, before, before, raised)
     after = str(graph)
     return Optimized(_emitted(graph, program, embedding, stages), before, after, raised)
+
+
+def check_ops(program: ExportedProgram) -> None:
+    """Refuse ops that somebody's Python code brings: torch alone cannot run them.
+
+    Raises:
+        AotError: There is one; it is named.
+    """
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            op = node.target
+            if isinstance(op, torch._ops.OpOverload) and op.namespace not in OWN_NAMESPACES:
+                raise AotError(
+                    f"the program calls {op.namespace}::{op._opname}, which torch alone does not have",
+                    source=_line(node),
+                    hint="an artifact runs without the code that defines it; export the model without that op",
+                )
+
+
+def _line(node: torch.fx.Node) -> str | None:
+    """The last line of the user's code that made a node."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+OWN_NAMESPACES = ("aten", "prims", "prim", "quantized", "_quantized")
+"""Of ops that every torch has."""
 
 
 def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stages: Stages) -> ExportedProgram:

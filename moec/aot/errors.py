@@ -9,3 +9,9 @@ class AotError(MoecError):
     """A model that cannot be compiled ahead of time, or an option that does not fit it."""
 
     code = "aot"
+
+
+class NoBlockError(MoecError):
+    """The model has no MoE block."""
+
+    code = "no-moe"
