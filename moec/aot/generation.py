@@ -95,12 +95,12 @@ def export_pair(source: Source, ranges: Ranges) -> tuple[dict[str, ExportedProgr
         raise AotError("--generate takes --dynamic batch=1,seq=1..LENGTH", hint="LENGTH tokens fit into the cache")
     length = list(ranges.values())[1][1]
     model = wrapped.model
-    shapes = cache_shapes(model, source.kwargs["input_ids"][:1, :2])
+    shapes = cache_shapes(model, source.args[0][:1, :2])
     dtype = next(model.parameters()).dtype
     module = Cached(model, length).eval()
     programs = {}
     for name, count in ((PREFILL, 3), (DECODE, 1)):
-        ids = source.kwargs["input_ids"][:1, :1].expand(1, count).contiguous()
+        ids = source.args[0][:1, :1].expand(1, count).contiguous()
         caches = [torch.zeros(1, heads, length, width, dtype=dtype) for heads, width in shapes]
         dynamic = {
             "input_ids": {1: Dim("seq", min=1, max=length)} if count > 1 else None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,11 +26,14 @@ from moec.aot.source import Source
 from moec.aot.spec import entry_spec
 from moec.aot.state import State
 from moec.artifact import manifest as m
-from moec.artifact.archive import MANIFEST, aligned_member, hashed_copy
+from moec.artifact.archive import MANIFEST, aligned_member
 from moec.artifact.weights import members_hash, remember
 from moec.options import CompileOptions
 from moec.passes.pipeline_text import format_pipeline
 from moec.passes.registry import parse_pipeline
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 PACKAGE = "cpu/model.pt2"
 _ROOT = "model"
@@ -68,7 +73,7 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             made = Path(folder) / "artifact"
             with zipfile.ZipFile(made, "w") as archive:
-                manifest = _write_members(archive, Path(folder), parts, FileTable(path.parent, told), told)
+                manifest = _write_members(archive, parts, FileTable(path.parent, told), told)
                 with aligned_member(archive, MANIFEST) as member:
                     member.write(manifest.to_json().encode())
             made.replace(path)
@@ -79,7 +84,7 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
 
 
 def _write_members(
-    archive: zipfile.ZipFile, folder: Path, parts: Parts, beside: FileTable, told: Callable[[str], None]
+    archive: zipfile.ZipFile, parts: Parts, beside: FileTable, told: Callable[[str], None]
 ) -> m.Manifest:
     members: dict[str, m.Member] = {}
 
@@ -93,12 +98,10 @@ def _write_members(
         add(f"ir/{name}.after.moe", entry.after.encode())
     licences = licences_of(parts.source, add)
     told("weights")
-    package = folder / "model.pt2"
-    weights, constants = _write_package(package, parts, beside)
-    told("archive")
-    with package.open("rb") as f, aligned_member(archive, PACKAGE) as member:
-        members[PACKAGE] = m.Member(*hashed_copy(f, member))
-    package.unlink()
+    with aligned_member(archive, PACKAGE) as member:
+        hashed = Hashed(member)
+        weights, constants = _write_package(hashed, parts, beside)
+    members[PACKAGE] = hashed.member
     return m.Manifest(
         moec_version=__version__,
         torch_version=torch.__version__,
@@ -115,13 +118,36 @@ def _write_members(
     )
 
 
-def _write_package(path: Path, parts: Parts, beside: FileTable) -> tuple[m.Weights, dict[str, dict[str, str]]]:
+class Hashed(io.RawIOBase):
+    """Writes through to a member of an archive and hashes on the way; it cannot seek, so every byte goes once."""
+
+    def __init__(self, to: IO[bytes]) -> None:
+        super().__init__()
+        self._to, self._size, self._digest = to, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        view = memoryview(data)
+        self._digest.update(view)
+        self._to.write(view)
+        self._size += view.nbytes
+        return view.nbytes
+
+    @property
+    def member(self) -> m.Member:
+        """Size and hash of what was written."""
+        return m.Member(self._size, self._digest.hexdigest())
+
+
+def _write_package(to: Hashed, parts: Parts, beside: FileTable) -> tuple[m.Weights, dict[str, dict[str, str]]]:
     """AOTInductor's package. With weights inside, that of a single entry runs with torch alone as it is."""
     weights = m.Weights("beside" if parts.places else "inside")
     constants: dict[str, dict[str, str]] = {}
     first = next(iter(parts.entries))
     blob_name = f"{_ROOT}/data/aotinductor/{first}/{parts.entries[first].code.blob}"
-    with zipfile.ZipFile(path, "w") as package:
+    with zipfile.ZipFile(to, "w") as package:
         for name, entry in parts.entries.items():
             with zipfile.ZipFile(entry.code.path) as code:
                 for info in code.infolist():

@@ -82,7 +82,7 @@ def _hugging_face(
         return _prefixed(hugging_face.stored_model(folder, config, element, trust_remote_code).state_dict())
 
     wrapped = Tokens(for_experts(model.eval()))
-    source = Source(text, wrapped, (), {"input_ids": example}, weights, folder if stored else None)
+    source = Source(text, wrapped, (example,), {}, weights, folder if stored else None)
     source.made_up = random_weights
     if beside and stored:
         source.checkpoint = checkpoint_of(folder, model, "model.")

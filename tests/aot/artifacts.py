@@ -30,7 +30,7 @@ PACKAGE = "cpu/model.pt2"
 def compiled(name: str, to: Path, layers: int = 2) -> tuple[torch.nn.Module, Built]:
     """A small model of a family in eager form, and its artifact at ``to``."""
     model = Tokens(for_experts(models.build(name, layers=layers))).eval()
-    source = Source(name, model, (), models.inputs(name, 2, 12))
+    source = Source(name, model, (models.inputs(name, 2, 12)["input_ids"],))
     return model, build(source, to, AotOptions(CompileOptions(checks="off"), RANGES))
 
 

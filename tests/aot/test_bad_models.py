@@ -164,7 +164,7 @@ def writing(folder: Path, told: Callable[[str], None]) -> None:
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     def told(stage: str) -> None:
-        if stage == "archive":
+        if stage == "weights":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(AotError, match="cannot be written: No space left on device"):
@@ -176,7 +176,7 @@ def test_a_killed_compile_leaves_no_artifact(tmp_path: Path) -> None:
     (tmp_path / "out.moec").write_bytes(b"the one before")
     child = os.fork()
     if child == 0:
-        writing(tmp_path, lambda stage: os._exit(9) if stage == "archive" else None)
+        writing(tmp_path, lambda stage: os._exit(9) if stage == "weights" else None)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert (tmp_path / "out.moec").read_bytes() == b"the one before"
