@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from moec.aot.blob import write_blob
 from moec.aot.checkpoint import Stored
 from moec.aot.code import Code, Constant
 from moec.aot.errors import AotError
+from moec.aot.hashed import Hashed
 from moec.aot.licences import licences_of
 from moec.aot.source import Source
 from moec.aot.spec import entry_spec
@@ -31,9 +30,6 @@ from moec.artifact.weights import members_hash, remember
 from moec.options import CompileOptions
 from moec.passes.pipeline_text import format_pipeline
 from moec.passes.registry import parse_pipeline
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
 
 PACKAGE = "cpu/model.pt2"
 _ROOT = "model"
@@ -99,9 +95,9 @@ def _write_members(
     licences = licences_of(parts.source, add)
     told("weights")
     with aligned_member(archive, PACKAGE) as member:
-        hashed = Hashed(member)
-        weights, constants = _write_package(hashed, parts, beside)
-    members[PACKAGE] = hashed.member
+        with Hashed(member) as hashed:
+            weights, constants = _write_package(hashed, parts, beside)
+        members[PACKAGE] = m.Member(hashed.size, hashed.sha256)
     return m.Manifest(
         moec_version=__version__,
         torch_version=torch.__version__,
@@ -116,29 +112,6 @@ def _write_members(
         licences=licences,
         generate=dict(parts.generate),
     )
-
-
-class Hashed(io.RawIOBase):
-    """Writes through to a member of an archive and hashes on the way; it cannot seek, so every byte goes once."""
-
-    def __init__(self, to: IO[bytes]) -> None:
-        super().__init__()
-        self._to, self._size, self._digest = to, 0, hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Buffer, /) -> int:
-        view = memoryview(data)
-        self._digest.update(view)
-        self._to.write(view)
-        self._size += view.nbytes
-        return view.nbytes
-
-    @property
-    def member(self) -> m.Member:
-        """Size and hash of what was written."""
-        return m.Member(self._size, self._digest.hexdigest())
 
 
 def _write_package(to: Hashed, parts: Parts, beside: FileTable) -> tuple[m.Weights, dict[str, dict[str, str]]]:

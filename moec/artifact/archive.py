@@ -7,15 +7,20 @@ with the manifest, and no byte of them is interpreted as code or pickle here.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from moec.artifact.errors import ArtifactError
 from moec.artifact.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MANIFEST = "manifest.json"
 MOST_MANIFEST_BYTES = 256 << 20
@@ -54,6 +59,36 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Window(io.RawIOBase):
+    """Part of a file, as a file: a stored member that can be searched without reading what lies between."""
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        super().__init__()
+        self._file, self._start, self._size, self._at = path.open("rb", buffering=0), start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view) or 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class Archive:
@@ -106,24 +141,19 @@ class Archive:
         Raises:
             ArtifactError: It differs.
         """
-        digest = hashlib.sha256()
-        try:
-            with self._zip.open(name) as f:
-                while chunk := f.read(_CHUNK):
-                    digest.update(chunk)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise ArtifactError(f"{self.path}: {name} cannot be read: {error}", hint=_AGAIN) from error
+        with self.open_member(name) as f:
+            digest = hashlib.file_digest(f, "sha256")
         if digest.hexdigest() != self.manifest.members[name].sha256:
             raise ArtifactError(f"{self.path}: {name} was changed: its content has another hash", hint=_AGAIN)
 
     def copy(self, name: str, to: Path) -> None:
         """Write a member to the file ``to``."""
-        with self._zip.open(name) as f, to.open("wb") as out:
+        with self.open_member(name) as f, to.open("wb") as out:
             hashed_copy(f, out)
 
-    def open_member(self, name: str) -> IO[bytes]:
+    def open_member(self, name: str) -> io.BufferedReader:
         """A member as a file that can be searched."""
-        return self._zip.open(name)
+        return io.BufferedReader(Window(self.path, self.offset(name), self.manifest.members[name].size), _CHUNK)
 
     def offset(self, name: str) -> int:
         """Where the bytes of a member begin in the artifact's file."""
