@@ -17,7 +17,7 @@ from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError, NoBlockError
 from moec.aot.generation import export_pair, generation_facts
 from moec.aot.lowering import Embedding
-from moec.aot.source import Source, export
+from moec.aot.source import Source, Tokens, export
 from moec.aot.state import state_of
 from moec.aot.write import EntryParts, Parts, write_artifact
 from moec.backends.cpu.aot import archive
@@ -122,6 +122,9 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1})
     report = Report()
     optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
+    if isinstance(source.module, Tokens):
+        for block in report.layers:
+            block.name = block.name.removeprefix("model.")  # of the wrapper: the user's model has no such part
     publish(report)
     if not report.layers:
         raise NoBlockError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from moec.aot.build import AotOptions, Built, build
 from moec.aot.source import Source, Tokens, for_experts
 from moec.artifact import manifest as m
 from moec.artifact.archive import MANIFEST, aligned_member
+from moec.cache import cache_dir
 from moec.options import CompileOptions
 from tests.support import models
 
@@ -31,7 +33,9 @@ def compiled(name: str, to: Path, layers: int = 2) -> tuple[torch.nn.Module, Bui
     """A small model of a family in eager form, and its artifact at ``to``."""
     model = Tokens(for_experts(models.build(name, layers=layers))).eval()
     source = Source(name, model, (models.inputs(name, 2, 12)["input_ids"],))
-    return model, build(source, to, AotOptions(CompileOptions(checks="off"), RANGES))
+    with (cache_dir() / f"{name}.lock").open("w") as lock:  # whoever comes second finds the code in the cache
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return model, build(source, to, AotOptions(CompileOptions(checks="off"), RANGES))
 
 
 def expected(name: str, model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
