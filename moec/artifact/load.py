@@ -27,8 +27,9 @@ class LoadedEntry:
         spec: Its inputs, outputs and sizes.
     """
 
-    def __init__(self, name: str, spec: Entry, loader: Any) -> None:
+    def __init__(self, name: str, spec: Entry, loader: Any, weights: Mapped) -> None:
         self.name, self.spec, self._loader = name, spec, loader
+        self._weights = weights  # the loader keeps addresses alone
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run it.
@@ -77,8 +78,8 @@ class LoadedArtifact:
         entries: Its functions by name.
     """
 
-    def __init__(self, manifest: Manifest, entries: dict[str, LoadedEntry], weights: Mapped) -> None:
-        self.manifest, self.entries, self._weights = manifest, entries, weights
+    def __init__(self, manifest: Manifest, entries: dict[str, LoadedEntry]) -> None:
+        self.manifest, self.entries = manifest, entries
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         if "model" not in self.entries:
@@ -126,15 +127,15 @@ def load(path: str | Path, *, check: bool = True) -> LoadedArtifact:
         weights = Mapped(archive)
         entries = {}
         for name, constants in blob.entries.items():
-            loader = _loader(code, name, path)
+            loader = _loader(code, name, path, archive.manifest)
             missing = [key for key in constants.values() if key not in weights.tensors]
             if missing or name not in archive.manifest.entries:
                 what = f"the weight {missing[0]}" if missing else f"the entry {name}"
                 raise ArtifactError(f"{path}: the manifest does not list {what}", hint="compile the model again")
             if constants:
                 loader.load_constants({c: weights.tensors[k] for c, k in constants.items()}, False, True, True, False)
-            entries[name] = LoadedEntry(name, archive.manifest.entries[name], loader)
-        return LoadedArtifact(archive.manifest, entries, weights)
+            entries[name] = LoadedEntry(name, archive.manifest.entries[name], loader, weights)
+        return LoadedArtifact(archive.manifest, entries)
 
 
 def _blob(manifest: Manifest, path: Path) -> Blob:
@@ -145,7 +146,7 @@ def _blob(manifest: Manifest, path: Path) -> Blob:
     raise ArtifactError(f"{path} holds code for {kinds}: none of it runs here")
 
 
-def _loader(code: Path, name: str, path: Path) -> Any:
+def _loader(code: Path, name: str, path: Path, manifest: Manifest) -> Any:
     try:
         return torch._C._aoti.AOTIModelPackageLoader(str(code), name, False, 1, -1)
     except RuntimeError as error:
@@ -156,7 +157,9 @@ def _loader(code: Path, name: str, path: Path) -> Any:
                 hint="compile it again with --target cpu:avx2",
             ) from error
         first = (text.strip().splitlines() or ["unknown"])[0]
-        raise ArtifactError(f"{path}: its code cannot be loaded: {first}") from error
+        made, here = manifest.torch_version, torch.__version__
+        hint = f"it was compiled with torch {made}, and this is torch {here}" if made != here else None
+        raise ArtifactError(f"{path}: its code cannot be loaded: {first}", hint=hint) from error
 
 
 def _code_package(archive: Archive, blob: Blob, checked: bool) -> Path:

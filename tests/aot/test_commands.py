@@ -65,5 +65,5 @@ def test_npz_with_objects_is_not_unpickled(tmp_path: Path, moec: Callable[..., s
     from moec.cli.run import RunError, _arrays
 
     np.savez(tmp_path / "in.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(RunError, match="cannot be read as .npz"):
+    with pytest.raises(RunError, match=r"cannot be read as \.npz"):
         _arrays(tmp_path / "in.npz", (TensorSpec("x", "f32", (1,)),))
