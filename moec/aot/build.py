@@ -118,8 +118,9 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     programs, facts = _exported(source, options)
     if options.weights == "beside" and source.checkpoint is None:
         raise AotError("--weights beside is for a folder of safetensors", hint="use --weights inside")
-    places = source.checkpoint.places if source.checkpoint is not None and options.weights == "beside" else {}
-    embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1})
+    places = source.checkpoint.places if source.checkpoint is not None else {}
+    beside = options.weights == "beside"
+    embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1 and beside})
     report = Report()
     optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
     if isinstance(source.module, Tokens):

@@ -18,7 +18,7 @@ def state_of(source: Source, places: Collection[str], programs: Sequence[Exporte
 
     Args:
         source: The model.
-        places: Weights that stay where they lie; if there are any, all others were traced.
+        places: Weights that are taken from a checkpoint's files; if there are any, all others were traced.
         programs: The entries.
 
     Raises:

@@ -47,7 +47,7 @@ class EntryParts:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that goes into an artifact."""
+    """Everything that goes into an artifact; ``places`` says where weights lie that ``state`` does not hold."""
 
     source: Source
     options: CompileOptions
@@ -116,7 +116,7 @@ def _write_members(
 
 def _write_package(to: Hashed, parts: Parts, beside: FileTable) -> tuple[m.Weights, dict[str, dict[str, str]]]:
     """AOTInductor's package. With weights inside, that of a single entry runs with torch alone as it is."""
-    weights = m.Weights("beside" if parts.places else "inside")
+    weights = m.Weights(parts.weights)
     constants: dict[str, dict[str, str]] = {}
     first = next(iter(parts.entries))
     blob_name = f"{_ROOT}/data/aotinductor/{first}/{parts.entries[first].code.blob}"
@@ -132,7 +132,7 @@ def _write_package(to: Hashed, parts: Parts, beside: FileTable) -> tuple[m.Weigh
         layout = _layout(parts, weights, constants, beside)
         size = sum(c.size for c in layout)
         with aligned_member(package, blob_name) as member:
-            write_blob(member, layout, _values(parts))
+            write_blob(member, layout, _values(parts), parts.places)
         weights.files["inside"] = m.File(f"{PACKAGE}!{blob_name}", "", size, "")
     weights.files.update(beside.files)
     return weights, constants
@@ -162,7 +162,7 @@ def _layout(
             key = constants[name][c.name] = _key(name, c, parts)
             if key in weights.tensors or key in weights.tables:
                 continue
-            if key in parts.places:
+            if key in parts.places and parts.weights == "beside":
                 put_tensor(weights, key, c, parts.places[key], beside)
                 continue
             made.append(Constant(key, c.dtype, c.shape, c.stride, offset, c.size))

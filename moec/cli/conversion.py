@@ -86,6 +86,8 @@ def _target(key: str, renames: list[Any], merges: list[Any]) -> tuple[str, int, 
 
 def _misfit(made: tuple[Stored, ...], value: torch.Tensor, parts: int) -> str:
     """Why the tensors cannot stand for ``value``; empty if they can."""
+    if not value.is_contiguous():
+        return "the model does not hold it row by row"
     dtype = NAMES.get(value.dtype)
     if any(t.dtype != dtype for t in made):
         return f"it is {made[0].dtype} on disk, and the model is compiled for {dtype}"

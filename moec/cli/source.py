@@ -84,9 +84,11 @@ def _hugging_face(
     wrapped = Tokens(for_experts(model.eval()))
     source = Source(text, wrapped, (example,), {}, weights, folder if stored else None)
     source.made_up = random_weights
-    if beside and stored:
+    if stored:
         source.checkpoint = checkpoint_of(folder, model, "model.")
-        if source.checkpoint.missing:
+        if source.checkpoint.missing and not beside:
+            source.checkpoint = None  # transformers makes something new of it while it loads
+        elif source.checkpoint.missing:
             name, why = next(iter(source.checkpoint.missing.items()))
             raise ModelError(
                 f"--weights beside cannot use {name.removeprefix('model.')!r} as it lies in {folder}: {why}",

@@ -52,6 +52,21 @@ class Built:
     names: dict[str, str]
 
 
+def handles_of(tensors: list[Tensor]) -> list[int]:
+    """torch's C interface's handles of tensors; they are not freed."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return [pointer(c, None) for c in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
+
+
+def tensor_of(handle: ctypes.c_void_p) -> Tensor:
+    """The tensor behind a handle, which is used up."""
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    made: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle, None, None))
+    return made
+
+
 def experts(case: ExpertsCase, addressed: bool = False) -> Embedded:
     return embed_experts(program_op(case.graph()), "cpu", case.up_form == "nk", case.down_form == "nk", addressed)
 
@@ -69,7 +84,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         text += f'extern "C" {embedded.declaration};\nextern "C" __attribute__((visibility("default"))) {shown} {{\n'
         text += f"    return aoti_torch_cpu_{embedded.name}({', '.join(names)});\n}}\n"
     (folder / "shims.cpp").write_text(text)
-    library, so = archive(list(made.values()), "cpu"), folder / "cases.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEC_CXXFLAGS", "-O1")  # half the time of a build
+        library, so = archive(list(made.values()), "cpu"), folder / "cases.so"
     torch_lib = Path(torch.__file__).parent / "lib"
     command = ["g++", "-shared", "-fPIC", f"-I{TORCH_HEADERS}", str(folder / "shims.cpp"), str(library), "-o", str(so)]
     subprocess.run([*command, f"-L{torch_lib}", "-ltorch_cpu", "-lgomp"], check=True)
@@ -83,13 +100,13 @@ def call(request: pytest.FixtureRequest, built: Built, tmp_path: Path, monkeypat
     library = ctypes.CDLL(shutil.copy(built.path, tmp_path / "copy.so"))
 
     def run(key: str, before: list[Tensor], listed: list[Tensor] | None, results: int) -> list[Tensor]:
-        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([*before, *(listed or [])])
+        handles = handles_of([*before, *(listed or [])])
         words: list[Any] = [ctypes.c_void_p(h) for h in handles[: len(before)]]
         if listed is not None:
             words += [(ctypes.c_void_p * max(1, len(listed)))(*handles[len(before) :]), ctypes.c_int64(len(listed))]
         out = [ctypes.c_void_p() for _ in range(results)]
         assert getattr(library, f"call_{built.names[key]}")(*words, *map(ctypes.byref, out)) == 0
-        return [torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(o.value) for o in out]
+        return [tensor_of(o) for o in out]
 
     return run
 
@@ -137,10 +154,11 @@ def test_bad_ids_are_told(built: Built, tmp_path: Path) -> None:
     code = f"""
 import ctypes, torch
 library = ctypes.CDLL({str(built.path)!r})
+from tests.aot.test_embedded_numbers import handles_of
 from tests.backends.cases import ExpertsCase
 inputs = {case!r}.inputs(3)
 inputs[1][1, 1] = 7
-handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)
+handles = handles_of(inputs)
 table = (ctypes.c_void_p * len(inputs[3:]))(*handles[3:])
 out = ctypes.c_void_p()
 words = [ctypes.c_void_p(h) for h in handles[:3]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import moec
+from moec.aot.blob import write_blob
+from moec.aot.code import Constant
 from moec.cli.app import main
 from tests.support import models
 
@@ -94,3 +97,7 @@ def test_the_index_of_shards_is_not_needed(tmp_path: Path) -> None:
         half = stacked[at].chunk(2)[0 if place is up[3] else 1]
         raw = place.file.read_bytes()[place.offset : place.offset + place.size]
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.float32).view(place.shape), half)
+    blob = io.BytesIO()  # and --weights inside copies them to where the stacked weight has them
+    constant = Constant("up", "f32", tuple(stacked.shape), stacked.stride(), 0, stacked.nbytes)
+    write_blob(blob, [constant], {}, {"up": up})
+    assert blob.getvalue() == stacked.numpy().tobytes()
