@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec.api import compile as compile
     from moec.api import explain as explain
+    from moec.artifact.load import load as load
     from moec.exported import optimize as optimize
     from moec.ir.errors import MoecError as MoecError
     from moec.readiness.prepare import prepare as prepare
@@ -25,6 +26,7 @@ _HOMES = {
     "compile": "moec.api",
     "drop_dead_experts": "moec.readiness",
     "explain": "moec.api",
+    "load": "moec.artifact.load",
     "optimize": "moec.exported",
     "prepare": "moec.readiness",
     "recording": "moec.session",
@@ -38,6 +40,7 @@ __all__ = [
     "compile",
     "drop_dead_experts",
     "explain",
+    "load",
     "optimize",
     "prepare",
     "recording",

@@ -40,7 +40,7 @@ def optimize(program: ExportedProgram, **options: object) -> ExportedProgram:
     graph = from_exported(program)
     ctx, raised = run_pipeline(graph, chosen)
     claims = claim(graph, chosen.backends, chosen.target)
-    report = _report(graph, claims, ctx, raised)
+    report = report_of(graph, claims, ctx, raised)
     publish(report)
     if chosen.report is not None:
         chosen.report(report)
@@ -49,7 +49,15 @@ def optimize(program: ExportedProgram, **options: object) -> ExportedProgram:
     return to_exported(graph, program, lower_op=lowering(claims, chosen))
 
 
-def _report(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Report:
+def report_of(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Report:
+    """What passes and backends made of every block of a whole program.
+
+    Args:
+        graph: After the pipeline.
+        claims: Who takes which op.
+        ctx: The pipeline's context, with its remarks.
+        raised: The graph's text before anything was fused.
+    """
     report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
     for op in graph.ops:
         if op.name == "moe.experts":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from moec.ir.core import Graph, Op
+from moec.ir.types import SymType, TensorType
 from moec.passes.aliases import AliasSets, reaches_outside
 from moec.passes.effects import is_pure, written_operands
 
@@ -21,6 +22,7 @@ def write_within(graph: Graph, ops: Collection[Op], at: Op | None = None) -> Op 
         ops: The piece.
         at: The place where the fused op is to stand, if it may lie outside the piece.
     """
+    ops = [op for op in ops if not _reads_sizes_alone(op)]
     position = {op: i for i, op in enumerate(graph.ops)}
     places = [position[op] for op in ops] + ([position[at]] if at is not None else [])
     if not places:
@@ -40,3 +42,11 @@ def write_within(graph: Graph, ops: Collection[Op], at: Op | None = None) -> Op 
         if written & touched:
             return op
     return None
+
+
+def _reads_sizes_alone(op: Op) -> bool:
+    """It makes numbers of numbers and of tensors' sizes, which no write changes; it may stand far from its piece."""
+    if not op.results or not all(isinstance(r.type, SymType) for r in op.results):
+        return False
+    of_tensors = any(isinstance(v.type, TensorType) for v in op.operands)
+    return not of_tensors or str(op.attrs.get("target", "")).startswith("aten.sym_")

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.cli import backends, coverage, demo, doctor, explain, opt, passes, profile
+from moec.cli import backends, bench, compile, coverage, demo, doctor, explain, inspect, opt, passes, profile, run
 from moec.cli.console import show_error, show_internal
 from moec.ir.errors import MoecError
 
@@ -27,6 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("compile")(compile.compile)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
 app.command("explain")(explain.explain)
 app.command("opt")(opt.opt)
 app.command("passes")(passes.passes)

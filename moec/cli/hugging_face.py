@@ -23,8 +23,13 @@ def _transformers() -> Any:
     return transformers
 
 
-def config_from(settings: dict[str, Any], file: Path) -> Any:
+def config_from(settings: dict[str, Any], file: Path, trusted: Path | None = None) -> Any:
     """The configuration object that ``settings`` (a parsed ``config.json``) describe.
+
+    Args:
+        settings: The parsed file.
+        file: For messages.
+        trusted: A folder whose own code may be run, or None: no code from a folder is run.
 
     Raises:
         ModelError: transformers is missing, does not know the model type, or refuses the values.
@@ -32,6 +37,13 @@ def config_from(settings: dict[str, Any], file: Path) -> Any:
     transformers = _transformers()
     known = transformers.CONFIG_MAPPING
     kind = settings["model_type"]
+    if trusted is not None and "auto_map" in settings:
+        return transformers.AutoConfig.from_pretrained(trusted, trust_remote_code=True, local_files_only=True)
+    if kind not in known and "auto_map" in settings:
+        raise ModelError(
+            f"{file}: model_type {kind!r} comes with code of its own, which is not run",
+            hint="if you trust it, moec compile takes --trust-remote-code",
+        )
     if kind not in known:
         raise ModelError(
             f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}; {_near(kind, known)}",
@@ -49,8 +61,10 @@ def _near(kind: object, known: Any) -> str:
     return text if text.startswith("did you mean") else "nothing is near"  # the list of all of them helps nobody
 
 
-def _class_for(config: Any, file: Path) -> Any:
+def _class_for(config: Any, file: Path, trusted: bool = False) -> Any:
     transformers = _transformers()
+    if trusted and getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
         if type(config) in auto._model_mapping:
             return auto
@@ -92,15 +106,48 @@ def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn
     return random_transformer(auto, config, wanted)
 
 
-def stored_model(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.nn.Module:
+def outline(config: Any, dtype: torch.dtype, file: Path, trusted: bool = False) -> torch.nn.Module:
+    """A model whose weights are memory that nobody has touched: it takes no memory yet, whatever its size.
+
+    Raises:
+        ModelError: The class refuses the configuration.
+    """
+    auto = _class_for(config, file, trusted)
+    from transformers.initialization import no_init_weights
+
+    options = {"trust_remote_code": True} if trusted else {}
+    try:
+        with no_init_weights():
+            model = auto.from_config(config, dtype=dtype, **options)
+    except Exception as e:
+        raise ModelError(f"{file}: the model cannot be built: {_first_line(e)}") from e
+    model.tie_weights()
+    return model
+
+
+def check_safetensors(folder: Path) -> None:
+    """Refuse a folder without safetensors: other formats are pickles, which run code when they are read.
+
+    Raises:
+        ModelError: It holds none.
+    """
+    if next(folder.glob("*.safetensors"), None) is None:
+        pickles = next(folder.glob("*.bin"), None)
+        what = f"{folder} holds its weights as pickles ({pickles.name})" if pickles else f"{folder} holds no weights"
+        hint = "save the model again with save_pretrained" if pickles else "add --random-weights"
+        raise ModelError(what, hint=hint)
+
+
+def stored_model(folder: Path, config: Any, dtype: torch.dtype | None, trusted: bool = False) -> torch.nn.Module:
     """The model with the weights that lie in ``folder``.
 
     Raises:
         ModelError: The weights cannot be read or do not fit the configuration.
     """
-    auto = _class_for(config, folder)
+    auto = _class_for(config, folder, trusted)
+    options = {"trust_remote_code": True} if trusted else {}
     try:
-        return auto.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True)
+        return auto.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True, **options)
     except Exception as e:
         raise ModelError(f"{folder}: the weights cannot be loaded: {_first_line(e)}") from e
 

@@ -54,7 +54,7 @@ def load_model(
     Raises:
         ModelError: Says what is wrong with ``text`` and what to do.
     """
-    element = _dtype(dtype)
+    element = dtype_of(dtype)
     path = Path(text).expanduser()
     if path.exists():
         return _from_path(path, batch, seq, element, random_weights)
@@ -71,7 +71,12 @@ def load_model(
     )
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The element type called ``name``.
+
+    Raises:
+        ModelError: There is none.
+    """
     if name is None:
         return None
     short = _DTYPE_ALIASES.get(name, name)
@@ -144,7 +149,7 @@ def _from_path(path: Path, batch: int, seq: int, dtype: torch.dtype | None, rand
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     if not file.exists():
         raise ModelError(f"{path} has no config.json", hint="give the folder of a Hugging Face model")
-    settings = _read_config(file)
+    settings = read_config(file)
     if not random_weights:
         has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
         if path.is_file() or not has_weights:
@@ -163,7 +168,12 @@ def _from_path(path: Path, batch: int, seq: int, dtype: torch.dtype | None, rand
     return LoadedModel(model.eval(), (), {**inputs, "use_cache": False})
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """A ``config.json``.
+
+    Raises:
+        ModelError: It cannot be read, or is none.
+    """
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:

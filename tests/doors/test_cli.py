@@ -44,7 +44,7 @@ Moec = Callable[..., Result]
 
 def test_version_and_help(moec: Moec) -> None:
     assert moec("--version").out.startswith("moec 0.")
-    commands = ("demo", "explain", "opt", "passes", "backends", "doctor")
+    commands = ("demo", "compile", "run", "inspect", "bench", "explain", "opt", "passes", "backends", "doctor")
     assert all(c in moec("--help").out for c in commands)
     assert all(moec(c, "--help").code == 0 for c in commands)
 

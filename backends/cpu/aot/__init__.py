@@ -1,0 +1,11 @@
+"""Kernels that are embedded in an artifact: without Python at run time, and with all declared instruction sets."""
+
+from __future__ import annotations
+
+from moec.backends.cpu.aot.archive import archive
+from moec.backends.cpu.aot.embedded import Embedded
+from moec.backends.cpu.aot.experts import addressable, embed_experts
+from moec.backends.cpu.aot.levels import declared, lowest
+from moec.backends.cpu.aot.route import embed_route
+
+__all__ = ["Embedded", "addressable", "archive", "declared", "embed_experts", "embed_route", "lowest"]

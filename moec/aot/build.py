@@ -1,0 +1,226 @@
+"""The stages of a compile: export, passes, kernels, AOTInductor, weights, archive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moec.aot.addresses import with_addresses
+from moec.aot.code import compile_code
+from moec.aot.dynamic import Ranges
+from moec.aot.errors import AotError, NoBlockError
+from moec.aot.generation import export_pair, generation_facts
+from moec.aot.lowering import Embedding
+from moec.aot.source import Source, Tokens, export
+from moec.aot.state import state_of
+from moec.aot.write import EntryParts, Parts, write_artifact
+from moec.backends.cpu.aot import archive
+from moec.capture import from_exported
+from moec.emit import to_exported
+from moec.exported import report_of
+from moec.ir.core import Graph, Op
+from moec.options import CompileOptions
+from moec.pipeline import run_pipeline
+from moec.report import Report
+from moec.session import publish
+
+Told = Callable[[str, str], None]
+"""Hears the stage, and what of it is being done."""
+
+
+@dataclass(frozen=True)
+class AotOptions:
+    """What a compile may be told.
+
+    Attributes:
+        compile: Passes, target and what helps to look inside.
+        dynamic: Ranges of the sizes that vary.
+        weights: ``inside`` or ``beside``.
+        generate: Make a prefill and a decode entry.
+    """
+
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    dynamic: Ranges = field(default_factory=dict)
+    weights: str = "inside"
+    generate: bool = False
+
+
+@dataclass
+class Built:
+    """What came of a compile.
+
+    Attributes:
+        seconds: By stage.
+        cached: The code was in the cache.
+        report: What was found and fused.
+    """
+
+    path: Path
+    bytes: int
+    seconds: dict[str, float]
+    cached: bool
+    report: Report
+    kernels: int
+
+
+@dataclass
+class Optimized:
+    """One entry before it is compiled to code."""
+
+    program: ExportedProgram
+    before: str
+    after: str
+    raised: str
+
+
+class Stages:
+    """Times of the stages, and who hears of them."""
+
+    def __init__(self, told: Told) -> None:
+        self.seconds: dict[str, float] = {}
+        self._told = told
+        self._stage, self._since = "", time.perf_counter()
+
+    def begin(self, stage: str, detail: str = "") -> None:
+        """A stage begins; the one before is over."""
+        self.end()
+        self._stage, self._since = stage, time.perf_counter()
+        self._told(stage, detail)
+
+    def detail(self, text: str) -> None:
+        """What of the stage is being done."""
+        self._told(self._stage, text)
+
+    def end(self) -> None:
+        """No stage is running."""
+        if self._stage:
+            passed = time.perf_counter() - self._since
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + passed
+        self._stage = ""
+
+
+def build(source: Source, output: Path, options: AotOptions, told: Told = lambda stage, detail: None) -> Built:
+    """Compile ``source`` to the artifact ``output``.
+
+    Raises:
+        MoecError: The model cannot be exported or compiled, or the file cannot be written. Nothing half-written stays.
+    """
+    if not output.parent.is_dir():
+        raise AotError(f"there is no folder {output.parent} to write {output.name} to")
+    stages = Stages(told)
+    stages.begin("export")
+    programs, facts = _exported(source, options)
+    if options.weights == "beside" and source.checkpoint is None:
+        raise AotError("--weights beside is for a folder of safetensors", hint="use --weights inside")
+    places = source.checkpoint.places if source.checkpoint is not None else {}
+    beside = options.weights == "beside"
+    embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1 and beside})
+    report = Report()
+    optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
+    if isinstance(source.module, Tokens):
+        for block in report.layers:
+            block.name = block.name.removeprefix("model.")  # of the wrapper: the user's model has no such part
+    publish(report)
+    if not report.layers:
+        raise NoBlockError(
+            f"{source.text} has no MoE block that moec finds",
+            hint="moec explain says what it looked at; torch's own AOTInductor compiles models without MoE",
+        )
+    stages.begin("kernels")
+    kernels = list(embedding.programs.values())
+    library = archive(kernels, embedding.target, stages.detail) if kernels else None
+    stages.begin("code")
+    codes, cached = {}, True
+    for name, entry in optimized.items():
+        stages.detail(name)
+        codes[name], known = compile_code(entry.program, embedding, library)
+        cached = cached and known
+    stages.begin("weights")
+    state = state_of(source, places, [entry.program for entry in optimized.values()])
+    entries = {name: EntryParts(o.program, codes[name], o.before, o.after) for name, o in optimized.items()}
+    parts = Parts(source, options.compile, options.weights, entries, state, tuple(options.dynamic), facts, places)
+    stages.begin("archive")
+    size = write_artifact(output, parts, stages.detail)
+    stages.end()
+    return Built(output, size, stages.seconds, cached, report, len(kernels))
+
+
+def _exported(source: Source, options: AotOptions) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
+    """The entries' programs, and what the manifest says about generating."""
+    if not options.generate:
+        return {"model": export(source, options.dynamic)}, {}
+    programs, length = export_pair(source, options.dynamic)
+    return programs, generation_facts(source, length)
+
+
+def optimize(
+    program: ExportedProgram, embedding: Embedding, options: CompileOptions, report: Report, stages: Stages
+) -> Optimized:
+    """Run the passes, and put embedded code where MoE ops are.
+
+    A program of which an op has no embedded code comes back as it was: it is plain ATen, which runs with torch alone.
+    """
+    stages.begin("passes")
+    check_ops(program)
+    graph = from_exported(program)
+    before = str(graph)
+    ctx, raised = run_pipeline(graph, options)
+    made = report_of(graph, embedding.claims(graph, options), ctx, raised)
+    report.layers += made.layers
+    report.remarks += made.remarks
+    report.graphs += 1
+    if refused := embedding.refusals(graph):
+        report.remarks += [f"{text}; the model runs as PyTorch would run it" for text in refused]
+        for block in report.layers:
+            block.fused, block.reason = False, refused[0]
+        return Optimized(program, before, before, raised)
+    after = str(graph)
+    return Optimized(_emitted(graph, program, embedding, stages), before, after, raised)
+
+
+def check_ops(program: ExportedProgram) -> None:
+    """Refuse ops that somebody's Python code brings: torch alone cannot run them.
+
+    Raises:
+        AotError: There is one; it is named.
+    """
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            op = node.target
+            if isinstance(op, torch._ops.OpOverload) and op.namespace not in OWN_NAMESPACES:
+                raise AotError(
+                    f"the program calls {op.namespace}::{op._opname}, which torch alone does not have",
+                    source=_line(node),
+                    hint="an artifact runs without the code that defines it; export the model without that op",
+                )
+
+
+def _line(node: torch.fx.Node) -> str | None:
+    """The last line of the user's code that made a node."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+OWN_NAMESPACES = ("aten", "prims", "prim", "quantized", "_quantized")
+"""Of ops that every torch has."""
+
+
+def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stages: Stages) -> ExportedProgram:
+    lifted = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    lower = embedding.lower_op(lifted)
+    done = 0
+
+    def told(op: Op, fx: torch.fx.Graph, args: list[Any]) -> Any:
+        nonlocal done
+        if op.name == "moe.experts":
+            done += 1
+            stages.detail(f"layer {done}")
+        return lower(op, fx, args)
+
+    return with_addresses(to_exported(graph, program, lower_op=told), embedding.addressed)

@@ -1,0 +1,147 @@
+"""From claimed ops of the moe dialect to nodes that call embedded code."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from moec.aot.ops import torch_op
+from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
+from moec.backends.cpu.expression import UnsupportedError
+from moec.backends.partition import Claims, claim
+from moec.emit import LowerOp
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
+from moec.options import CompileOptions
+from moec.runtime.programs import program_graph
+
+Node = torch.fx.Node
+
+
+class Embedding:
+    """The embedded programs of an artifact.
+
+    Args:
+        target: ``cpu`` or ``cpu:LEVEL``.
+        one_by_one: Names of weights of which a checkpoint holds the experts' matrices one by one.
+
+    Attributes:
+        addressed: Those of them in whose place a program now takes addresses, and how many.
+        programs: By name; equal layers have one.
+        calls: How many nodes call each.
+    """
+
+    def __init__(self, target: str, one_by_one: Collection[str] = ()) -> None:
+        self.target, self.one_by_one = target, one_by_one
+        self.addressed: dict[str, int] = {}
+        self.programs: dict[str, Embedded] = {}
+        self.calls: dict[str, int] = {}
+        self._ops: dict[str, torch._ops.OpOverload] = {}
+        self._names: Mapping[str, str] = {}
+
+    @property
+    def shims(self) -> dict[torch._ops.OpOverload, list[str]]:
+        """The C functions of the ops, as Inductor's option ``custom_ops_to_c_shims`` takes them."""
+        return {self._ops[name]: [embedded.declaration] for name, embedded in self.programs.items()}
+
+    def refusals(self, graph: Graph) -> list[str]:
+        """Why ops of the moe dialect have no embedded code; empty where all have."""
+        found = []
+        for op in graph.walk():
+            if op.dialect != "moe":
+                continue
+            try:
+                self._embed(op, True, True)
+            except UnsupportedError as reason:
+                found.append(f"{op.loc.module or op.name}: {reason}")
+        return found
+
+    def claims(self, graph: Graph, options: CompileOptions) -> Claims:
+        """The cpu backend's answer for every op, as a report shows it."""
+        return claim(graph, ("cpu",), options.target)
+
+    def lower_op(self, names: Mapping[str, str]) -> LowerOp:
+        """The ``lower_op`` of ``moec.emit`` for every op that has embedded code.
+
+        Args:
+            names: Of the program's lifted inputs: the weight that each is.
+        """
+        self._names = names
+
+        def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+            if op.name == "moe.experts":
+                return self._experts(op, graph, args)
+            if op.name == "moe.route":
+                return self._route(op, graph, args)
+            return None
+
+        return lower
+
+    def _embed(self, op: Op, up_nk: bool, down_nk: bool, addressed: bool = False) -> Embedded:
+        if op.name == "moe.route":
+            return embed_route(op, self.target)
+        if op.name == "moe.experts":
+            return embed_experts(op, self.target, up_nk, down_nk, addressed)
+        raise UnsupportedError(f"there is no kernel for {op.name}")
+
+    def _enter(self, op: Op, embedded: Embedded) -> torch._ops.OpOverload:
+        self.programs[embedded.name] = embedded
+        self.calls[embedded.name] = self.calls.get(embedded.name, 0) + 1
+        found = self._ops[embedded.name] = torch_op(embedded, op)
+        return found
+
+    def _experts(self, op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any]:
+        program = _canonical(op)
+        up, down = (args[sum(op.groups[:g])] for g in (3, 4))
+        get = op_def(op.name).attr
+        names = [self._names.get(a.name, "") for a in (up, down)]
+        addressed = addressable(op) and all(n in self.one_by_one for n in names)
+        if addressed:
+            experts = get(op, "experts")
+            self.addressed |= {names[0]: experts * (1 if get(op, "layout") == "single" else 2), names[1]: experts}
+        forms = _nk(up, get(op, "up_form")), _nk(down, get(op, "down_form"))
+        embedded = self._embed(program, *forms, addressed)
+        x, ids, weights = (_contiguous(graph, a) for a in args[:3])
+        if ids.meta["val"].dtype != torch.int64:
+            ids = _call(graph, torch.ops.aten._to_copy.default, ids, dtype=torch.int64)
+        params = list(args[3:])
+        small = sum(op.groups[3:5])
+        params[small:] = [_contiguous(graph, a) for a in params[small:]]
+        return [graph.call_function(self._enter(program, embedded), (x, ids, weights, params))]
+
+    def _route(self, op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any]:
+        program = _canonical(op)
+        embedded = self._embed(program, True, True)
+        used = [_contiguous(graph, a) for a in args[: embedded.schema.count("Tensor") - 2]]
+        routed = graph.call_function(self._enter(program, embedded), tuple(used))
+        return [graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
+
+
+def _canonical(op: Op) -> Op:
+    """The op in a graph of its own, so that equal layers are equal."""
+    return next(o for o in program_graph(op).ops if o.name == op.name)
+
+
+def _nk(weight: Node, form: str) -> bool:
+    """Whether the rows of a weight in memory are outputs; its form says so of its shape."""
+    strides = weight.meta["val"].stride()
+    sizes = weight.meta["val"].shape
+    along = strides[-1] == 1 or sizes[-1] == 1
+    if not along and strides[-2] != 1:
+        raise UnsupportedError(f"a weight has no contiguous side: its strides are {tuple(strides)}")
+    return along == (form == "nk")
+
+
+def _contiguous(graph: torch.fx.Graph, node: Node) -> Node:
+    if node.meta["val"].is_contiguous():
+        return node
+    return _call(graph, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _call(graph: torch.fx.Graph, target: Any, node: Node, **kwargs: Any) -> Node:
+    made = graph.call_function(target, (node,), kwargs)
+    made.meta["val"] = target(node.meta["val"], **kwargs)
+    return made

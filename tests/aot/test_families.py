@@ -1,0 +1,71 @@
+"""Artifacts of four families equal eager: with torch alone, through moec.load, and on lesser instructions."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.artifact.archive import Archive
+from tests.aot.artifacts import PACKAGE, TOLERANCE, compiled, expected, run_alone
+
+LAYERS = {"mixtral": 2, "qwen3_moe": 1, "deepseek_v3": 1, "gpt_oss": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.moec"
+    model, built = compiled(name, path, LAYERS[name])
+    assert [b.fused for b in built.report.layers] == [True] * LAYERS[name]
+    assert built.kernels == 2  # a router and an experts' layer, however many layers there are
+    with zipfile.ZipFile(path) as archive:
+        package = Path(archive.extract(PACKAGE, tmp_path))
+    cases = expected(name, model)
+    loaded = moec.load(path)
+    for (tokens, want), alone in zip(cases, run_alone(package, [t for t, _ in cases], tmp_path), strict=True):
+        torch.testing.assert_close(alone, want, rtol=TOLERANCE, atol=TOLERANCE)
+        got = loaded(tokens)
+        assert isinstance(got, torch.Tensor)
+        torch.testing.assert_close(got, alone, rtol=0, atol=0)
+    if name == "mixtral":
+        _lesser_instructions(package, cases, tmp_path)
+        _ranges(loaded)
+        _changed_weights(path, tmp_path)
+
+
+def _lesser_instructions(package: Path, cases: list[tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
+    """The kernels of the lowest level run where a process asks for them, and below it the message is clear."""
+    tokens, want = cases[1]
+    (got,) = run_alone(package, [tokens], folder, MOEC_ISA="avx2")
+    torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
+    with pytest.raises(AssertionError, match=r"no more than 'none'.*needs 'avx2'"):
+        run_alone(package, [tokens], folder, MOEC_ISA="none")
+
+
+def _ranges(loaded: moec.artifact.load.LoadedArtifact) -> None:
+    with pytest.raises(moec.MoecError, match="seq is 65, and the artifact was compiled for 1 to 64"):
+        loaded(torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(moec.MoecError, match="must be of type i64, not i32"):
+        loaded(torch.zeros(1, 3, dtype=torch.int32))
+    with pytest.raises(moec.MoecError, match="has no input 'ids'"):
+        loaded(ids=torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(moec.MoecError, match="not compiled for generating"):
+        loaded.generate(torch.zeros(1, 3, dtype=torch.int64), 4)
+
+
+def _changed_weights(path: Path, folder: Path) -> None:
+    """A weight's byte is changed in the file: opening is still fine, loading names the member."""
+    with Archive(path) as archive:
+        place = archive.offset(PACKAGE) + archive.manifest.members[PACKAGE].size // 2
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    edited = folder / "edited.moec"
+    edited.write_bytes(data)
+    with Archive(edited) as archive:
+        assert archive.manifest.target == "cpu"
+    with pytest.raises(moec.MoecError, match=f"{PACKAGE} (was changed|cannot be read)"):
+        moec.load(edited)
