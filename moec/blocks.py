@@ -21,19 +21,20 @@ from moec.backends.partition import Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of, module_path
 from moec.computed_weights import Computed, computed_weights
-from moec.describe import fill_experts, route_text
+from moec.describe import fill_experts, is_shared, route_text, shared_text
 from moec.emit import emit_into
 from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
-from moec.lowering import block_name, lowering
+from moec.lowering import block_name, lowering, shared_name
 from moec.options import CompileOptions
-from moec.passes.base import PassContext
+from moec.passes.base import BLOCK, SHARED_EXPERT, PassContext
 from moec.pipeline import run_pipeline
 from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
 
+_RAISING = ("raise-moe", "raise-shared-experts", "fuse-experts")
 MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
 
 
@@ -76,20 +77,23 @@ class BlockCompiler:
         """
         changed = False
         written: dict[Node, Node] = {}  # outputs of blocks that are replaced; a later block may begin with one
+        told: dict[Node, BlockReport] = {}
         for piece in find_slices(gm.graph):
             loc = location_of(piece.anchor.meta)
-            name = block_name(loc.module, len(self.reports))
+            block = None if piece.beside is None else told[piece.beside]
+            name = block_name(loc.module, len(self.reports)) if block is None else shared_name(loc.module, block.name)
             if isinstance(piece, NotSliced):
-                reason = piece.reason + adapter_hint(gm, loc.module)
-                self._tell(BlockReport(name, reason=reason, instances=instances), name, loc.source)
-                continue
-            piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
-            compiled = self._compile(piece, name)
-            told = replace(compiled.report, instances=instances)
-            if told.reason is not None:
-                told.reason += adapter_hint(gm, loc.module)
-            self._tell(told, name, loc.source)
-            if compiled.graph is not None:
+                compiled = _Compiled(None, Claims(), BlockReport(name, reason=piece.reason))
+            else:
+                piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
+                compiled = self._compile(piece, name)
+            report = replace(compiled.report, name=name, source=loc.source or None, instances=instances)
+            report.remarks, report.shared = list(report.remarks), []
+            if report.reason is not None:
+                report.reason += adapter_hint(gm, name if block is not None else loc.module)
+            (self.reports if block is None else block.shared).append(report)
+            told[piece.anchor] = report
+            if compiled.graph is not None and isinstance(piece, Slice):
                 if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
                     self.computed.append(computed)
                 written |= _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
@@ -100,9 +104,6 @@ class BlockCompiler:
             gm.recompile()
         return changed
 
-    def _tell(self, report: BlockReport, name: str, source: str) -> None:
-        self.reports.append(replace(report, name=name, source=source or None, remarks=list(report.remarks)))
-
     def _compile(self, piece: Slice, name: str) -> _Compiled:
         key = _key(piece)
         if key not in self._seen:
@@ -111,15 +112,18 @@ class BlockCompiler:
 
     def _compile_new(self, piece: Slice, name: str) -> _Compiled:
         report = BlockReport(name)
+        shared = piece.beside is not None
+        # A shared expert is worth an op on the backend asked first: PyTorch runs it as well as a later one would.
+        backends = self.options.backends[:1] if shared else self.options.backends
         try:
-            graph = graph_from_fx(retrace(piece), "block")
-            ctx, report.ir_before = run_pipeline(graph, self.options)
+            graph = graph_from_fx(retrace(piece), "shared_expert" if shared else "block")
+            ctx, report.ir_before = run_pipeline(graph, self.options, SHARED_EXPERT if shared else BLOCK)
         except MoecError as error:
             report.reason = str(error).replace("\n", "; ")
             return _Compiled(None, Claims(), report)
         report.remarks = [str(r) for r in ctx.remarks]
         report.ir_after = str(graph)
-        claims = claim(graph, self.options.backends, self.options.backend_target)
+        claims = claim(graph, backends, self.options.backend_target)
         report.reason = unfinished(graph, claims, ctx)
         fill_report(report, graph.ops, claims)
         return _Compiled(None if report.reason else graph, claims, report)
@@ -211,14 +215,14 @@ def _key(piece: Slice) -> Any:
     calls = tuple(
         (n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes
     )
-    return (calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
+    return (piece.beside is None, calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
 
 
 def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     """Why the block cannot go to the runtime ops, or None if it can."""
     experts = [op for op in graph.ops if op.name == "moe.experts"]
     left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
-    missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in ("raise-moe", "fuse-experts")]
+    missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in _RAISING]
     if left or not experts:
         return "; ".join(missed) or f"the pipeline leaves {left[0].name if left else 'no MoE op'}"
     for op in graph.ops:
@@ -235,6 +239,8 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
         elif op.name == "moe.experts":
             report.recognised = True
             fill_experts(report, op)
+            if is_shared(op):
+                report.router = shared_text(op)
             if report.reason is None:
                 report.fused, report.backend = True, claims[op].name
         elif op.name in MOE_OPS_LEFT:
