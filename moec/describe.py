@@ -41,7 +41,7 @@ def route_text(op: Op) -> str:
 
 def is_shared(op: Op) -> bool:
     """True for a shared expert: one expert, and ids that are zero whatever the tokens are."""
-    return bool(_attr(op, "experts") == 1) and function(op.operands[1].op) == "zeros_like"
+    return op.name == "moe.experts" and _attr(op, "experts") == 1 and function(op.operands[1].op) == "zeros_like"
 
 
 def shared_text(op: Op) -> str:

@@ -55,7 +55,7 @@ def _report(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Repo
     report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
     shared: list[tuple[int, Op]] = []  # with how many blocks stand before it
     for op in graph.ops:
-        if op.name == "moe.experts" and is_shared(op):
+        if is_shared(op):
             shared.append((len(report.layers), op))
         elif op.name == "moe.experts":
             report.layers.append(_block(op, block_name(op.loc.module, len(report.layers)), claims, raised))

@@ -17,7 +17,8 @@ TOKENS = (1, 16, 256, 1024, 4096)
 def add_predictions(report: Report, target: str, threads: int) -> None:
     """Fill in ``predicted`` of every fused block and shared expert.
 
-    Nothing is predicted unless ``target`` is a CPU that the cpu backend has kernels for. The times are those of the experts on the cpu backend, whichever backend took them, with tokens spread uniformly.
+    Nothing is predicted unless ``target`` is a CPU that the cpu backend has kernels for. The times are those of the
+    experts on the cpu backend, whichever backend took them, with tokens spread uniformly.
     """
     isa, machine_target = isa_of(target), parse_target(target)
     if isinstance(isa, str):

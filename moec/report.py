@@ -43,8 +43,7 @@ class BlockReport:
         predicted: Times on the cpu backend for some numbers of tokens (``moec.predicted``): seconds, limit, what binds.
         instances: How many layers this compiled block serves, where identical layers share one compiled region.
         shared: Its shared experts: dense MLPs on the same tokens, whose results are added to the block's. Each is told
-            of as a block of one expert; one that is not fused is PyTorch's, and the block's own ``fused`` does not count
-            it.
+            of as a block of one expert. One that is not fused is PyTorch's; the block's own ``fused`` is not about it.
     """
 
     name: str

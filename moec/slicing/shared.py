@@ -18,7 +18,7 @@ _DENSE = frozenset({"linear", "matmul", "__matmul__", "mm", "addmm"})
 _ADDS = frozenset({"add", "add_", "iadd", "__add__", "__iadd__", "__radd__", "sub", "__sub__", "__rsub__"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 _SCALES = _PRODUCTS | {"mul_", "imul", "div", "div_", "truediv", "__truediv__"}
-_STEPS = nodes.VIEWS | nodes.CASTS | _SCALES | _ADDS
+_STEPS = nodes.VIEWS | nodes.CASTS | _SCALES | _ADDS | {"view_as", "reshape_as"}
 _ONWARD = _STEPS | {"sum"}
 """What may lie between a block's slice and the sum: the rows of a token's choices may still have to be added."""
 _STOPS = nodes.GEMMS | nodes.TRANSPOSES | {"softmax", "scaled_dot_product_attention", "cumsum"}

@@ -10,7 +10,7 @@ from moec.passes.raise_shared_experts.dense import CALLS, Dense, feeders, read_d
 
 _ADDS = frozenset({"add", "add_", "sub", "rsub"})
 _SCALES = frozenset({"mul", "mul_", "div", "div_"})
-_STEPS = VIEWS | CASTS | _SCALES | _ADDS
+_STEPS = VIEWS | CASTS | _SCALES | _ADDS | {"view_as", "reshape_as"}
 _ONWARD = _STEPS | {"sum"}
 """What may lie between a block and the sum: the rows of a token's choices may still have to be added."""
 BLOCKS = ("moe.combine", "moe.experts")
