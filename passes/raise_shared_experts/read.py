@@ -95,6 +95,9 @@ def _check_gemms(down: Dense, ups: Sequence[Dense]) -> None:
     if len({(up.form, up.bias is None) for up in ups}) > 1:
         raise Refusal("gate and up of the dense MLP lie differently, or one of them has a bias", ups[-1].op)
     for gemm in (*ups, down):
+        rows = tensor(gemm.rows)
+        if rows is None or not rows.shape[-1].is_Integer:
+            raise Refusal("the width of the dense MLP's rows is not known", gemm.op)
         if not gemm.plain:
             raise Refusal(f"{gemm.weight!r}, a weight of the dense MLP, is no parameter but computed", gemm.op)
         t = tensor(gemm.weight)
