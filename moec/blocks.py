@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from moec import autocast
 from moec.backends.partition import Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of, module_path
@@ -31,6 +30,7 @@ from moec.passes.base import BLOCK, SHARED_EXPERT, PassContext
 from moec.pipeline import run_pipeline
 from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
+from moec.retrace import retrace
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
 
@@ -135,64 +135,6 @@ def adapter_hint(gm: GraphModule, block: str) -> str:
     return "" if found is None else f"; {found} is an adapter: {MERGE}"
 
 
-def retrace(piece: Slice) -> GraphModule:
-    """The slice as a graph of ATen calls, on the fake values that Dynamo recorded.
-
-    The calls are those before dispatch, as ``torch.export`` has them. Under autocast they are those after it: the casts
-    that it inserts are part of the block.
-    """
-    graph = torch.fx.Graph()
-    env: dict[Node, Node] = {}
-    values = []
-    for node in piece.inputs:
-        env[node] = graph.placeholder(node.name)
-        values.append(fx_nodes.value(node))
-    for node in piece.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in piece.outputs))
-    owner = piece.anchor.graph.owning_module
-    piece_module = GraphModule(owner if owner is not None else torch.nn.Module(), graph)
-    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    if mode is None:
-        raise MoecError("the graph has no fake values to retrace the block with", op=piece.anchor.format_node())
-    values = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
-    try:
-        with mode, torch.no_grad():
-            traced: GraphModule = make_fx(
-                lambda *args: torch.fx.Interpreter(piece_module).run(*args),
-                pre_dispatch=not _autocast(_device(piece)),
-                tracing_mode="real",
-                _allow_non_fake_inputs=True,
-            )(*values)
-    except Exception as error:  # whatever torch cannot trace here, it can still run: the block stays as it is
-        raise MoecError(f"the block could not be retraced: {type(error).__name__}: {error}") from error
-    for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
-        placeholder.name = fx_nodes.own_name(node)
-    _locate(traced, piece)
-    return traced
-
-
-def _locate(traced: GraphModule, piece: Slice) -> None:
-    """Give retraced nodes the module path and source of the block's anchor, for messages."""
-    kept = {k: piece.anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in piece.anchor.meta}
-    for node in traced.graph.nodes:
-        if node.op == "call_function":
-            for key, found in kept.items():
-                node.meta.setdefault(key, found)
-
-
-def _device(piece: Slice) -> str:
-    for node in piece.inputs:
-        v = fx_nodes.value(node)
-        if isinstance(v, torch.Tensor):
-            return v.device.type
-    return "cpu"
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _key(piece: Slice) -> Any:
     """What makes two slices the same piece of program: calls, arguments, sizes, types, strides."""
     number = {n: i for i, n in enumerate([*piece.inputs, *piece.nodes])}
@@ -215,7 +157,13 @@ def _key(piece: Slice) -> Any:
     calls = tuple(
         (n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes
     )
-    return (piece.beside is None, calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
+    return (
+        piece.beside is None,
+        autocast.entered_at(piece.anchor),
+        calls,
+        tuple(kind(n) for n in piece.inputs),
+        tuple(number[n] for n in piece.outputs),
+    )
 
 
 def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
