@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.ir.core import Graph
+from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.passes.base import Pass, PassContext, PassResult
 from moec.passes.dce import DeadCodeElimination
@@ -42,7 +43,8 @@ def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tup
     Raises:
         MoecError: A pass failed; the graph is as it was before that pass.
     """
-    ctx = PassContext(target=options.target_description, cut_as=cut_as)
+    costs = op_costs(options.target)
+    ctx = PassContext(target=options.target_description, cost_model=costs, cut_as=cut_as)
     raised = _AfterRaise()
     instruments: list[Instrument] = [raised]
     if options.print_ir_after_all:

@@ -121,7 +121,7 @@ class PassContext:
 
     Attributes:
         target: Description of the machine compiled for, or None.
-        cost_model: Estimates of time per op, or None.
+        cost_model: Estimates of time per op (``moec.op_costs.OpCosts``), or None.
         profile: Measured routing statistics, or None.
         options: Further options by name, as the caller gave them.
         cut_as: What the graph was cut out of its model as (:data:`BLOCK`, :data:`SHARED_EXPERT`); "" for a whole
