@@ -51,7 +51,7 @@ class OpCosts:
 
         @lru_cache(maxsize=4096)
         def advice(tokens: int, threads: int) -> Advice:
-            team = threads_for(shape, tokens, self.machine, threads, self.isa)
+            team = team_for(shape, tokens, self.machine, threads, self.isa)
             return Advice(team, library_is_faster(shape, tokens, self.machine, team, self.isa))
 
         return advice
@@ -67,6 +67,14 @@ def op_costs(target: str) -> OpCosts | None:
     if isinstance(isa, str) or isa.name not in LEVELS:
         return None
     return OpCosts(machine_for(parse_target(target.partition(",")[0])), isa.name)
+
+
+def team_for(shape: LayerShape, tokens: int, machine: MachineProfile, threads: int, isa: str) -> int:
+    """How many of ``threads`` threads a call takes: all, where the machine was not measured.
+
+    What one core alone draws from memory decides; assumed numbers do not know it.
+    """
+    return threads_for(shape, tokens, machine, threads, isa) if machine.calibrated else threads
 
 
 def layer_shape(op: Op) -> LayerShape | None:

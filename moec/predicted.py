@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from moec.backends.cpu.isa import isa_of
-from moec.cost import LayerShape, library_is_faster, machine_for, predict, threads_for
+from moec.cost import LayerShape, library_is_faster, machine_for, predict
 from moec.cost.machine import ITEM_BYTES
+from moec.op_costs import team_for
 from moec.report import BlockReport, Report
 from moec.targets import parse_target
 
@@ -36,7 +37,7 @@ def add_predictions(report: Report, target: str, threads: int, fixed: bool = Fal
             continue
         block.predicted = []
         for tokens in TOKENS:
-            team = threads if fixed else threads_for(shape, tokens, machine, threads, isa.name)
+            team = threads if fixed else team_for(shape, tokens, machine, threads, isa.name)
             told = {
                 "tokens": tokens,
                 "threads": team,

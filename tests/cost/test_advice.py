@@ -98,6 +98,12 @@ def test_little_work_is_for_one_thread() -> None:
     assert threads_for(LARGE, 512, machine, 1) == 1
 
 
+def test_a_machine_that_was_not_measured_gets_all_threads() -> None:
+    machine = round_machine(calibrated=False)
+    assert op_costs.team_for(SMALL, 1, machine, 2, "avx2") == 2
+    assert op_costs.team_for(SMALL, 1, round_machine(), 2, "avx2") == 1
+
+
 def test_an_op_is_read_as_its_layer() -> None:
     (op,) = (op for op in graph().ops if op.name == "moe.experts")
     assert layer_shape(op) == LayerShape(16, 24, 16, 4, 2, 2, "f32")
