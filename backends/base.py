@@ -6,7 +6,7 @@ executes. Inputs and outputs of a kernel are flat lists in the order of the prog
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -67,8 +67,32 @@ class Artifact:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What a call does best, as somebody who knows the machine says. Results do not depend on it but by rounding.
+
+    Attributes:
+        threads: How many threads finish first.
+        library: In a layer of one expert, PyTorch's own GEMMs finish before the kernel does.
+    """
+
+    threads: int
+    library: bool = False
+
+
+Adviser = Callable[[int, int], Advice]
+"""Advice for a call of so many tokens that may have so many threads at most. It is quick: asked again, it remembers."""
+
+
 class Kernel:
-    """A loaded program. It must be deterministic, keep no state between calls and never write into its inputs."""
+    """A loaded program. It must be deterministic, keep no state between calls and never write into its inputs.
+
+    Attributes:
+        adviser: Who is asked how a call should run, or None. Whoever loads a kernel may set it; kernels that have no
+            choice do not ask.
+    """
+
+    adviser: Adviser | None = None
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """The program's outputs; autograd and autocast are off while it runs. No output may alias an input."""

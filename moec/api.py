@@ -92,11 +92,11 @@ def explain(
         MoecError: Bad options.
     """
     given = {"checks": "off", **options, "inner": "eager"}
-    target = CompileOptions.from_dict(given).target
+    chosen = CompileOptions.from_dict(given)
     torch._dynamo.reset()
     with recording() as report, torch.no_grad():
         torch.compile(model, backend="moec", options=given)(*args, **dict(kwargs or {}))
     torch._dynamo.reset()
     add_missed(report, model)
-    add_predictions(report, target, torch.get_num_threads())
+    add_predictions(report, chosen.target, chosen.threads or torch.get_num_threads(), chosen.threads is not None)
     return report

@@ -13,27 +13,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from moec import autocast
 from moec.backends.partition import Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of, module_path
 from moec.computed_weights import Computed, computed_weights
-from moec.describe import fill_experts, route_text
+from moec.describe import fill_experts, is_shared, route_text, shared_text
 from moec.emit import emit_into
 from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
-from moec.lowering import block_name, lowering
+from moec.lowering import block_name, lowering, shared_name
 from moec.options import CompileOptions
-from moec.passes.base import PassContext
+from moec.passes.base import BLOCK, SHARED_EXPERT, PassContext
 from moec.pipeline import run_pipeline
 from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
+from moec.retrace import retrace
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
 
+_RAISING = ("raise-moe", "raise-shared-experts", "fuse-experts")
 MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
 
 
@@ -76,20 +77,23 @@ class BlockCompiler:
         """
         changed = False
         written: dict[Node, Node] = {}  # outputs of blocks that are replaced; a later block may begin with one
+        told: dict[Node, BlockReport] = {}
         for piece in find_slices(gm.graph):
             loc = location_of(piece.anchor.meta)
-            name = block_name(loc.module, len(self.reports))
+            block = None if piece.beside is None else told[piece.beside]
+            name = block_name(loc.module, len(self.reports)) if block is None else shared_name(loc.module, block.name)
             if isinstance(piece, NotSliced):
-                reason = piece.reason + adapter_hint(gm, loc.module)
-                self._tell(BlockReport(name, reason=reason, instances=instances), name, loc.source)
-                continue
-            piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
-            compiled = self._compile(piece, name)
-            told = replace(compiled.report, instances=instances)
-            if told.reason is not None:
-                told.reason += adapter_hint(gm, loc.module)
-            self._tell(told, name, loc.source)
-            if compiled.graph is not None:
+                compiled = _Compiled(None, Claims(), BlockReport(name, reason=piece.reason))
+            else:
+                piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
+                compiled = self._compile(piece, name)
+            report = replace(compiled.report, name=name, source=loc.source or None, instances=instances)
+            report.remarks, report.shared = list(report.remarks), []
+            if report.reason is not None:
+                report.reason += adapter_hint(gm, name if block is not None else loc.module)
+            (self.reports if block is None else block.shared).append(report)
+            told[piece.anchor] = report
+            if compiled.graph is not None and isinstance(piece, Slice):
                 if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
                     self.computed.append(computed)
                 written |= _replace(gm, piece, compiled.graph, compiled.claims, name, self.options)
@@ -100,9 +104,6 @@ class BlockCompiler:
             gm.recompile()
         return changed
 
-    def _tell(self, report: BlockReport, name: str, source: str) -> None:
-        self.reports.append(replace(report, name=name, source=source or None, remarks=list(report.remarks)))
-
     def _compile(self, piece: Slice, name: str) -> _Compiled:
         key = _key(piece)
         if key not in self._seen:
@@ -111,15 +112,18 @@ class BlockCompiler:
 
     def _compile_new(self, piece: Slice, name: str) -> _Compiled:
         report = BlockReport(name)
+        shared = piece.beside is not None
+        # A shared expert is worth an op on the backend asked first: PyTorch runs it as well as a later one would.
+        backends = self.options.backends[:1] if shared else self.options.backends
         try:
-            graph = graph_from_fx(retrace(piece), "block")
-            ctx, report.ir_before = run_pipeline(graph, self.options)
+            graph = graph_from_fx(retrace(piece), "shared_expert" if shared else "block")
+            ctx, report.ir_before = run_pipeline(graph, self.options, SHARED_EXPERT if shared else BLOCK)
         except MoecError as error:
             report.reason = str(error).replace("\n", "; ")
             return _Compiled(None, Claims(), report)
         report.remarks = [str(r) for r in ctx.remarks]
         report.ir_after = str(graph)
-        claims = claim(graph, self.options.backends, self.options.backend_target)
+        claims = claim(graph, backends, self.options.backend_target)
         report.reason = unfinished(graph, claims, ctx)
         fill_report(report, graph.ops, claims)
         return _Compiled(None if report.reason else graph, claims, report)
@@ -129,64 +133,6 @@ def adapter_hint(gm: GraphModule, block: str) -> str:
     """What to say beside the reason for which a block is left, where an adapter lies in it; else ""."""
     found = adapter_inside(block, (module_path(n.meta.get("nn_module_stack")) for n in gm.graph.nodes))
     return "" if found is None else f"; {found} is an adapter: {MERGE}"
-
-
-def retrace(piece: Slice) -> GraphModule:
-    """The slice as a graph of ATen calls, on the fake values that Dynamo recorded.
-
-    The calls are those before dispatch, as ``torch.export`` has them. Under autocast they are those after it: the casts
-    that it inserts are part of the block.
-    """
-    graph = torch.fx.Graph()
-    env: dict[Node, Node] = {}
-    values = []
-    for node in piece.inputs:
-        env[node] = graph.placeholder(node.name)
-        values.append(fx_nodes.value(node))
-    for node in piece.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in piece.outputs))
-    owner = piece.anchor.graph.owning_module
-    piece_module = GraphModule(owner if owner is not None else torch.nn.Module(), graph)
-    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    if mode is None:
-        raise MoecError("the graph has no fake values to retrace the block with", op=piece.anchor.format_node())
-    values = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
-    try:
-        with mode, torch.no_grad():
-            traced: GraphModule = make_fx(
-                lambda *args: torch.fx.Interpreter(piece_module).run(*args),
-                pre_dispatch=not _autocast(_device(piece)),
-                tracing_mode="real",
-                _allow_non_fake_inputs=True,
-            )(*values)
-    except Exception as error:  # whatever torch cannot trace here, it can still run: the block stays as it is
-        raise MoecError(f"the block could not be retraced: {type(error).__name__}: {error}") from error
-    for placeholder, node in zip(traced.graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
-        placeholder.name = fx_nodes.own_name(node)
-    _locate(traced, piece)
-    return traced
-
-
-def _locate(traced: GraphModule, piece: Slice) -> None:
-    """Give retraced nodes the module path and source of the block's anchor, for messages."""
-    kept = {k: piece.anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in piece.anchor.meta}
-    for node in traced.graph.nodes:
-        if node.op == "call_function":
-            for key, found in kept.items():
-                node.meta.setdefault(key, found)
-
-
-def _device(piece: Slice) -> str:
-    for node in piece.inputs:
-        v = fx_nodes.value(node)
-        if isinstance(v, torch.Tensor):
-            return v.device.type
-    return "cpu"
-
-
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _key(piece: Slice) -> Any:
@@ -211,14 +157,20 @@ def _key(piece: Slice) -> Any:
     calls = tuple(
         (n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes
     )
-    return (calls, tuple(kind(n) for n in piece.inputs), tuple(number[n] for n in piece.outputs))
+    return (
+        piece.beside is None,
+        autocast.entered_at(piece.anchor),
+        calls,
+        tuple(kind(n) for n in piece.inputs),
+        tuple(number[n] for n in piece.outputs),
+    )
 
 
 def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     """Why the block cannot go to the runtime ops, or None if it can."""
     experts = [op for op in graph.ops if op.name == "moe.experts"]
     left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
-    missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in ("raise-moe", "fuse-experts")]
+    missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in _RAISING]
     if left or not experts:
         return "; ".join(missed) or f"the pipeline leaves {left[0].name if left else 'no MoE op'}"
     for op in graph.ops:
@@ -235,6 +187,8 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
         elif op.name == "moe.experts":
             report.recognised = True
             fill_experts(report, op)
+            if is_shared(op):
+                report.router = shared_text(op)
             if report.reason is None:
                 report.fused, report.backend = True, claims[op].name
         elif op.name in MOE_OPS_LEFT:

@@ -39,6 +39,16 @@ def route_text(op: Op) -> str:
     return " ".join(parts)
 
 
+def is_shared(op: Op) -> bool:
+    """True for a shared expert: one expert, and ids that are zero whatever the tokens are."""
+    return op.name == "moe.experts" and _attr(op, "experts") == 1 and function(op.operands[1].op) == "zeros_like"
+
+
+def shared_text(op: Op) -> str:
+    """What stands in a router's place for a shared expert."""
+    return "every token" if function(op.operands[2].op) == "ones_like" else "every token, weighted"
+
+
 def router_of(op: Op) -> Op | None:
     """The ``moe.route`` that chooses the experts of a ``moe.experts``, whatever becomes of the ids on their way."""
     seen: set[Value] = set()

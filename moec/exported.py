@@ -6,15 +6,17 @@ passes may look across blocks. What no pass touches comes back as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.export import ExportedProgram
 
 from moec.backends.partition import Claims, claim
 from moec.blocks import fill_report
 from moec.capture import from_exported
-from moec.describe import router_of
+from moec.describe import is_shared, router_of
 from moec.emit import to_exported
-from moec.ir.core import Graph
-from moec.lowering import block_name, lowering
+from moec.ir.core import Graph, Op
+from moec.lowering import block_name, lowering, shared_name
 from moec.options import CompileOptions
 from moec.passes.base import PassContext
 from moec.pipeline import run_pipeline
@@ -59,18 +61,34 @@ def report_of(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Re
         raised: The graph's text before anything was fused.
     """
     report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
+    shared: list[tuple[int, Op]] = []  # with how many blocks stand before it
     for op in graph.ops:
-        if op.name == "moe.experts":
-            block = BlockReport(block_name(op.loc.module, len(report.layers)), source=op.loc.source or None)
-            if op not in claims:
-                block.reason = f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
-            route = router_of(op)
-            fill_report(block, [op] if route is None else [route, op], claims)
-            block.ir_before = raised
-            report.layers.append(block)
+        if is_shared(op):
+            shared.append((len(report.layers), op))
+        elif op.name == "moe.experts":
+            report.layers.append(_block(op, block_name(op.loc.module, len(report.layers)), claims, raised))
         elif op.name == "moe.combine":
             name = block_name(op.loc.module, len(report.layers))
             report.layers.append(BlockReport(name, recognised=True, reason="the pipeline leaves it unfused"))
+    for before, op in shared:
+        owner = _owner(report.layers, before, op.loc.module)
+        owner.shared.append(_block(op, shared_name(op.loc.module, owner.name), claims, raised))
     if not report.layers:
         report.remarks.append("no MoE block was found in the program")
     return report
+
+
+def _block(op: Op, name: str, claims: Claims, raised: str) -> BlockReport:
+    block = BlockReport(name, source=op.loc.source or None)
+    if op not in claims:
+        block.reason = f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
+    route = router_of(op)
+    fill_report(block, [op] if route is None else [route, op], claims)
+    block.ir_before = raised
+    return block
+
+
+def _owner(blocks: Sequence[BlockReport], before: int, module: str) -> BlockReport:
+    """The block of a shared expert that ran in ``module``: the one it lies in, else the nearest in the program."""
+    around = [b for b in blocks if module.startswith(f"{b.name}.")]
+    return around[0] if around else blocks[min(before, len(blocks) - 1)]

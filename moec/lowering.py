@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moec.backends.partition import Claims
+from moec.describe import is_shared
 from moec.emit import LowerOp
 from moec.ir.core import Op
 from moec.options import CompileOptions
@@ -22,6 +23,14 @@ def block_name(module: str, number: int) -> str:
     return module.removesuffix(".experts") or f"block{number}"
 
 
+def shared_name(module: str, block: str) -> str:
+    """The name of a shared expert from the path of the module that its last GEMM ran in, and its block's name."""
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    owner = module.rpartition(".")[0]
+    return owner if owner and owner != block and not block.startswith(f"{owner}.") else f"{block}.shared"
+
+
 def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerOp:
     """The ``lower_op`` of ``moec.emit`` for the ops in ``claims``.
 
@@ -34,7 +43,7 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
     def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
         if op not in claims:
             return None
-        name = label or block_name(op.loc.module, 0)
+        name = label or (shared_name(op.loc.module, "") if is_shared(op) else block_name(op.loc.module, 0))
         program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
         if op.name == "moe.experts":
             return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.ir.core import Graph
+from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.passes.base import Pass, PassContext, PassResult
 from moec.passes.dce import DeadCodeElimination
@@ -12,22 +13,29 @@ from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, T
 from moec.passes.manager import REPRO, PassManager
 from moec.passes.registry import parse_pipeline
 
+_RAISE = ("raise-moe", "raise-shared-experts")
+
 
 class _AfterRaise(Instrument):
-    """Keeps the graph's text as it is after ``raise-moe``."""
+    """Keeps the graph's text as it is after ``raise-moe``; of a shared expert, as it is once that is raised."""
 
     def __init__(self) -> None:
         self.text = ""
 
     def after_pass(self, graph: Graph, pass_: Pass, result: PassResult, seconds: float) -> None:
-        if pass_.name == "raise-moe":
+        if pass_.name in _RAISE and (result.modified or not self.text):
             shown = graph.clone()
             DeadCodeElimination().run(shown, PassContext())
             self.text = str(shown)
 
 
-def run_pipeline(graph: Graph, options: CompileOptions) -> tuple[PassContext, str]:
+def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tuple[PassContext, str]:
     """Run ``options.passes`` on ``graph`` in place.
+
+    Args:
+        graph: The graph.
+        options: The caller's options.
+        cut_as: As in :class:`~moec.passes.base.PassContext`.
 
     Returns:
         The context with all remarks, and the graph's text as raised, before anything was fused.
@@ -35,7 +43,8 @@ def run_pipeline(graph: Graph, options: CompileOptions) -> tuple[PassContext, st
     Raises:
         MoecError: A pass failed; the graph is as it was before that pass.
     """
-    ctx = PassContext(target=options.target_description)
+    costs = op_costs(options.target)
+    ctx = PassContext(target=options.target_description, cost_model=costs, cut_as=cut_as)
     raised = _AfterRaise()
     instruments: list[Instrument] = [raised]
     if options.print_ir_after_all:

@@ -22,10 +22,10 @@ def predicted_table(layers: Sequence[BlockReport]) -> Table | None:
         return None
     first = next(iter(groups.values()))[0].predicted[0]
     source = "calibrated" if first["calibrated"] else "defaults; `moec profile` measures this machine"
-    title = f"experts on the cpu backend, {first['threads']} threads, {first['isa']}: predicted ({source})"
+    title = f"experts on the cpu backend, {first['isa']}: predicted ({source})"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("block", overflow="fold")
-    for column in ("tokens", "ms", "limit, ms", "weights, MB", "GFLOP"):
+    for column in ("tokens", "threads", "ms", "limit, ms", "weights, MB", "GFLOP"):
         table.add_column(column, justify="right")
     table.add_column("bound by")
     for blocks in groups.values():
@@ -34,11 +34,12 @@ def predicted_table(layers: Sequence[BlockReport]) -> Table | None:
             table.add_row(
                 Text(blocks[0].name + more if i == 0 else ""),
                 str(p["tokens"]),
+                str(p["threads"]),
                 f"{p['seconds'] * 1e3:.3g}",
                 f"{p['limit_seconds'] * 1e3:.3g}",
                 f"{p['weight_bytes'] / 1e6:.4g}",
                 f"{p['flops'] / 1e9:.3g}",
-                p["bound"],
+                p["bound"] + ("; PyTorch's GEMMs run it" if p["library"] else ""),
                 end_section=i + 1 == len(blocks[0].predicted),
             )
     return table

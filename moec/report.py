@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class BlockReport:
         projections: GEMMs that lead to the activation: 2 for gate and up, else 1.
         predicted: Times on the cpu backend for some numbers of tokens (``moec.predicted``): seconds, limit, what binds.
         instances: How many layers this compiled block serves, where identical layers share one compiled region.
+        shared: Its shared experts: dense MLPs on the same tokens, whose results are added to the block's. Each is told
+            of as a block of one expert. One that is not fused is PyTorch's; the block's own ``fused`` is not about it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class BlockReport:
     projections: int | None = None
     predicted: list[dict[str, Any]] = field(default_factory=list)
     instances: int = 1
+    shared: list[BlockReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The block as JSON types."""
@@ -88,6 +91,12 @@ class Report:
         """There is at least one block, and every one is fused."""
         return bool(self.layers) and all(b.fused for b in self.layers)
 
+    def entries(self) -> Iterator[BlockReport]:
+        """The blocks, each with its shared experts behind it."""
+        for block in self.layers:
+            yield block
+            yield from block.shared
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
         return {
@@ -101,11 +110,11 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent, default=str)
 
     def table(self) -> Table:
-        """The blocks as a rich table, one row each."""
+        """The blocks and their shared experts as a rich table, one row each."""
         table = Table(title="MoE blocks", title_justify="left", title_style="bold", show_lines=False)
         for column in ("block", "router", "experts", "sizes", "fused", "backend"):
             table.add_column(column, overflow="fold")
-        for block in self.layers:
+        for block in self.entries():
             name = block.name if block.instances == 1 else f"{block.name} (serves {block.instances} layers)"
             table.add_row(
                 Text(name),
@@ -122,7 +131,7 @@ class Report:
         out = [str(r) for r in self.remarks]
         if not self.layers and not out:
             out.append("no MoE block was found")
-        for block in self.layers:
+        for block in self.entries():
             if not block.fused:
                 where = f" ({block.source})" if block.source else ""
                 out += [f"{block.name}: {r}{where}" for r in block.remarks if r != block.reason]
@@ -133,7 +142,7 @@ class Report:
         console = Console(file=stream, width=_TEXT_WIDTH, color_system=None)
         if self.layers:
             console.print(self.table())
-        if predicted := predicted_table(self.layers):
+        if predicted := predicted_table([*self.entries()]):
             console.print(predicted)
         for line in self.lines():
             console.print(Text(line), soft_wrap=True)

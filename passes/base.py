@@ -15,6 +15,8 @@ from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
 
 REMARK_KINDS = ("applied", "missed", "note")
+BLOCK, SHARED_EXPERT = "block", "shared expert"
+"""What a graph may be cut out of its model as."""
 
 
 class PassClass(enum.Enum):
@@ -119,9 +121,11 @@ class PassContext:
 
     Attributes:
         target: Description of the machine compiled for, or None.
-        cost_model: Estimates of time per op, or None.
+        cost_model: Estimates of time per op (``moec.op_costs.OpCosts``), or None.
         profile: Measured routing statistics, or None.
         options: Further options by name, as the caller gave them.
+        cut_as: What the graph was cut out of its model as (:data:`BLOCK`, :data:`SHARED_EXPERT`); "" for a whole
+            program.
         remarks: All remarks so far, in order.
         fuel: Budget of rewrites; the manager sets it.
     """
@@ -130,6 +134,7 @@ class PassContext:
     cost_model: Any = None
     profile: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    cut_as: str = ""
     remarks: list[Remark] = field(default_factory=list)
     fuel: Fuel = field(default_factory=Fuel)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 PIPELINES: dict[str, str] = {
-    "default": "functionalize,canonicalize,cse,raise-moe,eliminate-zero-experts,fuse-routing,fuse-experts,cse,dce",
+    "default": (
+        "functionalize,canonicalize,cse,raise-moe,eliminate-zero-experts,fuse-routing,"
+        "raise-shared-experts,fuse-experts,cse,dce"
+    ),
     "cleanup": "canonicalize,cse,dce",
 }

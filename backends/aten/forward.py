@@ -26,6 +26,8 @@ def experts_forward(spec: Spec, inputs: list[Tensor]) -> Tensor:
         chosen = [(slot, e) for slot, e in enumerate(ids[0].tolist()) if 0 <= e < spec.experts]
         if chosen and len({e for _, e in chosen}) == len(chosen):
             return _one_token(spec, x, chosen, weights, params)
+    if spec.experts == 1 and ids.shape[1] == 1 and not bool(ids.any()):
+        return _every_token(spec, x, weights, params)
     slots = sort_slots(ids, spec.experts)
     if not slots.live:
         return x.new_zeros((x.shape[0], spec.down_width(params.down)), dtype=spec.out_dtype)
@@ -44,6 +46,17 @@ def _one_token(spec: Spec, x: Tensor, chosen: list[tuple[int, int]], weights: Te
     if spec.post is not None:
         rows = spec.post(rows, *params.post_captures)[0]
     return (rows * weights.reshape(-1, 1)).view(1, len(chosen), -1).sum(dim=1).to(spec.out_dtype)
+
+
+def _every_token(spec: Spec, x: Tensor, weights: Tensor, params: Params) -> Tensor:
+    """One expert that every token goes to, as a shared one: rows stay where they are."""
+    segments = [(0, 0, x.shape[0])]
+    a = spec.activation(*spec.split(up_gemms(spec, x, segments, params)), *params.captures)[0]
+    rows = down_gemm(spec, a, segments, params, None)
+    if spec.post is not None:
+        rows = spec.post(rows, *params.post_captures)[0]
+    same = torch.promote_types(rows.dtype, weights.dtype) == rows.dtype and spec.post is None
+    return (rows.mul_(weights) if same else rows * weights).to(spec.out_dtype)
 
 
 def expert_rows(spec: Spec, x: Tensor, slots: Slots, params: Params) -> Tensor:

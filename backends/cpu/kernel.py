@@ -53,7 +53,7 @@ class CpuExperts(Kernel):
     """Forward and backward in generated C++; gradients that it does not have (see ``backward.py``) are aten's.
 
     Attributes:
-        threads: Of a call; 0 for as many as torch is set to.
+        threads: Of a call; 0 for as many as torch is set to, or fewer where fewer finish first.
     """
 
     def __init__(self, op: Op, shape: Shape, isa: Isa, threads: int = 0) -> None:
@@ -84,6 +84,10 @@ class CpuExperts(Kernel):
         out = torch.empty((tokens, shape.width), dtype=spec.out_dtype)
         if not tokens:
             return [out]
+        most = self.threads or torch.get_num_threads()
+        advice = None if self.adviser is None else self.adviser(tokens, most)
+        if advice is not None and advice.library:
+            return self.aten.forward(inputs)
         if not (x.is_cpu and ids.is_cpu and weights.is_cpu):
             check_readable(inputs[:3])
         placed = self._placed(inputs)
@@ -96,7 +100,7 @@ class CpuExperts(Kernel):
         code, slots = placed.code, tokens * top_k
         a_bytes, o_bytes = aligned(slots * code.a_row), aligned(slots * code.o_row)
         ints, room = aligned(4 * (shape.experts + 1 + slots)), code.room(slots)
-        threads = team.SHARED.take(self.threads or torch.get_num_threads())
+        threads = team.SHARED.take(most if self.threads or advice is None else advice.threads)
         try:
             work = workspace.SHARED.take(a_bytes + o_bytes + ints + threads * room + ALIGN)
             a = aligned(work.data_ptr())
@@ -148,7 +152,9 @@ class CpuExperts(Kernel):
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         (grad,) = grads
-        found = None if grad is None else self.gradients(grad, inputs, needs, self.threads or torch.get_num_threads())
+        most = self.threads or torch.get_num_threads()
+        library = self.adviser is not None and self.adviser(inputs[0].shape[0], most).library
+        found = None if grad is None or library else self.gradients(grad, inputs, needs, most)
         return self.aten.backward(grads, inputs, needs) if found is None else found
 
     def _up(self, p: Params, nk: bool, rows: Sequence[int], keep: Pointers) -> list[list[int]]:

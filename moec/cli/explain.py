@@ -72,7 +72,7 @@ def explain(
         emit(report.to_json())
     elif report.layers:
         out().print(report.table())
-        if predicted := predicted_table(report.layers):
+        if predicted := predicted_table([*report.entries()]):
             out().print(predicted)
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")

@@ -41,6 +41,7 @@ def opt(
     from moec.ir.parser import parse
     from moec.ir.printer import print_graph
     from moec.ir.verifier import verify
+    from moec.op_costs import op_costs
     from moec.passes import instruments as watch
     from moec.passes.base import PassContext
     from moec.passes.manager import PassManager
@@ -50,7 +51,7 @@ def opt(
     # Everything the user wrote is checked before anything runs.
     all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
     passes = parse_pipeline(pipeline)
-    ctx = PassContext(target=parse_target(target))
+    ctx = PassContext(target=parse_target(target), cost_model=op_costs(target))
     text, filename = _read(source)
     graphs = parse(text, filename)
     for graph in graphs:

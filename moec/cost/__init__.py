@@ -7,6 +7,7 @@ The profile comes from :mod:`moec.calibration`, or from the vendors' numbers in 
 from __future__ import annotations
 
 from moec.cost.layer import LayerShape, LayerTime, predict, threads_for
+from moec.cost.library import library_is_faster
 from moec.cost.machine import GemmCurve, MachineProfile, defaults_for
 from moec.cost.store import ProfileError, ProfileWarning, load_profile, machine_for, save_profile
 
@@ -18,6 +19,7 @@ __all__ = [
     "ProfileError",
     "ProfileWarning",
     "defaults_for",
+    "library_is_faster",
     "load_profile",
     "machine_for",
     "predict",

@@ -48,6 +48,7 @@ _INDEXER = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "cohere2_moe": Override({"num_shared_experts": 1}),
     "dbrx": Override(
         {
             "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": 2},
@@ -84,6 +85,7 @@ OVERRIDES: dict[str, Override] = {
     ),
     "glm4v_moe": Override({"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}),
     "granitemoehybrid": Override({"layer_types": ["mamba", "attention"]}),
+    "granitemoeshared": Override({"shared_intermediate_size": INNER}),
     "hunyuan_v1_moe": Override({"num_experts": EXPERTS, "moe_topk": 2, "head_dim": HEAD_DIM}),
     "lfm2_moe": Override({"layer_types": ["conv", "conv", "full_attention"]}),
     "longcat_flash": Override({"moe_topk": 3}),  # of real and zero experts together

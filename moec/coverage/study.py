@@ -30,7 +30,7 @@ class Run:
         output: What it is judged by.
         report: What moec found.
         breaks: Graph breaks.
-        ran: Executions of moec's ops, by block.
+        ran: Executions of moec's ops, by block; those of shared experts are left out.
     """
 
     output: torch.Tensor
@@ -124,7 +124,9 @@ class Study:
         compiled = moec.compile(self.model, prepare=False, inner="eager", backends=self.backends)
         with moec.recording() as report, _quiet():
             output = output_of(compiled(**inputs))
-        return Run(output, report, _breaks(report.graphs), counters.snapshot().by_label)
+        shared = {expert.name for block in report.layers for expert in block.shared}
+        ran = {label: counts for label, counts in counters.snapshot().by_label.items() if label not in shared}
+        return Run(output, report, _breaks(report.graphs), ran)
 
     def cache(self) -> tuple[Any, dict[str, Any]]:
         """A cache that the untouched model filled with the first sequence, and what else the next step takes.

@@ -27,6 +27,7 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.errors import MoecError
 from moec.ir.opdef import op_def
 from moec.ir.types import SymType, TensorType, Type, as_dim
+from moec.op_costs import op_costs
 
 KEY_DIGITS = 40
 _HEADER = "// moec program "
@@ -266,6 +267,8 @@ def _load_kernel(program: Program) -> Kernel:
         if kernel is None:
             backend = get_backend(program.backend)
             kernel = backend.load(backend.lower(program.graph, program.target))
+            costs = op_costs(program.target)
+            kernel.adviser = None if costs is None else costs.advise(program.op)
             _KERNELS[program.content] = kernel
         return kernel
 

@@ -32,6 +32,7 @@ class Slice:
         outputs: Nodes of it that are used outside.
         end: The node that it ends with: what replaces the slice stands behind it.
         checks: Asserts about sizes of the slice's inner tensors, with what only they use; they go with the slice.
+        beside: The anchor of the block that it is a shared expert of, or None for a block.
     """
 
     anchor: Node
@@ -40,14 +41,16 @@ class Slice:
     outputs: list[Node]
     end: Node
     checks: list[Node] = field(default_factory=list)
+    beside: Node | None = None
 
 
 @dataclass
 class NotSliced:
-    """A block that stays as it is: its down (or only) expert GEMM and why."""
+    """A block or shared expert that stays as it is: its down (or only) GEMM, why, and ``beside`` as of a slice."""
 
     anchor: Node
     reason: str
+    beside: Node | None = None
 
 
 class Refused(Exception):

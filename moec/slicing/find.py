@@ -1,4 +1,4 @@
-"""All slices of a graph: blocks with grouped GEMMs, and loops over experts."""
+"""All slices of a graph: blocks with grouped GEMMs, loops over experts, and the shared experts beside them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from moec.slicing.cut import NotSliced, Refused, Slice, View, cut
 from moec.slicing.cut_loop import cut_loop
 from moec.slicing.dense import find_dense
 from moec.slicing.loops import find_loops
+from moec.slicing.shared import find_shared
 
 
 def find_slices(graph: Graph) -> list[Slice | NotSliced]:
-    """The MoE blocks of a torch-level fx graph, in order."""
+    """The MoE blocks of a torch-level fx graph, in order; behind them their shared experts."""
     anchors, loops = find_anchors(graph), [*find_loops(graph), *find_dense(graph)]
     if not anchors and not loops:
         return []
@@ -35,4 +36,5 @@ def find_slices(graph: Graph) -> list[Slice | NotSliced]:
         except Refused as reason:
             found.append(NotSliced(loop.last, str(reason)))
     found.sort(key=lambda piece: view.order[piece.anchor])
-    return [*found, *(NotSliced(node, LONE) for node in anchors if node not in told)]
+    lone = [NotSliced(node, LONE) for node in anchors if node not in told]
+    return [*found, *lone, *find_shared(view, [piece for piece in found if isinstance(piece, Slice)])]

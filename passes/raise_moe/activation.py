@@ -145,7 +145,8 @@ def _halves(h: Value) -> tuple[str, list[Value]] | None:
     return None
 
 
-def _check_captures(captures: list[Value], per_token: Collection[Value]) -> None:
+def check_captures(captures: list[Value], per_token: Collection[Value]) -> None:
+    """Refuse a program that uses values of the tokens besides its rows, or a matrix."""
     for value in captures:
         if value in per_token or any(v in per_token for op in ancestors([value]) for v in op.operands):
             raise Refusal(
@@ -208,7 +209,7 @@ def read_rows(
         raise Refusal(f"the experts' program cannot stand alone: {e}", sources[0].op) from None
     for arg_, short in zip(region.args, ("h",) if len(inputs) == 1 else ("g", "u"), strict=False):
         arg_.name = short
-    _check_captures(captures, per_token)
+    check_captures(captures, per_token)
     return RowProgram(layout, region, captures)
 
 

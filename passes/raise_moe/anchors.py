@@ -50,7 +50,7 @@ def untranspose(value: Value) -> tuple[Value, bool]:
     """``value`` with transpositions of its last two dimensions taken off, and whether their number was odd."""
     odd = False
     while True:
-        op = maker(value, "transpose", "permute", "mT", "contiguous", "alias")
+        op = maker(value, "transpose", "permute", "mT", "t", "contiguous", "alias")
         if op is None:
             return value, odd
         n = rank(value)
@@ -64,7 +64,7 @@ def untranspose(value: Value) -> tuple[Value, bool]:
             if order != [*range(n - 2), n - 1, n - 2]:
                 return value, odd
             odd = not odd
-        elif function(op) == "mT":
+        elif function(op) in ("mT", "t"):
             odd = not odd
         value = arg(op, 0, "self")
 

@@ -48,7 +48,7 @@ class Projection:
     Attributes:
         weights: One ``[E, N, K]`` (``[E, K, N]``), or E matrices.
         form: How a weight lies, ``nk`` or ``kn``.
-        like: A value of the type that its rows have, ``[.., N]``.
+        like: A value of the type that its rows have, ``[..., N]``.
         bias: One ``[E, N]``, or E vectors, or none.
     """
 
@@ -70,7 +70,7 @@ class Projection:
         return Op(
             "moe.grouped_gemm",
             [rows, *self.weights, plan, *self.bias],
-            [n.with_(shape=(r.shape[0], n.shape[1]))],
+            [n.with_(shape=(r.shape[0], n.shape[-1]))],
             attrs={"form": self.form, "stacked": self.stacked},
             groups=[1, len(self.weights), 1, len(self.bias)],
             names=[name],
@@ -149,7 +149,7 @@ def _activation(program: RowProgram, rows: list[Value], width: Value) -> Op:
     return Op(
         "moe.activation",
         [*rows, *program.captures],
-        [w.with_(shape=(r.shape[0], w.shape[1]))],
+        [w.with_(shape=(r.shape[0], w.shape[-1]))],
         attrs={"layout": program.layout},
         regions=[program.region],
         groups=[len(rows), len(program.captures)],

@@ -80,7 +80,7 @@ def _is_inverse(index: Value, permutation: Value) -> bool:
     return len(positional) >= 2 and arg(counting, 0) == 0 and arg(counting, 2, "step", 1) == 1
 
 
-def _factor(op: Op, permutation: Value | None) -> tuple[Value, Value]:
+def read_factor(op: Op, permutation: Value | None) -> tuple[Value, Value]:
     """``(rows, weights)`` of ``rows * weights[..., None]`` with one weight per slot.
 
     Args:
@@ -119,7 +119,7 @@ def _unwind(value: Value, plan: DispatchPlan) -> tuple[Value, Value]:
         if function(op) in VIEWS:
             value = arg(op, 0, "self")
         elif function(op) == "mul" and weights is None:
-            value, weights = _factor(op, order)
+            value, weights = read_factor(op, order)
         else:
             picked = single_index(value)
             if picked is None or order is not None or plan.permutation is None:

@@ -11,7 +11,7 @@ import transformers
 import moec
 from moec.runtime import counters
 from tests.compile.watch import Watch, moec_compile
-from tests.support.models import FAMILIES, build, inputs
+from tests.support.models import FAMILIES, SHARED_EXPERTS, build, inputs
 from tests.support.routing import compare_logits, near_tie_tokens
 
 SAME_CALLS_AROUND = 1e-6  # inner="eager" in fp32: only the sums inside the experts may be taken in another order
@@ -51,8 +51,14 @@ def test_one_graph_every_block_fused(family: str, dtype: torch.dtype, implementa
     assert all(b.recognised and b.fused and b.reason is None and b.backend == "aten" for b in report.layers), report
     assert all((b.num_experts, b.top_k, b.hidden, b.intermediate) == (8, 2, 64, 48) for b in report.layers)
     assert not seen.expert_reads
-    assert seen.ops["moec::experts"] == seen.ops["moec::route"] == len(blocks)
-    assert counters.snapshot().by_label == {b: {"moec::experts": 1, "moec::route": 1} for b in blocks}
+    shared = [f"{b}.{SHARED_EXPERTS[family]}" for b in blocks if family in SHARED_EXPERTS]
+    assert [s.name for b in report.layers for s in b.shared if s.fused and s.num_experts == 1] == shared, report
+    assert seen.ops["moec::route"] == len(blocks)
+    assert seen.ops["moec::experts"] == len(blocks) + len(shared)
+    assert counters.snapshot().by_label == {
+        **{b: {"moec::experts": 1, "moec::route": 1} for b in blocks},
+        **{s: {"moec::experts": 1} for s in shared},
+    }
 
     with Watch(model) as eager:
         want = model(**batch).logits
@@ -75,5 +81,6 @@ def test_inductor_compiles_what_is_around(family: str, dtype: torch.dtype) -> No
     assert report.graphs == len(report.layers) == 1
     assert report.all_fused
     assert not seen.expert_reads
-    assert seen.ops["moec::experts"] == seen.ops["moec::route"] == 1
+    assert seen.ops["moec::route"] == 1
+    assert seen.ops["moec::experts"] == 1 + (family in SHARED_EXPERTS)
     compare_logits(got, model(**batch).logits, ties=near_tie_tokens(model, **batch))

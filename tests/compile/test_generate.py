@@ -112,7 +112,9 @@ def test_dynamic_cache() -> None:
         got = generate(model, prompt)
     assert got == want
     assert report.all_fused
-    assert counters.snapshot().by_name["moec::experts"] == NEW_TOKENS * LAYERS
+    assert (
+        counters.snapshot().by_name["moec::experts"] == NEW_TOKENS * LAYERS * 2
+    )  # the routed experts and the shared one
 
 
 def test_generate_compiles_by_itself_when_asked() -> None:

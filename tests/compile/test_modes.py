@@ -10,6 +10,9 @@ import torch
 import moec
 from moec.runtime import counters
 from tests.compile.watch import Watch, moec_compile
+from tests.slicing.alike import near
+from tests.slicing.custom_layers import H
+from tests.slicing.shared_layers import Plain
 from tests.support.models import build, inputs
 from tests.support.routing import compare_logits, near_tie_tokens
 
@@ -89,7 +92,37 @@ def test_autocast_around_a_model_in_fp32(family: str) -> None:
     compare_logits(got, want, ties=ties)
     block = report.layers[0]
     assert block.fused or block.reason
-    assert ran() == block.fused
+    assert ran() == block.fused + sum(s.fused for s in block.shared)
+
+
+class Inside(torch.nn.Module):
+    """A layer that enters autocast itself, around its block, and leaves it again for what follows."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.layer(x)
+            with torch.autocast("cpu", enabled=False):
+                z = self.layer(x)
+        return y, z
+
+
+@pytest.mark.filterwarnings("ignore::moec.MoecWarning")
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_autocast_that_the_model_enters(inner: str) -> None:
+    """Equal slices in different modes are different programs."""
+    layer = Inside(Plain())
+    x = torch.randn(7, H, generator=torch.Generator().manual_seed(0))
+    with moec.recording() as report, torch.no_grad():
+        got = moec_compile(layer, inner=inner)(x)
+    assert [b.shared[0].dtype for b in report.layers if b.shared[0].fused] == ["bf16", "f32"], report
+    assert report.layers[1].fused, report
+    for ours, theirs, dtype in zip(got, layer(x), (torch.bfloat16, torch.float32), strict=True):
+        assert ours.dtype == dtype
+        near(ours, theirs, dtype)
 
 
 @torch.no_grad()

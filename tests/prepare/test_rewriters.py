@@ -107,7 +107,8 @@ def test_an_exported_program(family: str) -> None:
     lengths = ({1: torch.export.Dim.AUTO},)
     program = torch.export.export(rewritten, (tokens(),), dynamic_shapes=lengths, strict=False)
     optimized = moec.optimize(program, backends=["aten"])
-    assert sum(node.target is torch.ops.moec.experts.default for node in optimized.graph.nodes) == 1
+    ops = sum(node.target is torch.ops.moec.experts.default for node in optimized.graph.nodes)
+    assert ops == (2 if family == "llama4" else 1)  # its shared expert
     torch.testing.assert_close(first(optimized.module()(tokens(2, 9))), first(own(tokens(2, 9))), **SAME_F32)
 
 

@@ -56,6 +56,10 @@ _LATENT_ATTENTION: dict[str, Any] = {
 }
 
 
+SHARED_EXPERTS = {"deepseek_v3": "shared_experts", "glm4_moe": "shared_experts", "qwen3_next": "shared_expert"}
+"""The families whose blocks have a shared expert, and what the block calls it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family: its transformers config class, and what makes that config small.

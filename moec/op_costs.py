@@ -1,0 +1,99 @@
+"""The cost model asked about ops: what ``ctx.cost_model`` is to passes, and advice to the kernels of a program.
+
+Backends know nothing of profiles: what a call should do is handed to them as a function
+(:data:`moec.backends.base.Adviser`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moec.backends.base import Advice, Adviser
+from moec.backends.cpu.isa import LEVELS, isa_of
+from moec.cost import LayerShape, LayerTime, MachineProfile, library_is_faster, machine_for, predict, threads_for
+from moec.cost.machine import ITEM_BYTES
+from moec.ir.core import Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+from moec.targets import parse_target
+
+
+@dataclass(frozen=True)
+class OpCosts:
+    """Predicted times of ``moe.experts`` on the cpu backend.
+
+    Attributes:
+        machine: The profile of the target's processor, measured or assumed.
+        isa: Instruction set of the kernels.
+    """
+
+    machine: MachineProfile
+    isa: str
+
+    def predict(self, op: Op, load: int | Sequence[int], threads: int) -> LayerTime | None:
+        """The time of one call; None for an op that the model does not know.
+
+        Args:
+            op: A ``moe.experts``.
+            load: Tokens of the call, or the rows of every expert.
+            threads: Threads of the call.
+        """
+        shape = layer_shape(op)
+        return None if shape is None else predict(shape, load, self.machine, threads, self.isa)
+
+    def advise(self, op: Op) -> Adviser | None:
+        """What a call of ``op`` should do, by its tokens; None for an op that the model does not know."""
+        shape = layer_shape(op)
+        if shape is None:
+            return None
+
+        @lru_cache(maxsize=4096)
+        def advice(tokens: int, threads: int) -> Advice:
+            team = team_for(shape, tokens, self.machine, threads, self.isa)
+            return Advice(team, library_is_faster(shape, tokens, self.machine, team, self.isa))
+
+        return advice
+
+
+@lru_cache(maxsize=16)
+def op_costs(target: str) -> OpCosts | None:
+    """The costs of ops on ``target``, from the stored profile where it means this machine; None where nothing is known.
+
+    A profile that is measured later is read by the next process.
+    """
+    isa = isa_of(target)
+    if isinstance(isa, str) or isa.name not in LEVELS:
+        return None
+    return OpCosts(machine_for(parse_target(target.partition(",")[0])), isa.name)
+
+
+def team_for(shape: LayerShape, tokens: int, machine: MachineProfile, threads: int, isa: str) -> int:
+    """How many of ``threads`` threads a call takes: all, where the machine was not measured.
+
+    What one core alone draws from memory decides; assumed numbers do not know it.
+    """
+    return threads_for(shape, tokens, machine, threads, isa) if machine.calibrated else threads
+
+
+def layer_shape(op: Op) -> LayerShape | None:
+    """The sizes of a ``moe.experts``; None where one is not known before run time, or the type is none of the model's.
+
+    Experts of different widths count with their mean.
+    """
+    if op.name != "moe.experts":
+        return None
+    get = op_def(op.name).attr
+    types = [v.type for v in (op.operands[0], op.operands[1], op.result, *op.group("down"))]
+    if not all(isinstance(t, TensorType) for t in types):
+        return None
+    x, ids, result, *downs = (t for t in types if isinstance(t, TensorType))
+    sizes = [x.shape[1], ids.shape[1], result.shape[1], *(d for t in downs for d in t.shape)]
+    if x.dtype.name not in ITEM_BYTES or not all(d.is_Integer for d in sizes):
+        return None
+    inners = [int(t.shape[-1 if get(op, "down_form") == "nk" else -2]) for t in downs]
+    parts = 1 if get(op, "layout") in ("single", "rows") else 2
+    hidden, top_k, width = (int(d) for d in sizes[:3])
+    inner = round(sum(inners) / len(inners))
+    return LayerShape(hidden, inner, width, get(op, "experts"), top_k, parts, x.dtype.name)
