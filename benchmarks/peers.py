@@ -155,6 +155,8 @@ def _vllm(shape: Shape, copies: Sequence[Weights]) -> Implementation:
     ops = torch.ops._C
     # vLLM's own choice (model_executor/layers/fused_moe/experts/cpu_moe.py): AMX for bf16 alone.
     isa = "amx" if "amx_bf16" in cpu_flags() and copies[0].up.dtype == torch.bfloat16 else "vec"
+    if isa == "amx" and not torch.cpu._init_amx():  # vLLM asks for the tiles when it starts its threads
+        raise RefusalError("the operating system lets this process use no AMX tiles")
 
     def pack(w: Tensor) -> Tensor:
         packed = torch.empty_like(w)
