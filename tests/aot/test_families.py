@@ -11,6 +11,7 @@ import torch
 import moec
 from moec.artifact.archive import Archive
 from tests.aot.artifacts import PACKAGE, TOLERANCE, compiled, expected, run_alone
+from tests.support.models import SHARED_EXPERTS
 
 LAYERS = {"mixtral": 2, "qwen3_moe": 1, "deepseek_v3": 1, "gpt_oss": 1}
 
@@ -21,7 +22,8 @@ def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
     model, built = compiled(name, path, LAYERS[name])
     assert [b.fused for b in built.report.layers] == [True] * LAYERS[name]
-    assert built.kernels == 2  # a router and an experts' layer, however many layers there are
+    # A router, an experts' layer and maybe a shared expert, however many layers there are.
+    assert built.kernels == 2 + (name in SHARED_EXPERTS)
     with zipfile.ZipFile(path) as archive:
         package = Path(archive.extract(PACKAGE, tmp_path))
     cases = expected(name, model)

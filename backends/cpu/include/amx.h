@@ -26,14 +26,16 @@ struct Sums {
     int64_t a, b, row;
 };
 
-// Memory that is wanted soon: with every product `count` lines, `row` bytes apart, and the next time those `step` bytes on.
+// Memory that is wanted soon: with every product some rows of `across` lines, `row` bytes apart, and the next time what lies
+// `step` bytes further.
 struct Fetch {
     const char* line = nullptr;
     int64_t row = 0, step = 0;
-    int count = 0;
+    int rows = 0, across = 1;
 
     inline __attribute__((always_inline)) void next() {
-        for (int i = 0; i < count; i++) _mm_prefetch(line + i * row, _MM_HINT_T1);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < across; i++) _mm_prefetch(line + r * row + i * 64, _MM_HINT_T1);
         line += step;
     }
 };

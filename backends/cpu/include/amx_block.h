@@ -167,7 +167,7 @@ private:
             const int all = rows[0] + rows[1], skip = half ? rows[0] : 0;
             int from = all * i / pairs - skip, stop = all * (i + 1) / pairs - skip;
             from = from < 0 ? 0 : from, stop = stop > rows[half] ? rows[half] : stop;
-            return {at[half] + from * row, row, 64, stop - from};
+            return {at[half] + from * row, row, 64, stop - from, 1};
         }
     };
     template <int PARTS> static Unit unit(const Place& w, int n, int64_t row, int k) {
@@ -193,14 +193,18 @@ struct FromPanel {
 
     template <int K, int PARTS, bool TURN, class Done>
     static void block(const Place& w, int64_t row, const Packed<bf16>* x, Tiles tokens, const Place& next, float* room, Done&& done) {
-        constexpr int LENGTH = SLICE<bf16>, FIRST = K < LENGTH ? K : LENGTH, PAIR = 2 * TILE;
+        constexpr int LENGTH = SLICE<bf16>, PAIR = 2 * TILE;
         float *panel = room, *sums = room + PANEL_BYTES / sizeof(float);
         const int pairs = (tokens.count + 1) / 2, columns = (w.n + PAIR - 1) / PAIR;
         Shapes shapes;
         for (int part = 0; part < PARTS; part++)
             for (int k = 0; k < K; k += LENGTH) {
                 const int count = K - k < LENGTH ? K - k : LENGTH, after = k + LENGTH, steps = (count + RUN<bf16> - 1) / RUN<bf16>;
-                const Fetch fetch[2] = {};
+                const Slice soon = after < K          ? Slice{w.at[part] + after * row, w.n, K - after}
+                                   : part + 1 < PARTS ? Slice{w.at[part + 1], w.n, K}
+                                                      : Slice{next.at[0], next.n, K};
+                const int products = pairs * columns * steps, each = (soon.rows() + products - 1) / products;
+                int call = 0;
                 for (int group = 0; group < w.n; group += GROUP) {
                     const int width = w.n - group < GROUP ? w.n - group : GROUP;
                     fill_panel<bf16, false>(w.at[part] + k * row + group * sizeof(bf16), row, width, count, panel);
@@ -216,6 +220,7 @@ struct FromPanel {
                             const int nb = width - n > TILE ? 2 : 1;
                             Operand b[2];
                             for (int j = 0; j < nb; j++) b[j] = {(const char*)(panel + n + j * TILE), GROUP * 4, TILE * GROUP * 4, TILE};
+                            const Fetch fetch[2] = {soon.part(call++ * steps * each, row, each), {}};
                             float* to = sums + tokens.start(first) * LDC + part * (LDC / PARTS) + group + n;
                             tiles_of(shapes, a, na, b, nb, steps, nullptr, {to, TILE * LDC, TILE, LDC * 4}, k > 0, fetch);
                         }
@@ -224,6 +229,20 @@ struct FromPanel {
             }
         for (int t = 0; t < tokens.count; t++) done(0, w.n, tokens.start(t), tokens.size(t), sums + tokens.start(t) * LDC, LDC);
     }
+
+private:
+    // The slice that is wanted after this one: n outputs of up to `left` elements of K.
+    struct Slice {
+        const char* at;
+        int n, left;
+
+        int rows() const { return !at ? 0 : left < SLICE<bf16> ? left : SLICE<bf16>; }
+        // What is fetched in a call: `each` rows with every product, from row k on.
+        Fetch part(int k, int64_t row, int each) const {
+            if (k >= rows()) return {};
+            return {at + k * row, row, each * row, each, (n * (int)sizeof(bf16) + 63) / 64};
+        }
+    };
 };
 
 }  // namespace amx
