@@ -24,9 +24,9 @@ constexpr int SLICE_STEPS = 64;  // products along K, after which sums wait: so 
 // Weights whose rows are outputs.
 //
 // A unit is 32 rows of weights, 16 of gate and 16 of up where there are both, times all tokens of the segment, 32 by 32 along
-// the whole of K. The rows come from memory while the first tokens pass, and lie in the second cache for the others; those
-// of the next unit are fetched meanwhile, a line of each row at a time, as they are read later. More rows at once are more
-// streams than a processor's own prefetcher follows, and reading gets slower, not faster.
+// a slice of K, mostly all of it. The rows come from memory while the first tokens pass, and lie in the second cache for the
+// others; those of the next unit are fetched meanwhile, a few rows with each pair of token tiles, a line of each at a time.
+// More at once take the fill buffers that tile loads wait for. With few tokens the processor's own prefetcher does better.
 struct InPlace {
     using Tiles = amx::Tiles;
     static constexpr bool ACROSS = true;

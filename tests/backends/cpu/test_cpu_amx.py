@@ -36,6 +36,9 @@ ODD = [
     ExpertsCase(hidden=33, inner=21, dtype="bf16", up_form="kn", down_form="kn", layout="interleaved", bias=True),
     ExpertsCase(hidden=71, inner=100, dtype="bf16", up_form="kn", layout="separate", stacked=False, bias=True),
     ExpertsCase(hidden=130, inner=141, dtype="bf16", down_form="kn", layout="single", captures=True),
+    ExpertsCase(hidden=130, inner=141, dtype="bf16", layout="single", captures=True),
+    ExpertsCase(hidden=130, inner=141, dtype="bf16", layout="single"),
+    ExpertsCase(hidden=67, inner=83, dtype="bf16", layout="separate", stacked=False, bias=True),
     ExpertsCase(hidden=37, inner=45, dtype="bf16", layout="rows", post=True),
 ]
 LONG = ExpertsCase(
