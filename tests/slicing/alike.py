@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import moec
+from moec.report import Report
+
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """Largest |difference| / max(1, max |value|)."""
 
@@ -51,3 +54,14 @@ def same_gradients(compiled: nn.Module, eager: nn.Module, dtype: torch.dtype) ->
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and b.grad is not None:
             near(a.grad, b.grad, dtype)
+
+
+def through_the_door(compiled: nn.Module, eager: nn.Module, width: int, dtype: torch.dtype, trains: bool) -> Report:
+    """The report of a compiled layer whose steps at two lengths, and gradients, are the eager one's."""
+    run = torch.compile(compiled, backend="moec", dynamic=True, options={"inner": "eager", "backends": ["aten"]})
+    with moec.recording() as report:
+        for tokens in (6, 3):
+            x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+            same_step(run, eager, x, dtype, trains)
+    same_gradients(compiled, eager, dtype)
+    return report

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import moec
 from moec.readiness.loops import LoopChange
-from tests.slicing.alike import same_gradients, same_step
+from tests.slicing.alike import through_the_door
 from tests.slicing.loop_layers import FUSED, H, Loop
 from tests.slicing.loop_refusals import REFUSED
 
@@ -18,12 +17,7 @@ def test_fused_and_right_or_refused_with_the_reason(case: type[Loop]) -> None:
     torch._dynamo.reset()
     eager, compiled = case().to(case.dtype), case().to(case.dtype)
     LoopChange(compiled, [""])
-    run = torch.compile(compiled, backend="moec", dynamic=True, options={"inner": "eager", "backends": ["aten"]})
-    with moec.recording() as report:
-        for tokens in (6, 3):
-            x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens)).to(case.dtype)
-            same_step(run, eager, x, case.dtype, case.trains)
-    same_gradients(compiled, eager, case.dtype)
+    report = through_the_door(compiled, eager, H, case.dtype, case.trains)
     reasons = [b.reason for b in report.layers]
     assert report.graphs == len(report.layers) == 1, (report.graphs, reasons)
     assert report.layers[0].fused == case.fused, reasons

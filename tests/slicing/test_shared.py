@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import moec
-from tests.slicing.alike import same_gradients, same_step
+from tests.slicing.alike import through_the_door
 from tests.slicing.custom_layers import H
 from tests.slicing.shared_layers import CASES, WithShared
 
@@ -16,12 +15,7 @@ from tests.slicing.shared_layers import CASES, WithShared
 def test_fused_and_right_or_left_with_the_reason(case: type[WithShared]) -> None:
     torch._dynamo.reset()
     eager, compiled = case(), case()
-    run = torch.compile(compiled, backend="moec", dynamic=True, options={"inner": "eager", "backends": ["aten"]})
-    with moec.recording() as report:
-        for tokens in (6, 3):
-            x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens)).to(case.dtype)
-            same_step(run, eager, x, case.dtype, case.trains)
-    same_gradients(compiled, eager, case.dtype)
+    report = through_the_door(compiled, eager, H, case.dtype, case.trains)
     assert report.layers and all(b.fused == bool(case.fused) for b in report.layers), report
     for block in report.layers:
         found = sorted(((s.fused, s.reason or "") for s in block.shared), reverse=True)
