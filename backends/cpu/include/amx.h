@@ -39,6 +39,10 @@ struct Fetch {
         line += step;
     }
 };
+struct TwoFetches {
+    Fetch first, second;
+    inline __attribute__((always_inline)) void next() { first.next(), second.next(); }
+};
 
 // This thread's tiles: 0 to 3 hold sums, 4 and 5 what is on the left, 6 and 7 what is on the right.
 class Shapes {
@@ -82,10 +86,10 @@ static inline __attribute__((always_inline)) void product(const char* a0, const 
 }
 
 // c (+)= a * b over `steps` products along K, and one more of the left tiles in `last` where there are such: those lie
-// TILE_FLOATS floats apart, each with rows of 64 bytes.
-template <int A, int B>
+// TILE_FLOATS floats apart, each with rows of 64 bytes. soon.next() asks for memory, once with every product.
+template <int A, int B, class Soon>
 static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, int steps, const char* last, const Sums& c, bool add,
-                                            Fetch soon, Fetch also) {
+                                            Soon& soon) {
     const char *a0 = a[0].at, *a1 = a[A - 1].at, *b0 = b[0].at, *b1 = b[B - 1].at;
     const int64_t row_a = a[0].row, row_b0 = b[0].row, row_b1 = b[B - 1].row;
     float *c0 = c.at, *c2 = c.at + c.a;
@@ -101,7 +105,7 @@ static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, 
         if constexpr (A == 2 && B == 2) TILE_ZERO(3);
     }
     for (int i = 0; i < steps; i++) {
-        soon.next(), also.next();
+        soon.next();
         product<A, B>(a0, a1, row_a, b0, b1, row_b0, row_b1);
         a0 += a[0].step, a1 += a[A - 1].step, b0 += b[0].step, b1 += b[B - 1].step;
     }
@@ -113,13 +117,14 @@ static __attribute__((noinline)) void tiles(const Operand* a, const Operand* b, 
 }
 
 // The same for one or two tiles on each side.
+template <class Soon>
 static inline void tiles_of(Shapes& shapes, const Operand* a, int na, const Operand* b, int nb, int steps, const char* last, const Sums& c,
-                            bool add, const Fetch* fetch) {
+                            bool add, Soon& soon) {
     shapes.set(a[0].size, a[na - 1].size, b[0].size, b[nb - 1].size);
-    if (na == 2 && nb == 2) tiles<2, 2>(a, b, steps, last, c, add, fetch[0], fetch[1]);
-    else if (na == 2) tiles<2, 1>(a, b, steps, last, c, add, fetch[0], fetch[1]);
-    else if (nb == 2) tiles<1, 2>(a, b, steps, last, c, add, fetch[0], fetch[1]);
-    else tiles<1, 1>(a, b, steps, last, c, add, fetch[0], fetch[1]);
+    if (na == 2 && nb == 2) tiles<2, 2>(a, b, steps, last, c, add, soon);
+    else if (na == 2) tiles<2, 1>(a, b, steps, last, c, add, soon);
+    else if (nb == 2) tiles<1, 2>(a, b, steps, last, c, add, soon);
+    else tiles<1, 1>(a, b, steps, last, c, add, soon);
 }
 
 }  // namespace amx

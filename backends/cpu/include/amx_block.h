@@ -98,7 +98,7 @@ struct InPlace {
                                                         : unit<PARTS>(w, 0, row, k + steps);
                 for (int first = 0; first < tokens.count; first += 2, sums += SLICES > 1 ? SUMS : 0) {
                     const int nb = tokens.count - first < 2 ? 1 : 2;
-                    const Fetch fetch[2] = {then.part(0, first / 2, pairs, row), then.part(1, first / 2, pairs, row)};
+                    TwoFetches fetch{then.part(0, first / 2, pairs, row), then.part(1, first / 2, pairs, row)};
                     Operand b[2];
                     for (int j = 0; j < nb; j++) {
                         const int size = tokens.size(first + j);
@@ -178,6 +178,16 @@ private:
     }
 };
 
+// Tiles of rows times up to two tiles of outputs of a panel, of which n are left: to[row * ldc + output] (+)= that.
+template <class Soon>
+static inline void over_panel(Shapes& shapes, const Operand* rows, int na, const float* panel, int n, int steps, float* to, int ldc, bool add,
+                              Soon& soon) {
+    const int nb = n > TILE ? 2 : 1;
+    Operand b[2];
+    for (int j = 0; j < nb; j++) b[j] = {(const char*)(panel + j * TILE), GROUP * 4, TILE * GROUP * 4, TILE};
+    tiles_of(shapes, rows, na, b, nb, steps, nullptr, {to, (int64_t)TILE * ldc, TILE, ldc * 4}, add, soon);
+}
+
 // Weights whose rows are elements of K.
 struct FromPanel {
     using Tiles = amx::Tiles;
@@ -217,12 +227,9 @@ struct FromPanel {
                             a[i] = {(const char*)xs, 64, (int64_t)size * 64, size};
                         }
                         for (int n = 0; n < width; n += PAIR) {
-                            const int nb = width - n > TILE ? 2 : 1;
-                            Operand b[2];
-                            for (int j = 0; j < nb; j++) b[j] = {(const char*)(panel + n + j * TILE), GROUP * 4, TILE * GROUP * 4, TILE};
-                            const Fetch fetch[2] = {soon.part(call++ * steps * each, row, each), {}};
+                            Fetch fetch = soon.part(call++ * steps * each, row, each);
                             float* to = sums + tokens.start(first) * LDC + part * (LDC / PARTS) + group + n;
-                            tiles_of(shapes, a, na, b, nb, steps, nullptr, {to, TILE * LDC, TILE, LDC * 4}, k > 0, fetch);
+                            over_panel(shapes, a, na, panel + n, width - n, steps, to, LDC, k > 0, fetch);
                         }
                     }
                 }

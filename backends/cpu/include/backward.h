@@ -13,6 +13,7 @@ template <class L> struct Backward : Recompute<L> {
     using Base = Recompute<L>;
     using P = typename Base::P;
     using T = typename Base::T;
+    using Tiles = typename Base::Tiles;
     using Base::c, Base::plan, Base::dots, Base::dx_rows, Base::rooms, Base::up_wanted, Base::down_wanted, Base::d_wanted;
     using Base::Base, Base::MATRICES, Base::WIDTH, Base::BLOCK, Base::X_BLOCK, Base::X_BLOCKS;
     using Base::a_columns, Base::dh_columns, Base::dh_of, Base::rows_of, Base::up_block, Base::x_block, Base::pack, Base::activations;

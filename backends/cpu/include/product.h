@@ -1,8 +1,8 @@
 // GEMMs whose sizes are known when they run, by the same panels and tiles as the forward's: rows times a weight matrix,
 // and the products over the rows of an expert that give a weight's gradient.
 #pragma once
-#include "block.h"
 #include "lanes.h"
+#include "sweep.h"
 
 namespace moec {
 
@@ -27,23 +27,23 @@ template <class T> static inline int padded(int k) { return up_to(k, RUN<T>) / S
 
 // sums[t * ldc + n] (+)= x w. x: rows packed in `tiles`; next: what this thread multiplies with after this.
 template <class T>
-static __attribute__((noinline)) void product(const Operand& w, const Packed<T>* x, Tiles tiles, float* sums, int ldc, bool add,
-                                              const Operand& next, float* panel) {
+static __attribute__((noinline)) void product(const Operand& w, const Packed<T>* x, typename Sweep<T>::Tiles tiles, float* sums, int ldc,
+                                              bool add, const Operand& next, float* panel) {
     constexpr int LENGTH = SLICE<T>;
-    const int groups = (w.n + GROUP - 1) / GROUP;
+    Sweep<T> sweep;
     for (int k0 = 0; k0 < w.k; k0 += LENGTH) {
-        const int length = w.k - k0 < LENGTH ? w.k - k0 : LENGTH, steps = padded<T>(length);
-        Ahead soon = k0 + LENGTH < w.k ? slice_ahead<T>(w, k0 + LENGTH, (int64_t)groups * tiles.count * steps)
-                                       : slice_ahead<T>(next, 0, (int64_t)groups * tiles.count * steps);
-        for (int g = 0; g < groups; g++) {
-            const int n = w.n - g * GROUP < GROUP ? w.n - g * GROUP : GROUP;
-            if (w.nk) fill_panel<T, true>(w.at + k0 * (int64_t)sizeof(T) + g * GROUP * w.row, w.row, n, length, panel);
-            else fill_panel<T, false>(w.at + k0 * w.row + g * GROUP * (int64_t)sizeof(T), w.row, n, length, panel);
-            for (int t = 0; t < tiles.count; t++) {
-                const int t0 = tiles.start(t), mt = tiles.size(t);
-                const auto* xs = x + (int64_t)t0 * padded<T>(w.k) + (int64_t)k0 / Step<T>::DEPTH * mt;
-                tile_of<T, false>(mt, panel, xs, steps / W, sums + t0 * ldc + g * GROUP, ldc, add || k0 > 0, soon);
-            }
+        const int length = w.k - k0 < LENGTH ? w.k - k0 : LENGTH, runs = padded<T>(length) / W;
+        const int64_t steps = Sweep<T>::steps(tiles.count, w.n, runs);
+        Ahead soon = k0 + LENGTH < w.k ? slice_ahead<T>(w, k0 + LENGTH, steps) : slice_ahead<T>(next, 0, steps);
+        for (int g = 0; g < w.n; g += GROUP) {
+            const int n = w.n - g < GROUP ? w.n - g : GROUP;
+            if (w.nk) fill_panel<T, true>(w.at + k0 * (int64_t)sizeof(T) + g * w.row, w.row, n, length, panel);
+            else fill_panel<T, false>(w.at + k0 * w.row + g * (int64_t)sizeof(T), w.row, n, length, panel);
+            auto of = [&](int t) {
+                const int t0 = tiles.start(t), size = tiles.size(t);
+                return Packet<T>{x + (int64_t)t0 * padded<T>(w.k) + (int64_t)k0 / Step<T>::DEPTH * size, size, sums + t0 * ldc + g};
+            };
+            sweep.over(panel, n, runs, 0, tiles.count, of, ldc, add || k0 > 0, soon);
         }
     }
 }
@@ -59,16 +59,17 @@ struct Rows {
     const char* of(int r) const { return base + order[r] / top_k * row; }
 };
 
-// Columns of rows, packed for tiles: those of tile t are columns 6 t .. 6 t + 5 along all rows, [run of rows][column][W].
+// Columns of rows, packed for tiles: a tile has some columns side by side along all rows, [run of rows][column][W].
 template <class T> struct Columns {
+    static constexpr int TILE = Sweep<T>::ROWS;
     Packed<T>* base;
     int count, rows;  // columns; rows, whole runs
 
-    int size(int tile) const { return count - tile * TILE_TOKENS < TILE_TOKENS ? count - tile * TILE_TOKENS : TILE_TOKENS; }
-    Packed<T>* tile(int t) const { return base + (int64_t)t * TILE_TOKENS * rows / Step<T>::DEPTH; }
+    int size(int tile) const { return count - tile * TILE < TILE ? count - tile * TILE : TILE; }
+    Packed<T>* tile(int t) const { return base + (int64_t)t * TILE * rows / Step<T>::DEPTH; }
     Packed<T>* at(int column, int row) const {
-        const int t = column / TILE_TOKENS;
-        return packed_at<T>(tile(t), size(t), column % TILE_TOKENS, row);
+        const int t = column / TILE;
+        return packed_at<T>(tile(t), size(t), column % TILE, row);
     }
     float sum(int column) const {
         V s = zero();
@@ -120,19 +121,21 @@ static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& 
     const int nc = width - c0 < cut.columns ? width - c0 : cut.columns, ldc = cut.columns;
     to += by_left ? o0 * to_row + c0 * (int64_t)sizeof(T) : c0 * to_row + o0 * (int64_t)sizeof(T);
     float* sums = panel + PANEL_BYTES / sizeof(float);
-    const int64_t steps = (int64_t)up_to(nc, GROUP) / GROUP * up_to(no, TILE_TOKENS) / TILE_TOKENS * padded<T>(right.count);
+    constexpr int TILE = Columns<T>::TILE;
+    const int first = o0 / TILE, last = (o0 + no + TILE - 1) / TILE;
+    const int64_t steps = Sweep<T>::steps(last - first, nc, padded<T>(right.count) / W);
     Ahead lines = by_left ? Ahead::over(to, to_row, no, nc * (int64_t)sizeof(T), steps) : Ahead::over(to, to_row, nc, no * (int64_t)sizeof(T), steps);
+    Sweep<T> sweep;
     for (int r0 = 0; r0 < right.count; r0 += SLICE<T>) {
         const int length = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
         const char* rows[SLICE<T>];
         for (int r = 0; r < length; r++) rows[r] = right.of(r0 + r);
         for (int g = 0; g < nc; g += GROUP) {
             fill_rows<T>(rows, length, (c0 + g) * (int64_t)sizeof(T), nc - g, panel);
-            for (int t = o0 / TILE_TOKENS; t * TILE_TOKENS < o0 + no; t++) {
-                const auto* xs = left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t);
-                float* c = sums + (t * TILE_TOKENS - o0) * ldc + g;
-                tile_of<T, false>(left.size(t), panel, xs, padded<T>(length) / W, c, ldc, r0 > 0, lines);
-            }
+            auto of = [&](int t) {
+                return Packet<T>{left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t), left.size(t), sums + (t * TILE - o0) * ldc + g};
+            };
+            sweep.over(panel, nc - g < GROUP ? nc - g : GROUP, padded<T>(length) / W, first, last, of, ldc, r0 > 0, lines);
         }
     }
     if (by_left) {

@@ -9,6 +9,7 @@ namespace moec {
 template <class L> struct Recompute {
     using P = Plan<L>;
     using T = typename L::T;
+    using Tiles = typename Sweep<T>::Tiles;
     static constexpr int MATRICES = P::MATRICES, OUTPUTS = P::OUTPUTS, WIDTH = P::WIDTH, BLOCK = P::BLOCK;
     static constexpr int X_BLOCK = 256, X_BLOCKS = (L::K + X_BLOCK - 1) / X_BLOCK;
     static constexpr int LDH = L::PARTS * BLOCK;  // of a row's sums of the up GEMM

@@ -7,11 +7,11 @@ import pytest
 from moec.backends.base import Kernel
 from moec.backends.cpu import CpuBackend
 from moec.backends.cpu.build import compiler
-from moec.backends.cpu.isa import LEVELS, missing
+from moec.backends.cpu.isa import LEVELS, missing, refusal
 from moec.ir.core import Graph
 
 BACKEND = CpuBackend()
-HERE = [name for name, isa in LEVELS.items() if not missing(isa)]
+HERE = [name for name, isa in LEVELS.items() if not missing(isa) and not refusal(isa)]
 """From the lowest to the highest."""
 TOKENS = (0, 1, 2, 31, 33, 257)
 needs_kernels = pytest.mark.skipif(

@@ -123,15 +123,6 @@ def test_what_lies_beside_the_weights_is_not_read(case: ExpertsCase, level: str)
     assert torch.equal(load(case, level).forward(moved)[0], want)
 
 
-@each_level
-def test_gradients_are_those_of_the_kernels_without_tiles(level: str) -> None:
-    inputs = BITS.inputs(23)
-    needs = [t.is_floating_point() for t in inputs]
-    grad = torch.randn_like(inputs[0])
-    got, want = (load(BITS, name).backward([grad], inputs, needs) for name in (level, "avx512_bf16"))
-    for a, b in zip(got, want, strict=True):
-        assert a is b is None or (a is not None and b is not None and torch.equal(a, b))
-
 
 def test_f16_uses_no_tiles_and_bf16_does() -> None:
     product = re.compile(rb"\xc4\xe2[\x42\x4a\x52\x5a\x62\x6a\x72\x7a]\x5c[\xc0-\xff]", re.DOTALL)  # TDPBF16PS

@@ -11,7 +11,7 @@ from torch import Tensor
 from moec.backends.aten.spec import Spec
 from moec.backends.cpu import CpuBackend, recycle
 from moec.backends.cpu.backward import CpuBackward
-from moec.backends.cpu.isa import LEVELS
+from moec.backends.cpu.isa import EMULATED_AMX, LEVELS, missing
 from moec.backends.cpu.source import read_shape
 from moec.ir.core import Graph
 from moec.ir.types import TensorType
@@ -35,7 +35,7 @@ Gradients = list[Tensor | None]
 @lru_cache
 def kernel(case: ExpertsCase, level: str) -> CpuBackward:
     op = case.graph().ops[0]
-    return CpuBackward(op, read_shape(op), Spec.of(op), LEVELS[level])
+    return CpuBackward(op, read_shape(op), Spec.of(op), {**LEVELS, EMULATED_AMX.name: EMULATED_AMX}[level])
 
 
 def wanted(case: ExpertsCase, inputs: list[Tensor]) -> list[bool]:
@@ -101,6 +101,20 @@ def test_gradients_are_those_of_the_loop(case: ExpertsCase, level: int) -> None:
         grad, needs = gradient(case, tokens), wanted(case, inputs)
         got = kernel(case, HERE[level])(grad, inputs, needs, 2)
         compare(case, got, autograd(case, inputs, grad), needs, inputs)
+
+
+@pytest.mark.skipif(bool(missing(EMULATED_AMX)), reason="no AVX-512 BF16 in this processor")
+@pytest.mark.parametrize("case", [PAIRS, WIDE], ids=case_id)
+def test_gradients_by_tiles_of_amx(case: ExpertsCase) -> None:
+    for tokens, skew in ((1, "uniform"), (33, "one_expert"), (257, "uniform")):
+        inputs = case.inputs(tokens, skew)
+        grad, needs = gradient(case, tokens), wanted(case, inputs)
+        got = kernel(case, EMULATED_AMX.name)(grad, inputs, needs, 2)
+        compare(case, got, autograd(case, inputs, grad), needs, inputs)
+        if HERE[-1] == "amx":  # the same, bit for bit
+            real = kernel(case, "amx")(grad, inputs, needs, 2)
+            assert got is not None and real is not None
+            assert all(a is b or torch.equal(a, b) for a, b in zip(got, real, strict=True))
 
 
 @pytest.mark.parametrize("case", [ODD, WIDE], ids=case_id)
