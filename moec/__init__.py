@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moec.api import explain as explain
     from moec.artifact.load import load as load
     from moec.exported import optimize as optimize
+    from moec.readiness.pages import huge_pages as huge_pages
     from moec.ir.errors import MoecError as MoecError
     from moec.readiness.prepare import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
@@ -26,6 +27,7 @@ _HOMES = {
     "compile": "moec.api",
     "drop_dead_experts": "moec.readiness",
     "explain": "moec.api",
+    "huge_pages": "moec.readiness.pages",
     "load": "moec.artifact.load",
     "optimize": "moec.exported",
     "prepare": "moec.readiness",
@@ -40,6 +42,7 @@ __all__ = [
     "compile",
     "drop_dead_experts",
     "explain",
+    "huge_pages",
     "load",
     "optimize",
     "prepare",

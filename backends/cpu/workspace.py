@@ -1,8 +1,7 @@
 """Working memory that calls share: a big buffer of fresh pages costs a visible part of a layer's time.
 
 A prefill of 4096 tokens touches 180 MB of it, and new pages were a tenth of such a layer's time. So a returned buffer
-is kept for the next call, one for all layers. (Asking for huge pages was tried too: on a virtual machine that hands
-free ones back to its host, a training step took half as long again.)
+is kept for the next call, one for all layers, on huge pages where the system has them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import threading
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 256 << 20
+from moec.backends.cpu.huge_pages import ask
+
+KEPT_BYTES = 512 << 20
 """A returned buffer up to this size is kept, the largest alone; a larger one goes back to the system."""
 
 
@@ -30,7 +31,9 @@ class Workspace:
         if kept is not None and kept.numel() >= size:
             return kept
         del kept
-        return torch.empty(size, dtype=torch.uint8)
+        fresh = torch.empty(size, dtype=torch.uint8)
+        ask(fresh.data_ptr(), size)
+        return fresh
 
     def give_back(self, buffer: Tensor) -> None:
         """The call is over."""

@@ -123,7 +123,6 @@ def test_what_lies_beside_the_weights_is_not_read(case: ExpertsCase, level: str)
     assert torch.equal(load(case, level).forward(moved)[0], want)
 
 
-
 def test_f16_uses_no_tiles_and_bf16_does() -> None:
     product = re.compile(rb"\xc4\xe2[\x42\x4a\x52\x5a\x62\x6a\x72\x7a]\x5c[\xc0-\xff]", re.DOTALL)  # TDPBF16PS
 
