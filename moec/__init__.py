@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from moec.api import explain as explain
     from moec.artifact.load import load as load
     from moec.exported import optimize as optimize
-    from moec.readiness.pages import huge_pages as huge_pages
     from moec.ir.errors import MoecError as MoecError
+    from moec.readiness.pages import huge_pages as huge_pages
     from moec.readiness.prepare import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
     from moec.session import recording as recording

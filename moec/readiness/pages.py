@@ -89,5 +89,5 @@ def _spans(tensors: list[Tensor], left: Counter[str]) -> list[tuple[int, int]]:
             kind = "memory" if t.layout == torch.strided else "a sparse tensor"
             left[f"{kind} of the device {t.device.type}"] += t.numel() * t.element_size()
         elif t.untyped_storage().nbytes():
-            spans[t.data_ptr() - t.storage_offset() * t.element_size()] = t.untyped_storage().nbytes()
+            spans[t.data_ptr() - int(t.storage_offset()) * t.element_size()] = t.untyped_storage().nbytes()
     return sorted(spans.items())
