@@ -10,8 +10,11 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 HUGE = 2 << 20
 """Bytes of a huge page of x86."""
@@ -44,6 +47,13 @@ def ask(address: int, size: int) -> None:
     start, length = inside(address, size)
     if length and sys.platform == "linux":
         _advise(start, length, _HUGEPAGE)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As ``torch.empty``, on huge pages where the system has them."""
+    fresh = torch.empty(shape, dtype=dtype)
+    ask(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+    return fresh
 
 
 def move(address: int, size: int) -> Iterator[tuple[int, str]]:

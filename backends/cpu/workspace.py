@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from moec.backends.cpu.huge_pages import ask
+from moec.backends.cpu.huge_pages import empty
 
 KEPT_BYTES = 512 << 20
 """A returned buffer up to this size is kept, the largest alone; a larger one goes back to the system."""
@@ -31,9 +31,7 @@ class Workspace:
         if kept is not None and kept.numel() >= size:
             return kept
         del kept
-        fresh = torch.empty(size, dtype=torch.uint8)
-        ask(fresh.data_ptr(), size)
-        return fresh
+        return empty([size], torch.uint8)
 
     def give_back(self, buffer: Tensor) -> None:
         """The call is over."""

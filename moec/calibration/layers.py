@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from moec.backends.cpu.huge_pages import empty
 from moec.backends.registry import get_backend
 from moec.calibration.times import Times, take_times
 from moec.cost import LayerShape
@@ -40,7 +41,8 @@ class SyntheticLayer:
     """A layer with silu(gate)·up, weights of one expert copied to all (memory counts, values do not).
 
     A call takes the weights after the last call's, as the layers of a model do: pages that were used long ago have left
-    the processor's tables, which costs a fourth of the bandwidth at 1 GB against 300 MB.
+    the processor's tables, which costs a fourth of the bandwidth at 1 GB against 300 MB. They lie on huge pages: how
+    pages of 4 KB come to lie is chance, and on a virtual machine decides more than the layer does.
 
     Attributes:
         shape: Its sizes.
@@ -60,7 +62,7 @@ class SyntheticLayer:
 
     def _copies(self, experts: int, rows: int, columns: int) -> Tensor:
         one = torch.empty(rows, columns).uniform_(-0.03, 0.03).to(self._dtype)
-        return one.expand(experts, rows, columns).contiguous()
+        return empty([experts, rows, columns], self._dtype).copy_(one)
 
     def tokens(self, count: int) -> Tensor:
         """Tokens for calls."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +16,7 @@ from moec.calibration.layers import SyntheticLayer
 from moec.calibration.probes import Probes, beyond_caches
 from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
-from moec.cost.machine import ITEM_BYTES, ROWS, Points, rising
+from moec.cost.machine import ITEM_BYTES, ROWS, Overhead, rising
 from moec.cost.store import fingerprint, processor_name
 
 Progress = Callable[[str, float], None]
@@ -70,16 +70,16 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
         curves=(),
         call_seconds=_call_seconds(dtypes[0]),
         barriers=tuple((t, probes.region_seconds(t) if t > 1 else 0.0) for t in teams),
-        row_byte=0.0,
-        tasks=((1, 0.0),),
+        overheads=(Overhead(dtypes[0], ((1, 0.0),), ((1, 0.0),)),),
         measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     del probes
     progress("tasks and moving tokens", 0.05)
-    tasks, row_byte = _overheads(machine, dtypes[0], sorted({1, threads}))
-    machine = replace(machine, tasks=tasks, row_byte=row_byte)
+    layers = {dtype: _layer(dtype) for dtype in dtypes}
+    ends = sorted({1, threads})
+    machine = replace(machine, overheads=tuple(_overhead(machine, layer, ends) for layer in layers.values()))
     seen = Times()
-    machine = _with_curves(machine, dtypes, sorted({1, threads}), seen, progress)
+    machine = _with_curves(machine, layers, ends, seen, progress)
     progress("done", 1.0)
     return replace(machine, interrupted=len(seen.interrupted) / len(seen.clean + seen.interrupted))
 
@@ -97,42 +97,51 @@ def _call_seconds(dtype: str) -> float:
     return take_times(partial(_same_call, layer, x, ids), _TINY_CALLS).seconds
 
 
-def _overheads(machine: MachineProfile, dtype: str, teams: Sequence[int]) -> tuple[Points, float]:
-    """Seconds for each task by threads, and for each byte that is packed or combined on one thread.
+def _overhead(machine: MachineProfile, large: SyntheticLayer, teams: Sequence[int]) -> Overhead:
+    """Seconds for each task and for each byte that is packed or combined, by threads.
 
     Experts of one row, small against large: their times are w x curve(1) + tasks + bytes for w weight elements. Layers
     of many rows, wide against narrow, tell bytes from tasks: what remains as the inner width goes to zero is bytes and
     the tasks of the down GEMM.
     """
-    small = LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype)
-    large = LayerShape(_HIDDEN, _INNER, _HIDDEN, experts=24, top_k=1, dtype=dtype)
+    isa, dtype = machine.isa, large.shape.dtype
+    shape = LayerShape(_HIDDEN // 4, _INNER // 8, _HIDDEN // 4, experts=1024, top_k=1, dtype=dtype)
+    small = SyntheticLayer(shape, least_bytes=beyond_caches(_WEIGHT_BYTES))
     differences = dict.fromkeys(teams, 0.0)
-    for shape, touched, sign in ((small, 256, 1), (large, 8, -1)):
-        layer = SyntheticLayer(shape, least_bytes=beyond_caches(_WEIGHT_BYTES))
+    task = byte = 0.0
+    for layer, touched, sign in ((small, 256, 1), (large, 8, -1)):
         for threads in teams:
             seconds = layer.fixed_rows(1, touched, threads, _ROUNDS * _CALLS).seconds
             gemm = seconds - machine.call_seconds - machine.barriers_at(threads)
-            differences[threads] += sign * gemm / (touched * shape.elements)
-    task = sum(small.tasks) / small.elements - sum(large.tasks) / large.elements
-    byte = small.moved_bytes(1) / small.elements - large.moved_bytes(1) / large.elements
-    one, row_byte = _positive_solution((task, byte, differences[1]), _at_zero_width(machine, dtype))
-    known = replace(machine, row_byte=row_byte)
-    rest = {t: max(0.0, (differences[t] - byte * known.row_byte_seconds(t)) / task) for t in teams}
-    return tuple((t, one if t == 1 else rest[t]) for t in teams), row_byte
+            differences[threads] += sign * gemm / (touched * layer.shape.elements)
+        task += sign * sum(layer.shape.tasks(isa)) / layer.shape.elements
+        byte += sign * layer.shape.moved_bytes(1) / layer.shape.elements
+    wide = _at_zero_width(machine, dtype, teams)
+    found = [(t, _positive_solution((task, byte, differences[t]), wide[t])) for t in teams]
+    return Overhead(dtype, tuple((t, one) for t, (one, _) in found), tuple((t, each) for t, (_, each) in found))
 
 
-def _at_zero_width(machine: MachineProfile, dtype: str) -> tuple[float, float, float]:
-    """Tasks and bytes of a call on one thread whose inner width is almost zero, and its seconds."""
-    torch.set_num_threads(1)
-    tokens, top_k, narrow, wide = 256, 8, 64, 192
-    times = []
+def _at_zero_width(machine: MachineProfile, dtype: str, teams: Sequence[int]) -> dict[int, tuple[float, float, float]]:
+    """Tasks and bytes of a call whose inner width is almost zero, and its seconds, by threads.
+
+    Of so many tokens that they do not stay in a cache between the GEMMs.
+    """
+    tokens, top_k, narrow, wide = 1024, 8, 64, 192
+    times: dict[int, list[float]] = {t: [] for t in teams}
     for inner in (wide, narrow):
         shape = LayerShape(_HIDDEN, inner, _HIDDEN, experts=top_k, top_k=top_k, dtype=dtype)
         layer = SyntheticLayer(shape)
         x, ids = layer.tokens(tokens), torch.arange(top_k).repeat(tokens, 1)
-        times.append(take_times(partial(_same_call, layer, x, ids), _ROUNDS * _CALLS).seconds)
-    seconds = times[1] - (times[0] - times[1]) * narrow / (wide - narrow) - machine.call_seconds
-    return top_k * shape.tasks[1], shape.moved_bytes(tokens * top_k), seconds
+        for threads in teams:
+            torch.set_num_threads(threads)
+            times[threads].append(take_times(partial(_same_call, layer, x, ids), _CALLS).seconds)
+    segments = top_k * -(-tokens // shape.cut(machine.isa).rows)
+    tasks, moved = segments * shape.tasks(machine.isa)[1], shape.moved_bytes(tokens * top_k)
+    found: dict[int, tuple[float, float, float]] = {}
+    for threads, (most, least) in times.items():
+        seconds = least - (most - least) * narrow / (wide - narrow)
+        found[threads] = (tasks, moved, seconds - machine.call_seconds - machine.barriers_at(threads))
+    return found
 
 
 def _same_call(layer: SyntheticLayer, x: Tensor, ids: Tensor, number: int) -> float:
@@ -151,13 +160,12 @@ def _positive_solution(a: tuple[float, float, float], b: tuple[float, float, flo
 
 
 def _with_curves(
-    machine: MachineProfile, dtypes: Sequence[str], teams: Sequence[int], seen: Times, progress: Progress
+    machine: MachineProfile, layers: Mapping[str, SyntheticLayer], teams: Sequence[int], seen: Times, progress: Progress
 ) -> MachineProfile:
     """The profile with the curves of all element types. ``seen`` gets the times of all calls."""
-    layers = {dtype: _layer(dtype) for dtype in dtypes}
     curves = {
         (dtype, threads): [_Call(rows, _touched(rows, threads, layers[dtype].shape.experts)) for rows in ROWS]
-        for dtype, threads in product(dtypes, teams)
+        for dtype, threads in product(layers, teams)
     }
     for turn, (n, ((dtype, threads), calls)) in product(range(_ROUNDS), enumerate(curves.items())):
         done = (turn + n / len(curves)) / _ROUNDS

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moec.backends.cpu.build import build
+from moec.backends.cpu.huge_pages import empty
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import openmp_library
 
@@ -27,13 +28,13 @@ _SOURCE = Path(__file__).with_name("probes.cpp")
 
 
 def beyond_caches(least: int) -> int:
-    """Bytes that no cache holds: ``least``, or four times the last cache; 2 GB at most."""
+    """Bytes that no cache holds: ``least``, or twice the last cache; 2 GB at most."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()  # "32768K"
         if text[:-1].isdigit() and text[-1] in "KM":
             sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
-    return min(max(least, 4 * max(sizes, default=0)), 2 << 30)
+    return min(max(least, 2 * max(sizes, default=0)), 2 << 30)
 
 
 class Probes:
@@ -69,7 +70,7 @@ class Probes:
             threads: How many.
             size: Bytes read once; by default more than the caches hold.
         """
-        data = torch.ones((size or beyond_caches(READ_BYTES)) + _MARGIN, dtype=torch.uint8)  # pages of their own
+        data = empty([(size or beyond_caches(READ_BYTES)) + _MARGIN], torch.uint8).fill_(1)  # pages of their own
         best = dict.fromkeys(PATTERNS, 0.0)
         for _ in range(_REPEATS):
             for name, pattern in PATTERNS.items():

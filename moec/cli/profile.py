@@ -82,9 +82,12 @@ def _machine_table(machine: MachineProfile) -> Table:
         table.add_row(f"multiply-adds in {dtype}, 1 thread", f"{rate / 1e9:.0f} GFLOP/s")
     table.add_row("a call", f"{machine.call_seconds * 1e6:.1f} µs")
     table.add_row(f"barriers, {_threads(machine.cores)}", f"{machine.barriers_at(machine.cores) * 1e6:.1f} µs")
-    table.add_row("packing and combining, 1 thread", f"{1e-9 / max(machine.row_byte, 1e-15):.1f} GB/s")
-    for team, seconds in machine.tasks:
-        table.add_row(f"a task, {_threads(team)}", f"{seconds * 1e6:.2f} µs")
+    for o in machine.overheads:
+        for team, seconds in o.rows:
+            name = f"packing and combining {o.dtype}, {_threads(team)}"
+            table.add_row(name, f"{1e-9 / seconds:.1f} GB/s" if seconds else "hidden")
+        for team, seconds in o.tasks:
+            table.add_row(f"a task in {o.dtype}, {_threads(team)}", f"{seconds * 1e6:.2f} µs")
     return table
 
 

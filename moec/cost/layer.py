@@ -20,10 +20,22 @@ from functools import lru_cache
 
 from moec.cost.machine import ITEM_BYTES, MachineProfile
 
-OUTPUTS = 64
-"""Outputs of a part in one task of the cpu backend."""
-SEGMENT = 512
-"""Most rows of an expert in one task."""
+
+@dataclass(frozen=True)
+class Cut:
+    """How large a task of the cpu backend is.
+
+    Attributes:
+        up: Outputs of each part, in the up GEMM.
+        down: Outputs, in the down GEMM.
+        rows: Most rows of an expert.
+    """
+
+    up: int
+    down: int
+    rows: int
+
+
 _LEAST_CHANCE = 1e-9
 
 Load = list[tuple[float, float]]
@@ -62,10 +74,14 @@ class LayerShape:
         """Bytes of an element."""
         return ITEM_BYTES[self.dtype]
 
-    @property
-    def tasks(self) -> tuple[int, int]:
+    def cut(self, isa: str) -> Cut:
+        """Tasks of the kernels for ``isa``."""
+        return Cut(128 // self.parts, 128, 256) if isa == "amx" and self.dtype == "bf16" else Cut(64, 64, 512)
+
+    def tasks(self, isa: str) -> tuple[int, int]:
         """Tasks of one segment of rows, in the up and in the down GEMM."""
-        return -(-self.inner // OUTPUTS), -(-self.width // OUTPUTS)
+        cut = self.cut(isa)
+        return -(-self.inner // cut.up), -(-self.width // cut.down)
 
     def moved_bytes(self, slots: float) -> float:
         """Bytes of tokens that are read and packed, and of results that are combined, for ``slots`` rows of experts."""
@@ -134,9 +150,9 @@ def _overhead(
     shape: LayerShape, load: Load, slots: float, machine: MachineProfile, threads: int, isa: str, gemm: float
 ) -> float:
     """All that is no GEMM, but the call itself."""
-    segments = sum(count * math.ceil(rows / SEGMENT) for rows, count in load)
-    tasks = segments * sum(shape.tasks) * machine.task_seconds(threads)
-    moving = shape.moved_bytes(slots) * machine.row_byte_seconds(threads)
+    segments = sum(count * math.ceil(rows / shape.cut(isa).rows) for rows, count in load)
+    tasks = segments * sum(shape.tasks(isa)) * machine.task_seconds(shape.dtype, threads)
+    moving = shape.moved_bytes(slots) * machine.row_byte_seconds(shape.dtype, threads)
     return machine.barriers_at(threads) + tasks + moving + _waiting(shape, load, machine, threads, isa, gemm)
 
 
@@ -148,15 +164,16 @@ def _waiting(shape: LayerShape, load: Load, machine: MachineProfile, threads: in
     """
     if threads == 1:
         return 0.0
-    longest = min(_longest(load), SEGMENT)
+    cut, (ups, downs) = shape.cut(isa), shape.tasks(isa)
+    longest = min(_longest(load), cut.rows)
     together = machine.curve(shape.dtype, isa, threads).seconds(longest) * threads
     alone = machine.curve(shape.dtype, isa, 1).seconds(longest)
     waited = 0.0
-    for count, outputs, k in (
-        (shape.tasks[0], shape.inner, shape.parts * shape.hidden),
-        (shape.tasks[1], shape.width, shape.inner),
+    for count, most, outputs, k in (
+        (ups, cut.up, shape.inner, shape.parts * shape.hidden),
+        (downs, cut.down, shape.width, shape.inner),
     ):
-        task = min(OUTPUTS, outputs) * k  # weight elements
+        task = min(most, outputs) * k  # weight elements
         phase = gemm * outputs * k / shape.elements
         end = phase + task * together * (1 - 1 / threads) / 2 if count > 0 else phase
         waited += max(end, task * alone) - phase

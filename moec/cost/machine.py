@@ -67,6 +67,21 @@ class GemmCurve:
         return at(self.points, rows) * max(1.0, rows / last) * 1e-9
 
 
+@dataclass(frozen=True)
+class Overhead:
+    """What the kernels of an element type spend beside their GEMMs. Both are (threads, seconds) pairs.
+
+    Attributes:
+        dtype: Element type of tokens and weights.
+        tasks: What each task adds to a call. Reading weights hides them where it binds.
+        rows: For each byte of tokens that is packed or combined.
+    """
+
+    dtype: str
+    tasks: Points
+    rows: Points
+
+
 @dataclass(frozen=True, eq=False)
 class MachineProfile:
     """One processor, as measured or as assumed. Compared by identity, so that answers can be remembered by it.
@@ -82,8 +97,7 @@ class MachineProfile:
         curves: Measured curves; where one is missing, a default is made from the numbers above.
         call_seconds: Of a call that does nothing, on one thread.
         barriers: (threads, seconds that the team's start and all barriers of a layer add) pairs.
-        row_byte: Seconds for each byte of tokens that is packed or combined, on one thread.
-        tasks: (threads, seconds that each task adds to a call) pairs. Reading weights hides them where it binds.
+        overheads: By element type; one that is not among them is taken to cost what the first does.
         interrupted: Part of the measured calls that other work interrupted; they do not count where others went by.
         measured: When, as text; empty for assumed numbers.
     """
@@ -98,8 +112,7 @@ class MachineProfile:
     curves: tuple[GemmCurve, ...]
     call_seconds: float
     barriers: Points
-    row_byte: float
-    tasks: Points
+    overheads: tuple[Overhead, ...]
     interrupted: float = 0.0
     measured: str = ""
 
@@ -119,13 +132,16 @@ class MachineProfile:
         """Seconds that a team of ``threads`` threads adds to a call: its start and the barriers between the phases."""
         return at(self.barriers, threads)
 
-    def task_seconds(self, threads: int) -> float:
+    def task_seconds(self, dtype: str, threads: int) -> float:
         """Seconds that a task adds to a call of ``threads`` threads, beyond its share of the curve."""
-        return at(self.tasks, threads)
+        return at(self._overhead(dtype).tasks, threads)
 
-    def row_byte_seconds(self, threads: int) -> float:
-        """Seconds for each byte of tokens that ``threads`` threads move: in equal parts, as far as memory lets them."""
-        return max(self.row_byte / threads, min(self.row_byte, 1 / self.bytes_per_s(threads)))
+    def row_byte_seconds(self, dtype: str, threads: int) -> float:
+        """Seconds for each byte of tokens that ``threads`` threads move."""
+        return at(self._overhead(dtype).rows, threads)
+
+    def _overhead(self, dtype: str) -> Overhead:
+        return next((o for o in self.overheads if o.dtype == dtype), self.overheads[0])
 
     def floor(self, dtype: str, isa: str, threads: int, rows: float) -> float:
         """Seconds that an expert with ``rows`` rows takes at least, for each weight element."""
@@ -220,6 +236,11 @@ def defaults_for(target: Target) -> MachineProfile:
         curves=(),
         call_seconds=_CALL_SECONDS,
         barriers=tuple((t, _BARRIER_SECONDS * (t - 1).bit_length()) for t in teams),
-        row_byte=1 / one,
-        tasks=tuple((t, _TASK_SECONDS / t) for t in teams),
+        overheads=(
+            Overhead(
+                "bf16",
+                tasks=tuple((t, _TASK_SECONDS / t) for t in teams),
+                rows=tuple((t, max(1 / one / t, 1 / target.memory_bandwidth)) for t in teams),
+            ),
+        ),
     )

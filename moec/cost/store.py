@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from moec.cache import cache_dir, write_atomic
-from moec.cost.machine import ITEM_BYTES, GemmCurve, MachineProfile, Points, defaults_for
+from moec.cost.machine import ITEM_BYTES, GemmCurve, MachineProfile, Overhead, Points, defaults_for
 from moec.ir.errors import MoecError
 from moec.targets import Target, cpu_cores, cpu_flags
 
 FORMAT = "moec-profile"
-VERSION = 1
+VERSION = 2
 """Of the file. A file of another version is not read: a profile is measured again in a minute."""
 
 _told: set[tuple[Path, str]] = set()
@@ -75,8 +75,9 @@ def to_json(machine: MachineProfile) -> str:
         "flops_per_s_of_one_thread": machine.flops,
         "call_seconds": machine.call_seconds,
         "barrier_seconds_by_threads": machine.barriers,
-        "row_byte_seconds": machine.row_byte,
-        "task_seconds_by_threads": machine.tasks,
+        "overheads_by_threads": [
+            {"dtype": o.dtype, "task_seconds": o.tasks, "row_byte_seconds": o.rows} for o in machine.overheads
+        ],
         "interrupted_part_of_calls": machine.interrupted,
         "gemm_ns_per_weight_element_by_rows": [
             {"dtype": c.dtype, "isa": c.isa, "threads": c.threads, "points": c.points} for c in machine.curves
@@ -123,10 +124,20 @@ def _machine(m: Mapping[str, Any]) -> MachineProfile:
         ),
         call_seconds=_number(m["call_seconds"], least=0.0),
         barriers=_points(m["barrier_seconds_by_threads"], least=0.0),
-        row_byte=_number(m["row_byte_seconds"], least=0.0),
-        tasks=_points(m["task_seconds_by_threads"], least=0.0),
+        overheads=tuple(
+            Overhead(
+                _dtype(o["dtype"]), _points(o["task_seconds"], least=0.0), _points(o["row_byte_seconds"], least=0.0)
+            )
+            for o in _some(m["overheads_by_threads"])
+        ),
         interrupted=_number(m["interrupted_part_of_calls"], least=0.0),
     )
+
+
+def _some(given: Any) -> Any:
+    if not given:
+        raise ValueError(f"{given!r} where something belongs")
+    return given
 
 
 def _number(value: Any, least: float = 1e-30) -> float:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from moec.cost import GemmCurve, MachineProfile
+from moec.cost.machine import Overhead, Points
 
 #: 1 ns an element and 1 ns a row, on one thread; exactly half on two.
 ONE = GemmCurve("bf16", "avx2", 1, ((1, 2.0), (2, 3.0), (4, 5.0), (512, 513.0)))
 TWO = GemmCurve("bf16", "avx2", 2, ((1, 1.0), (2, 1.5), (4, 2.5), (512, 256.5)))
+
+
+def overhead(tasks: Points = ((1, 0.0),), rows: Points = ((1, 0.0),)) -> Overhead:
+    """None but what is given."""
+    return Overhead("bf16", tasks, rows)
 
 
 def round_machine(**changes: object) -> MachineProfile:
@@ -22,7 +28,6 @@ def round_machine(**changes: object) -> MachineProfile:
         "curves": (ONE, TWO),
         "call_seconds": 100e-6,
         "barriers": ((1, 0.0), (2, 10e-6)),
-        "row_byte": 0.0,
-        "tasks": ((1, 0.0),),
+        "overheads": (overhead(),),
     }
     return MachineProfile(**{**numbers, **changes})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from moec.backends.cpu.isa import LEVELS
 from moec.calibration import measure, times
 from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, predict
-from moec.cost.machine import ROWS
+from moec.cost.machine import ROWS, Overhead
 
 TRUE = MachineProfile(
     name="true",
@@ -27,8 +27,7 @@ TRUE = MachineProfile(
     ),
     call_seconds=50e-6,
     barriers=((1, 0.0), (2, 5e-6), (4, 9e-6)),
-    row_byte=2e-10,
-    tasks=((1, 1e-6), (4, 1e-7)),
+    overheads=(Overhead("f32", ((1, 1e-6), (4, 1e-7)), ((1, 2e-10), (4, 1e-10))),),
 )
 
 
@@ -82,9 +81,9 @@ def test_probes_are_kept_as_found(found: MachineProfile) -> None:
 
 
 def test_parts_are_told_apart(found: MachineProfile) -> None:
-    assert found.row_byte == pytest.approx(TRUE.row_byte, rel=0.05)
-    assert found.task_seconds(1) == pytest.approx(TRUE.task_seconds(1), rel=0.05)
-    assert found.task_seconds(4) == pytest.approx(TRUE.task_seconds(4), abs=5e-8)
+    for threads in (1, 4):
+        assert found.row_byte_seconds("f32", threads) == pytest.approx(TRUE.row_byte_seconds("f32", threads), rel=0.1)
+        assert found.task_seconds("f32", threads) == pytest.approx(TRUE.task_seconds("f32", threads), abs=5e-8)
     for threads in (1, 4):
         for rows in ROWS:
             want = TRUE.curve("f32", "avx2", threads).seconds(rows)
@@ -108,14 +107,14 @@ def test_calls_are_tried_again_when_interrupted(monkeypatch: pytest.MonkeyPatch)
     taken = iter(
         [0, 1, 1, 1, 1, 2, 2, 2]
     )  # before and after each call that counts: the first and third are interrupted
-    monkeypatch.setattr(times, "switches", lambda: next(taken))
+    monkeypatch.setattr(times, "waited", lambda: next(taken))
     got = take_times(float, 2)
     assert (got.clean, got.interrupted) == ([2.0, 4.0], [1.0, 3.0])
     assert got.seconds == 2.0
 
 
 def test_on_a_busy_machine_the_better_calls_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(times, "switches", count(0).__next__)
+    monkeypatch.setattr(times, "waited", count(0).__next__)
     got = take_times(lambda n: 100.0 - n, 4)
     assert got.clean == []
     assert len(got.interrupted) == 16

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from moec.cost import LayerShape, defaults_for, predict, threads_for
 from moec.targets import parse_target
-from tests.cost.machines import round_machine
+from tests.cost.machines import overhead, round_machine
 
 # 64 x (2 x 100 + 50) = 16 000 elements an expert; one task in either GEMM.
 SMALL = LayerShape(hidden=100, inner=64, width=50, experts=4, top_k=2)
 LAYER = LayerShape(hidden=1024, inner=512, width=1024, experts=32, top_k=4)
-MACHINES = [round_machine(row_byte=1e-10, tasks=((1, 1e-7),)), defaults_for(parse_target("cpu:avx512,cores=8"))]
+MACHINES = [
+    round_machine(overheads=(overhead(((1, 1e-7),), ((1, 1e-10),)),)),
+    defaults_for(parse_target("cpu:avx512,cores=8")),
+]
 
 
 def test_by_hand_on_one_thread() -> None:
@@ -33,7 +36,7 @@ def test_by_hand_on_one_thread() -> None:
 
 
 def test_every_kind_of_overhead_by_hand() -> None:
-    machine = round_machine(row_byte=1e-9, tasks=((1, 1e-6), (2, 3e-7)))
+    machine = round_machine(overheads=(overhead(((1, 1e-6), (2, 3e-7)), ((1, 1e-9), (2, 0.5e-9))),))
     time = predict(SMALL, [0, 1, 0, 3], machine, 1)
     moved = (4 * (2 * 100 + 50) + 2 * 50) * 2
     tasks = 2 * (1 + 1)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.cost import GemmCurve, defaults_for
-from moec.cost.machine import ITEM_BYTES, at, rising
+from moec.cost.machine import ITEM_BYTES, Overhead, at, rising
 from moec.targets import known_targets, parse_target
-from tests.cost.machines import ONE, TWO, round_machine
+from tests.cost.machines import ONE, TWO, overhead, round_machine
 
 CPU_TARGETS = [t for t in known_targets() if t.startswith("cpu")]
 
@@ -55,10 +55,11 @@ def test_between_thread_counts_the_ratio_to_the_limit_is_kept() -> None:
     assert got.seconds(512) == pytest.approx(1.5 * 128e-9)
 
 
-def test_moving_tokens_is_shared_as_far_as_memory_lets() -> None:
-    machine = round_machine(row_byte=4e-9, bandwidth=((1, 1e9), (8, 1e9)))
-    assert [machine.row_byte_seconds(t) for t in (1, 2, 4, 8)] == [4e-9, 2e-9, 1e-9, 1e-9]
-    assert round_machine(row_byte=1e-10).row_byte_seconds(8) == 1e-10
+def test_overheads_are_a_types_own_or_the_firsts() -> None:
+    mine, other = overhead(((1, 1e-6),), ((1, 4e-9), (4, 1e-9))), Overhead("f32", ((1, 2e-6),), ((1, 8e-9),))
+    machine = round_machine(overheads=(mine, other))
+    assert [machine.row_byte_seconds("bf16", t) for t in (1, 2, 4, 8)] == pytest.approx([4e-9, 3e-9, 1e-9, 1e-9])
+    assert [machine.task_seconds(d, 2) for d in ("bf16", "f32", "f16")] == [1e-6, 2e-6, 1e-6]
 
 
 def test_an_unmeasured_type_gets_a_default_curve() -> None:

@@ -170,7 +170,7 @@ def test_experts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.append(torch.bincount(ids.flatten(), minlength=6).tolist())
             return float(len(seen))
 
-    monkeypatch.setattr(times_module, "switches", lambda: 0)
+    monkeypatch.setattr(times_module, "waited", lambda: 0)
     before = torch.get_num_threads()
     times = Recorder().fixed_rows(3, 4, before, 2)
     assert seen == [[3, 3, 3, 3, 0, 0], [3, 3, 0, 0, 3, 3], [0, 0, 3, 3, 3, 3]]

@@ -12,7 +12,7 @@ import pytest
 from moec.cost import ProfileError, ProfileWarning, load_profile, machine_for, save_profile
 from moec.cost.store import fingerprint, from_json, profile_path, to_json
 from moec.targets import parse_target
-from tests.cost.machines import round_machine
+from tests.cost.machines import overhead, round_machine
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def here() -> dict[str, object]:
 
 
 def test_round_trip() -> None:
-    machine = round_machine(interrupted=0.25, measured="today", row_byte=1e-10)
+    machine = round_machine(interrupted=0.25, measured="today", overheads=(overhead(rows=((1, 1e-10),)),))
     assert dataclasses.asdict(from_json(to_json(machine))) == dataclasses.asdict(machine)
 
 
@@ -55,16 +55,24 @@ def changed(**fields: object) -> str:
     return json.dumps(data)
 
 
+def without(field: str) -> str:
+    data = json.loads(changed())
+    del data["machine"][field]
+    return json.dumps(data)
+
+
 CURVE = {"dtype": "bf16", "isa": "avx2", "threads": 1}
 BAD = {
     "is not JSON": to_json(round_machine())[:-40],
     "is no moec-profile": "[1, 2]",
-    "has version 99, and version 1 is read": json.dumps({"format": "moec-profile", "version": 99}),
-    "lacks 'machine'": json.dumps({"format": "moec-profile", "version": 1}),
+    "has version 99, and version 2 is read": json.dumps({"format": "moec-profile", "version": 99}),
+    "lacks 'machine'": json.dumps({"format": "moec-profile", "version": 2}),
     "another processor": changed(fingerprint="f" * 16),
     "'fast' ": changed(call_seconds="fast "),
     "NaN": changed(call_seconds=float("nan")),
-    "-1": changed(row_byte_seconds=-1),
+    "-1": changed(overheads_by_threads=[{"dtype": "bf16", "task_seconds": [[1, -1]], "row_byte_seconds": [[1, 0]]}]),
+    "'overheads_by_threads'": without("overheads_by_threads"),
+    "[] where something belongs": changed(overheads_by_threads=[]),
     "is no curve": changed(bandwidth_bytes_per_s_by_threads=[]),
     "[[1, 2.0], [2, 1.0]] is no curve": changed(
         gemm_ns_per_weight_element_by_rows=[{**CURVE, "points": [[1, 2.0], [2, 1.0]]}]
