@@ -16,6 +16,7 @@ from moec.aot.code import compile_code
 from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError, NoBlockError
 from moec.aot.generation import export_pair, generation_facts
+from moec.aot.layers import layer_object
 from moec.aot.lowering import Embedding
 from moec.aot.source import Source, Tokens, export
 from moec.aot.state import state_of
@@ -123,6 +124,8 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1 and beside})
     report = Report()
     optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
+    for entry in optimized.values():
+        embedding.share_layers(entry.program)
     if isinstance(source.module, Tokens):
         for block in report.layers:
             block.name = block.name.removeprefix("model.")  # of the wrapper: the user's model has no such part
@@ -132,9 +135,14 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
             f"{source.text} has no MoE block that moec finds",
             hint="moec explain says what it looked at; torch's own AOTInductor compiles models without MoE",
         )
+    stages.begin("layers")
+    layers = []
+    for number, region in enumerate(embedding.regions.values(), 1):
+        stages.detail(f"{number} of {len(embedding.regions)} kinds")
+        layers.append(layer_object(region, embedding))
     stages.begin("kernels")
     kernels = list(embedding.programs.values())
-    library = archive(kernels, embedding.target, stages.detail) if kernels else None
+    library = archive(kernels, embedding.target, stages.detail, layers) if kernels or layers else None
     stages.begin("code")
     codes, cached = {}, True
     for name, entry in optimized.items():

@@ -168,7 +168,7 @@ def _key(program: ExportedProgram, embedding: Embedding, library: Path | None) -
     add(f"{__version__} {torch.__version__} {embedding.target}")
     add(library.name if library is not None else "")
     options = settings(embedding, library)
-    options["aot_inductor.custom_ops_to_c_shims"] = sorted(embedding.programs)
+    options["aot_inductor.custom_ops_to_c_shims"] = sorted({*embedding.programs, *embedding.regions})
     add(str(sorted(options.items(), key=lambda item: item[0])))
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,8 @@ def settings(embedding: Embedding, library: Path | None) -> dict[str, Any]:
         "aot_inductor.custom_ops_to_c_shims": embedding.shims,
         "aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")] if library is not None else [],
         "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.precompile_headers": False,  # making them takes longer than a compile without them
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # it calls kernels and does nothing else
         "always_keep_tensor_constants": True,  # values come later: none may be written into the code
         "cpp.march": low.march,
         "cpp.simdlen": low.vector_bits,
@@ -99,13 +104,42 @@ def compile_package(program: ExportedProgram, embedding: Embedding, library: Pat
     Raises:
         InductorError: Inductor or the compiler fails; the message is its own first line.
     """
-    declared(embedding.target)
     folder = library.parent if library is not None else path.parent
-    with _instructions(embedding.target), _library_path(folder), _weights_later():
+    with _library_path(folder), _compiling(embedding.target):
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=settings(embedding, library)
+        )
+
+
+def generate(module: torch.fx.GraphModule, embedding: Embedding) -> tuple[str, list[str]]:
+    """C++ that AOTInductor makes of a graph without weights, and flags to compile it with.
+
+    Args:
+        module: Its placeholders carry fake tensors.
+
+    Raises:
+        InductorError: Inductor fails.
+    """
+    given = tuple(n.meta["val"] for n in module.graph.find_nodes(op="placeholder"))
+    only = {"aot_inductor.package": True, "aot_inductor.package_cpp_only": True}
+    with tempfile.TemporaryDirectory() as folder, _compiling(embedding.target):
+        options = {**settings(embedding, None), **only, "aot_inductor.output_path": folder}
+        made: Any = torch._inductor.aot_compile(module, given, options=options)
+        files = [f for f in made if isinstance(f, str)]
+        source = next(Path(f).read_text(encoding="utf-8") for f in files if f.endswith(".cpp"))
+        flags = json.loads(next(Path(f).read_text() for f in files if f.endswith("_compile_flags.json")))
+    words = [f"-D{d.strip()}" for d in flags["definitions"]] + [f"-I{d}" for d in flags["include_dirs"]]
+    words += [f"-{f}" for f in flags["cflags"] if f != "g1"]
+    return source, words + shlex.split(" ".join(flags["passthrough_args"]))
+
+
+@contextlib.contextmanager
+def _compiling(target: str) -> Iterator[None]:
+    """AOTInductor at work: for ``target``, without weights, and with its errors told."""
+    declared(target)
+    with _instructions(target), _weights_later():
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=settings(embedding, library)
-            )
+            yield
         except MoecError:
             raise
         except Exception as error:

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from moec.aot.ops import torch_op
+from moec.aot.regions import Region, share_layers
 from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
 from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.partition import Claims, claim
@@ -32,6 +34,7 @@ class Embedding:
         addressed: Those of them in whose place a program now takes addresses, and how many.
         programs: By name; equal layers have one.
         calls: How many nodes call each.
+        regions: Layers that are alike, by name.
     """
 
     def __init__(self, target: str, one_by_one: Collection[str] = ()) -> None:
@@ -39,13 +42,15 @@ class Embedding:
         self.addressed: dict[str, int] = {}
         self.programs: dict[str, Embedded] = {}
         self.calls: dict[str, int] = {}
+        self.regions: dict[str, Region] = {}
         self._ops: dict[str, torch._ops.OpOverload] = {}
         self._names: Mapping[str, str] = {}
 
     @property
     def shims(self) -> dict[torch._ops.OpOverload, list[str]]:
         """The C functions of the ops, as Inductor's option ``custom_ops_to_c_shims`` takes them."""
-        return {self._ops[name]: [embedded.declaration] for name, embedded in self.programs.items()}
+        parts: dict[str, Embedded | Region] = {**self.programs, **self.regions}
+        return {self._ops[name]: [part.declaration] for name, part in parts.items()}
 
     def refusals(self, graph: Graph) -> list[str]:
         """Why ops of the moe dialect have no embedded code; empty where all have."""
@@ -79,6 +84,11 @@ class Embedding:
             return None
 
         return lower
+
+    def share_layers(self, program: ExportedProgram) -> None:
+        """Put calls in the places of layers that are alike; ``program`` is changed."""
+        for region, op in share_layers(program):
+            self.regions[region.name], self._ops[region.name] = region, op
 
     def _embed(self, op: Op, up_nk: bool, down_nk: bool, addressed: bool = False) -> Embedded:
         if op.name == "moe.route":

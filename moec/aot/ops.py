@@ -20,13 +20,24 @@ _DEFINED: dict[str, torch._ops.OpOverload] = {}
 
 
 def torch_op(embedded: Embedded, op: Op) -> torch._ops.OpOverload:
-    """The op called ``moec_aot::<name>``; it is defined when it is first asked for."""
-    found = _DEFINED.get(embedded.name)
+    """The op of an embedded program."""
+    fake = _experts_fake(op) if op.name == "moe.experts" else _route_fake(op)
+    return define(embedded.name, embedded.schema, fake)
+
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """The op ``moec_aot::<name>``; it is defined when it is first asked for.
+
+    Args:
+        name: It stands for the op's meaning: what was defined under it stays.
+        schema: Arguments and results as torch writes them.
+        fake: Makes empty results.
+    """
+    found = _DEFINED.get(name)
     if found is None:
-        _LIB.define(embedded.name + embedded.schema, tags=_TAGS)
-        fake = _experts_fake(op) if op.name == "moe.experts" else _route_fake(op)
-        torch.library.register_fake(f"{NAMESPACE}::{embedded.name}", fake, lib=_LIB)
-        found = _DEFINED[embedded.name] = getattr(getattr(torch.ops, NAMESPACE), embedded.name).default
+        _LIB.define(name + schema, tags=_TAGS)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+        found = _DEFINED[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return found
 
 

@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from moec.aot.build import AotOptions, Built, build
 from moec.aot.source import Source, Tokens, for_experts
@@ -23,6 +26,7 @@ from moec.cache import cache_dir
 from moec.options import CompileOptions
 from tests.support import models
 
+ROOT = Path(__file__).resolve().parents[2]
 RANGES = {"batch": (1, 8), "seq": (1, 64)}
 SHAPES = ((1, 1), (2, 12), (3, 40))
 TOLERANCE = 5e-6  # fp32: re-association inside GEMMs, over two layers
@@ -50,26 +54,76 @@ def expected(name: str, model: torch.nn.Module) -> list[tuple[torch.Tensor, torc
 
 _ALONE = """
 import sys
-import numpy as np, torch
+import torch
 model = torch._inductor.aoti_load_package(sys.argv[1])
 for path in sys.argv[2:]:
-    np.save(path + ".out.npy", model(torch.from_numpy(np.load(path))).numpy())
-assert not {"moec", "transformers", "safetensors"} & set(sys.modules), "more than torch was imported"
+    torch.save(model(torch.load(path)), path + ".out")
+for name in ("moec", "transformers", "safetensors", "numpy"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(name + " is there: this environment holds more than torch")
 """
 
 
-def run_alone(package: Path, inputs: list[torch.Tensor], folder: Path, **env: str) -> list[torch.Tensor]:
-    """Outputs of a package in a process that imports torch and nothing of moec or transformers."""
-    paths = [folder / f"{i}.npy" for i in range(len(inputs))]
+def torch_alone(folder: Path) -> Path:
+    """The Python of a new environment that holds torch and what torch requires, and nothing else."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    wanted, seen = ["torch"], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        found = metadata.distribution(name)
+        for top in {Path(f).parts[0] for f in found.files or () if not str(f).startswith("..")} - {"__pycache__"}:
+            (packages / top).symlink_to(found.locate_file(top))
+        for text in found.requires or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                wanted.append(needed.name)
+    return folder / "bin" / "python"
+
+
+def run_alone(python: Path, package: Path, inputs: list[torch.Tensor], folder: Path, **env: str) -> list[torch.Tensor]:
+    """Outputs of a package in a process of ``python``, an environment that holds torch alone."""
+    paths = [folder / f"{i}.pt" for i in range(len(inputs))]
     for path, value in zip(paths, inputs, strict=True):
-        np.save(path, value.numpy())
+        torch.save(value, path)
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOEC_CACHE_DIR")}
-    command = [sys.executable, "-c", _ALONE, str(package), *map(str, paths)]
+    command = [str(python), "-c", _ALONE, str(package), *map(str, paths)]
     made = subprocess.run(
         command, cwd=folder, env={**clean, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
-    return [torch.from_numpy(np.load(f"{path}.out.npy")) for path in paths]
+    return [torch.load(f"{path}.out") for path in paths]
+
+
+def cpp_example() -> Path:
+    """The C++ example as docs/aot.md says how to build it; the first worker that asks builds it."""
+    made = cache_dir() / "run_artifact"
+    with (cache_dir() / "run_artifact.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            here = Path(torch.__file__).parent
+            flags = [f"-I{here}/include", f"-I{here}/include/torch/csrc/api/include", f"-L{here}/lib"]
+            flags += [f"-Wl,-rpath,{here}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+            source = ROOT / "examples" / "cpp" / "run_artifact.cpp"
+            command = ["g++", "-std=c++20", "-O0", str(source), "-o", str(made), *flags]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return made
+
+
+def run_cpp(program: Path, package: Path, tokens: torch.Tensor, folder: Path) -> tuple[list[int], torch.Tensor]:
+    """What the C++ example prints, the likeliest next tokens, and the logits that it writes, flat."""
+    rows = [",".join(map(str, row)) for row in tokens.tolist()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MOEC_OUTPUT": str(folder / "logits")}
+    made = subprocess.run([str(program), str(package), *rows], env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return [int(line) for line in made.stdout.split()], torch.from_numpy(np.fromfile(folder / "logits", np.float32))
 
 
 def forged(path: Path, change: Any = None, extra: dict[str, bytes] | None = None, version: int = 1) -> Path:

@@ -1,7 +1,8 @@
-"""Artifacts of four families equal eager: with torch alone, through moec.load, and on lesser instructions."""
+"""Artifacts of four families equal eager: with torch alone, through moec.load, from C++, and on lesser instructions."""
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 
 import moec
 from moec.artifact.archive import Archive
-from tests.aot.artifacts import PACKAGE, TOLERANCE, compiled, expected, run_alone
+from tests.aot.artifacts import PACKAGE, TOLERANCE, compiled, cpp_example, expected, run_alone, run_cpp, torch_alone
 from tests.support.models import SHARED_EXPERTS
 
-LAYERS = {"mixtral": 2, "qwen3_moe": 1, "deepseek_v3": 1, "gpt_oss": 1}
+LAYERS = {"mixtral": 2, "qwen3_moe": 4, "deepseek_v3": 1, "gpt_oss": 1}
+"""Four are enough to share their code."""
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("name", LAYERS)
 def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.moec"
@@ -27,25 +30,30 @@ def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         package = Path(archive.extract(PACKAGE, tmp_path))
     cases = expected(name, model)
-    loaded = moec.load(path)
-    for (tokens, want), alone in zip(cases, run_alone(package, [t for t, _ in cases], tmp_path), strict=True):
+    loaded, python, program = moec.load(path), torch_alone(tmp_path / "alone"), cpp_example()
+    for (tokens, want), alone in zip(cases, run_alone(python, package, [t for t, _ in cases], tmp_path), strict=True):
         torch.testing.assert_close(alone, want, rtol=TOLERANCE, atol=TOLERANCE)
         got = loaded(tokens)
         assert isinstance(got, torch.Tensor)
         torch.testing.assert_close(got, alone, rtol=0, atol=0)
+        following, logits = run_cpp(program, package, tokens, tmp_path)
+        torch.testing.assert_close(logits.view(want.shape), alone, rtol=0, atol=0)
+        assert following == want[:, -1].argmax(-1).tolist()
     if name == "mixtral":
-        _lesser_instructions(package, cases, tmp_path)
+        _lesser_instructions(python, package, cases, tmp_path)
         _ranges(loaded)
         _changed_weights(path, tmp_path)
 
 
-def _lesser_instructions(package: Path, cases: list[tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
+def _lesser_instructions(
+    python: Path, package: Path, cases: list[tuple[torch.Tensor, torch.Tensor]], folder: Path
+) -> None:
     """The kernels of the lowest level run where a process asks for them, and below it the message is clear."""
     tokens, want = cases[1]
-    (got,) = run_alone(package, [tokens], folder, MOEC_ISA="avx2")
+    (got,) = run_alone(python, package, [tokens], folder, MOEC_ISA="avx2")
     torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
     with pytest.raises(AssertionError, match=r"no more than 'none'.*needs 'avx2'"):
-        run_alone(package, [tokens], folder, MOEC_ISA="none")
+        run_alone(python, package, [tokens], folder, MOEC_ISA="none")
 
 
 def _ranges(loaded: moec.artifact.load.LoadedArtifact) -> None:

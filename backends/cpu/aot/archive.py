@@ -31,13 +31,16 @@ BUILD_SECONDS = 600.0
 Told = Callable[[str], None]
 
 
-def archive(programs: Sequence[Embedded], target: str, told: Told = lambda _: None) -> Path:
+def archive(
+    programs: Sequence[Embedded], target: str, told: Told = lambda _: None, others: Sequence[Path] = ()
+) -> Path:
     """The static library of ``programs``; compiles what is not in the cache.
 
     Args:
         programs: Every name once.
         target: ``cpu`` or ``cpu:LEVEL``.
         told: Hears which object is being compiled.
+        others: Object files that go into the library besides; their names depend on their content.
 
     Returns:
         The path of a file ``lib<name>.a``; the name depends on the content.
@@ -49,7 +52,7 @@ def archive(programs: Sequence[Embedded], target: str, told: Told = lambda _: No
     torch_flags = (f"-I{TORCH_HEADERS}",)
     runtime = (HERE / "runtime.cpp").read_text(encoding="utf-8")
     told("runtime")
-    objects = [_object(runtime, (*torch_flags, note), None)]
+    objects = [*others, _object(runtime, (*torch_flags, note), None)]
     for program in programs:
         for level, text in program.kernels.items():
             told(f"{program.name.rpartition('_')[0].removeprefix('moec_')} for {level}")
@@ -79,29 +82,44 @@ def _isa_flags(isa: Isa) -> tuple[str, ...]:
 
 
 def _object(source: str, flags: tuple[str, ...], export: str | None) -> Path:
-    """The object file of ``source``. With ``export``, no other symbol of it is seen from outside."""
-    command = compiler()
-    if command is None:
-        raise BuildError("ahead-of-time compilation needs a C++ compiler and found neither g++ nor c++")
-    words = [*shlex.split(command), *FLAGS, *flags, f"-I{HEADERS}", *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
+    """The object file of one of our own sources. With ``export``, no other symbol of it is seen from outside."""
+    words = [*FLAGS, *flags, f"-I{HEADERS}", *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
     digest = hashlib.sha256()
     versions = f"{compiler_text()}\n{torch.__version__}\n{export}"
     for part in (source.encode(), _headers(), versions.encode(), " ".join(words).encode()):
         digest.update(len(part).to_bytes(8, "little") + part)
-    path = _folder() / f"{digest.hexdigest()[:DIGITS]}.o"
-    if path.exists():
-        return path
+    path = object_path(digest.hexdigest())
+    if not path.exists():
+        compile_object(source, words, export, path)
+    return path
+
+
+def object_path(key: str) -> Path:
+    """Where the object file of this key is kept; it may not be there yet."""
+    return _folder() / f"{key[:DIGITS]}.o"
+
+
+def compile_object(source: str, flags: Sequence[str], export: str | None, path: Path) -> None:
+    """Compile C++ to the object file ``path``. With ``export``, no other symbol of it is seen from outside.
+
+    Raises:
+        BuildError: There is no compiler, or it fails.
+    """
+    command = compiler()
+    if command is None:
+        raise BuildError("ahead-of-time compilation needs a C++ compiler and found neither g++ nor c++")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         text, raw, made = (Path(folder) / name for name in ("kernel.cpp", "raw.o", "kernel.o"))
         text.write_text(source, encoding="utf-8")
-        _run([*words, "-c", "-o", str(raw), str(text)], keep=(text, path.with_suffix(".failed.cpp")))
+        # What is unique in a process stays so under any tool's hands: such symbols cannot be hidden.
+        words = [*shlex.split(command), *flags, "-fno-gnu-unique", "-c", "-o", str(raw), str(text)]
+        _run(words, keep=(text, path.with_suffix(".failed.cpp")))
         if export is None:
             made = raw
         else:
             _run([_tool("ld"), "-r", "--force-group-allocation", "-o", str(made), str(raw)])
             _run([_tool("objcopy"), f"--keep-global-symbol={export}", str(made)])
         os.replace(made, path)
-    return path
 
 
 def _headers() -> bytes:
