@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.artifact.load import load as load
     from moec.exported import optimize as optimize
     from moec.ir.errors import MoecError as MoecError
+    from moec.parallel.parallelize import parallelize as parallelize
     from moec.readiness.prepare import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
     from moec.session import recording as recording
@@ -28,6 +29,7 @@ _HOMES = {
     "explain": "moec.api",
     "load": "moec.artifact.load",
     "optimize": "moec.exported",
+    "parallelize": "moec.parallel.parallelize",
     "prepare": "moec.readiness",
     "recording": "moec.session",
     "MoecError": "moec.ir.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "explain",
     "load",
     "optimize",
+    "parallelize",
     "prepare",
     "recording",
 ]

@@ -8,7 +8,10 @@ from moec.ir.core import Graph
 from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.passes.base import Pass, PassContext, PassResult
+from moec.passes.calls import is_call
 from moec.passes.dce import DeadCodeElimination
+from moec.passes.expert_parallel import ExpertParallel
+from moec.passes.expert_parallel.site import UNSHARD
 from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
 from moec.passes.manager import REPRO, PassManager
 from moec.passes.registry import parse_pipeline
@@ -56,8 +59,9 @@ def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tup
     if options.stats:
         instruments.append(Stats())
     repro = Path(options.dump_dir) / REPRO if options.dump_dir is not None else None
-    manager = PassManager(
-        parse_pipeline(options.passes), instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro
-    )
+    passes = parse_pipeline(options.passes)
+    if any(is_call(op, UNSHARD) for op in graph.ops) and not any(p.name == ExpertParallel.name for p in passes):
+        passes.append(ExpertParallel())  # the model is sharded: nobody has to ask for what it needs to run
+    manager = PassManager(passes, instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro)
     manager.run(graph, ctx)
     return ctx, raised.text
