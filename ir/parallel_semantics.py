@@ -31,7 +31,7 @@ def chunk_sizes(total: int, parts: int) -> tuple[int, ...]:
 def owners(ids: Tensor, sizes: Sequence[int]) -> Tensor:
     """The rank that holds every id; ``len(sizes)`` for ids of no expert. i64, of the shape of ``ids``."""
     flat = ids.to(torch.int64).contiguous()
-    ends = torch.tensor(edges(sizes)[1:], device=ids.device)
+    ends = torch.tensor(edges(sizes)[1:], dtype=torch.int64, device=ids.device)
     found = torch.bucketize(flat, ends, right=True)
     return torch.where((flat < 0) | (flat >= sum(sizes)), len(sizes), found)
 
@@ -42,7 +42,8 @@ def loads(plan: Plan, sizes: Sequence[int], device: torch.device) -> tuple[Tenso
         raise MoecError(f"a plan for {len(plan.counts)} experts cannot go to ranks that hold {sum(sizes)}")
     at = edges(sizes)
     by_rank = [sum(plan.counts[a:b]) for a, b in pairwise(at)]
-    return torch.tensor(plan.counts, device=device), torch.tensor(by_rank, device=device)
+    by_expert = torch.tensor(plan.counts, dtype=torch.int64, device=device)
+    return by_expert, torch.tensor(by_rank, dtype=torch.int64, device=device)
 
 
 def arrivals(counts: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def reach(ids: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Pl
         each.append(torch.where(here, ids.to(torch.int64) - at[node], -1)[chosen])
         counts.append(len(chosen))
     plan = make_plan(home, nodes, sentinels=True)
-    return torch.cat(tokens), torch.cat(each), torch.tensor(counts, device=ids.device), plan
+    return torch.cat(tokens), torch.cat(each), torch.tensor(counts, dtype=torch.int64, device=ids.device), plan
 
 
 def slot_rows(rows: Tensor, plan: Plan) -> Tensor:

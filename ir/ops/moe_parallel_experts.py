@@ -10,6 +10,8 @@ from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, register_op
 from moec.ir.ops.moe_experts import Experts
 from moec.ir.types import TensorType
 
+FORMS = ("flat", "fixed", "hierarchical", "gather")
+
 
 @register_op
 class ParallelExperts(OpDef):
@@ -29,7 +31,9 @@ class ParallelExperts(OpDef):
         AttrDef("sentinels", "bool", "ids outside 0 .. E-1 mean no expert", default=False),
         AttrDef("group", "str", "name of the group, or mesh axis"),
         AttrDef("sizes", "any", "experts of every rank"),
-        AttrDef("form", "str", "how tokens travel", default="flat", choices=("flat", "hierarchical", "gather")),
+        AttrDef(
+            "form", "str", "how tokens travel", default="flat", choices=("flat", "fixed", "hierarchical", "gather")
+        ),
         AttrDef("backend", "str", "who runs the experts of this rank; the reference where it is empty", default=""),
     )
     regions = (

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold
+from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, put_in_force
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
@@ -168,5 +168,13 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _bind(layout: Layout, bind: Any) -> None:
-    """Bind the names that programs use to this rank's groups."""
-    bind(layout.group, layout.mesh.get_group(AXES[1]))
+    """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together."""
+    whole = layout.mesh.get_group(AXES[1])
+    bind(layout.group, whole)
+    nodes, each = layout.plan.nodes, layout.plan.ep // layout.plan.nodes
+    if layout.plan.form == "hierarchical":
+        rows = layout.mesh.mesh.view(-1, nodes, each)
+        for name, parts in ((".node", rows.transpose(1, 2).reshape(-1, nodes)), (".local", rows.reshape(-1, each))):
+            own, _ = dist.new_subgroups_by_enumeration(parts.tolist())
+            bind(layout.group + name, own)
+    put_in_force(layout.group, layout.plan, layout.rank)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moec.ir.errors import MoecError, nearest
 from moec.ir.parallel_semantics import chunk_sizes
+from moec.passes.base import Pass
 
 
 class ParallelError(MoecError):
@@ -23,7 +24,13 @@ class ParallelError(MoecError):
     code = "parallel"
 
 
-FORMS = ("flat", "hierarchical", "gather")
+CHOICES = {
+    "form": ("flat", "hierarchical", "gather", "auto"),
+    "sums": ("home", "way"),
+    "payload": ("whole", "int8", "fp8"),
+    "tokens": ("any", "equal"),
+}
+"""Settings that are words, and the words."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,20 @@ class Plan:
     Attributes:
         ep: Ranks that share the experts of a layer.
         nodes: Nodes that these ranks are on, as many of them on each, neighbours together.
-        form: How tokens travel: ``flat``, ``hierarchical`` (once to each node) or ``gather`` (all to all ranks).
+        form: How tokens travel, as the pass ``expert-parallel`` has it.
+        sums: ``home`` combines at home, in the order of one process; ``way`` adds rows up on their way home
+            (``expert-parallel-sums``), for ``gather`` and ``hierarchical``.
+        payload: ``int8`` and ``fp8`` send token rows in 8 bits (``quantize-dispatch``); lossy.
+        tokens: ``equal`` promises that all ranks have equally many tokens in every step, so that a router with groups
+            of equal load needs no counts exchanged.
     """
 
     ep: int = 1
     nodes: int = 1
     form: str = "flat"
+    sums: str = "home"
+    payload: str = "whole"
+    tokens: str = "any"
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -52,26 +67,68 @@ class Plan:
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, equals, value = (p.strip() for p in part.partition("="))
             if key not in known or not equals:
-                raise ParallelError(
-                    f"plan {text!r}: {part!r} is no setting; {nearest(key, known)}", hint="as in 'ep=4'"
-                )
-            if key == "form":
-                if value not in FORMS:
-                    raise ParallelError(f"plan {text!r}: form cannot be {value!r}; {nearest(value, FORMS)}")
-                plan = replace(plan, form=value)
+                near = nearest(key, known)
+                raise ParallelError(f"plan {text!r}: {part!r} is no setting; {near}", hint="as in 'ep=4'")
+            words: dict[str, Any] = {key: value}
+            if key in CHOICES:
+                if value not in CHOICES[key]:
+                    raise ParallelError(f"plan {text!r}: {key} cannot be {value!r}; {nearest(value, CHOICES[key])}")
             elif value.isascii() and value.isdigit() and int(value) > 0:
-                number = int(value)
-                plan = replace(plan, ep=number) if key == "ep" else replace(plan, nodes=number)
+                words[key] = int(value)
             else:
                 raise ParallelError(f"plan {text!r}: {key} must be a number from 1 up, not {value!r}")
-        if plan.ep % plan.nodes:
-            raise ParallelError(f"plan {text!r}: {plan.ep} ranks are not spread evenly over {plan.nodes} nodes")
-        if plan.form == "hierarchical" and not 1 < plan.nodes < plan.ep:
+            plan = replace(plan, **words)
+        plan.check(text)
+        return plan
+
+    def check(self, text: str) -> None:
+        """Refuse settings that do not go together.
+
+        Raises:
+            ParallelError: with the plan as the caller wrote it.
+        """
+        if self.ep % self.nodes:
+            raise ParallelError(f"plan {text!r}: {self.ep} ranks are not spread evenly over {self.nodes} nodes")
+        if self.form == "hierarchical" and not 1 < self.nodes < self.ep:
             raise ParallelError(
                 f"plan {text!r}: the hierarchical form needs several nodes with several ranks each",
                 hint="as in 'ep=8,nodes=2,form=hierarchical'",
             )
-        return plan
+        if self.sums == "way" and self.form not in ("gather", "hierarchical"):
+            raise ParallelError(
+                f"plan {text!r}: the form {self.form!r} has no ranks on the way that could add rows up",
+                hint="add form=gather or form=hierarchical",
+            )
+
+    def passes(self, rank: int) -> list[Pass]:
+        """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
+        from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
+        from moec.passes.quantize_dispatch import QuantizeDispatch
+
+        made: list[Pass] = []
+        if self.sums == "way":
+            form: Any = self.form
+            made.append(ExpertParallelSums(self.ep, form, self.nodes, rank))
+        else:
+            shape: Any = self.form
+            made.append(ExpertParallel(self.ep, shape, self.nodes, rank, self.tokens == "equal"))
+        if self.payload != "whole":
+            made.append(QuantizeDispatch("i8" if self.payload == "int8" else "f8e4m3fn"))
+        return made
+
+
+_IN_FORCE: dict[str, tuple[Plan, int]] = {}
+
+
+def put_in_force(group: str, plan: Plan, rank: int) -> None:
+    """Say which plan the experts that lie over ``group`` follow, and which of its ranks this is."""
+    _IN_FORCE[group] = plan, rank
+
+
+def passes_for(group: str) -> list[Pass]:
+    """The passes for layers whose experts lie over ``group``; the flat form where nobody said anything."""
+    plan, rank = _IN_FORCE.get(group, (Plan(ep=0), -1))
+    return plan.passes(rank)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ class Flat(Route):
         site = w.site
         self.w, self.group, self.ranks = w, site.group, site.ranks
         t, experts = tensor_type(ids), site.attr("experts")
-        rows_type = tensor_type(x).with_(shape=(t.shape[0] * t.shape[1], tensor_type(x).shape[1]))
         rows, self.plan = w.op(
-            "moe.dispatch", x, ids, types=[rows_type, PlanType(experts)], experts=experts,
+            "moe.dispatch", x, ids, types=[w.slot_type(x, t), PlanType(experts)], experts=experts,
             sentinels=site.attr("sentinels"),
         )  # fmt: skip
         by_expert, self.send = w.op("moe.loads", rows, self.plan, sizes=site.sizes)

@@ -64,9 +64,9 @@ def forward(site: Site, route: type[Route], options: Mapping[str, Any]) -> Graph
         "moe.experts", way.rows, way.ids, ones, *params, attrs=_local(site), result_types=[_row_type(site, x)],
         regions=[r.clone() for r in site.op.regions], groups=site.op.groups,
     ).result  # fmt: skip
-    home = way.back(rows)
-    out = w.b.op("moe.combine", home, weights, way.plan, result_types=[site.op.result.type]).result
-    w.b.ret(out)
+    result = site.op.result.type
+    assert isinstance(result, TensorType)
+    w.b.ret(way.combine(rows, weights, result))
     return graph
 
 
@@ -89,9 +89,7 @@ def backward(site: Site, route: type[Route], options: Mapping[str, Any]) -> Grap
             groups=(1, *site.op.groups),
         ).results
     )  # fmt: skip
-    dx = w.op("moe.sum_slots", way.back(next(found)), way.plan, types=[x.type])[0]
-    dw = w.op("moe.place_slots", way.back(next(found)), way.plan, types=[weights.type])[0]
-    outs = [dx, dw]
+    outs = [way.sum_rows(next(found), tensor_type(x)), way.place(next(found), tensor_type(weights))]
     for at, (param, need) in enumerate(zip(params, needs[3:], strict=True)):
         if not need:
             outs.append(w.b.call("aten.zeros_like.default", [param], result_types=[param.type]).result)

@@ -45,12 +45,32 @@ class Writer:
         assert isinstance(start.results[0].type, TokenType)
         return self.b.op("comm.wait", start.results[0], result_types=[type]).result
 
+    def slot_type(self, source: Value, ids: TensorType) -> TensorType:
+        """The type of a row of ``source`` for every slot of ids [T, k]."""
+        t = tensor_type(source)
+        return t.with_(shape=(t.shape[0] * ids.shape[1], *t.shape[1:]))
+
     def all_to_all(
-        self, rows: Value, count: str, send: Value | None = None, recv: Value | None = None, *, group: str, ranks: int
+        self,
+        rows: Value,
+        count: str,
+        send: Value | None = None,
+        recv: Value | None = None,
+        *,
+        group: str,
+        ranks: int,
+        type: TensorType | None = None,
     ) -> Value:
-        """Send rows by the given counts, and wait; ``count`` names the number of rows that come."""
+        """Send rows by the given counts (else equal parts), and wait; ``count`` names the number of rows that come."""
         attrs = {"group": group, "ranks": ranks}
-        return self.wait(self.b.op("comm.all_to_all.start", rows, send, recv, attrs=attrs), self.rows(rows, count))
+        start = self.b.op("comm.all_to_all.start", rows, send, recv, attrs=attrs)
+        return self.wait(start, type or self.rows(rows, count))
+
+    def all_gather(self, rows: Value, counts: Value | None = None, type: TensorType | None = None) -> Value:
+        """The rows of all ranks of the layer's group, and wait."""
+        attrs = {"group": self.site.group, "ranks": self.site.ranks}
+        start = self.b.op("comm.all_gather.start", rows, counts, attrs=attrs)
+        return self.wait(start, type or self.rows(rows, "A"))
 
     def exchange_counts(self, counts: Value, send: Sequence[int], own: int, *, group: str) -> Value:
         """Send every rank the counts of its experts: i64[N * own]."""
@@ -93,11 +113,13 @@ class Route:
     """A form of expert parallelism, written into one region. Making it writes what comes first.
 
     Attributes:
+        w: Writes the region.
         rows: x at the experts, [R, H].
         ids: Which of this rank's experts each of these rows is for, i64[R, 1].
         plan: The slots in the order in which their rows come home.
     """
 
+    w: Writer
     rows: Value
     ids: Value
     plan: Value
@@ -116,3 +138,15 @@ class Route:
     def back(self, rows: Value) -> Value:
         """Rows of the experts, at home in the order of ``plan``: [R, N] to [S, N]."""
         raise NotImplementedError
+
+    def combine(self, rows: Value, weights: Value, result: TensorType) -> Value:
+        """The layer's result from rows of the experts: [R, N] to [T, N]."""
+        return self.w.b.op("moe.combine", self.back(rows), weights, self.plan, result_types=[result]).result
+
+    def sum_rows(self, rows: Value, like: TensorType) -> Value:
+        """A gradient of token rows from gradients of the experts' rows: [R, H] to [T, H]."""
+        return self.w.op("moe.sum_slots", self.back(rows), self.plan, types=[like])[0]
+
+    def place(self, values: Value, like: TensorType) -> Value:
+        """A value per slot from values of the experts' rows: [R, 1] to [T, k]."""
+        return self.w.op("moe.place_slots", self.back(values), self.plan, types=[like])[0]
