@@ -5,7 +5,9 @@ A program holds names alone. They are bound to process groups where the program 
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,12 @@ def bind(name: str, process_group: Any) -> Group:
             )
         _GROUPS[name] = group
     return group
+
+
+def free_name(axis: str, ranks: Sequence[int]) -> str:
+    """``axis``, or ``axis_2``, ``axis_3``, ... where that is bound to other ranks; alike on ranks that bind alike."""
+    names = itertools.chain([axis], (f"{axis}_{i}" for i in itertools.count(2)))
+    return next(n for n in names if (old := _GROUPS.get(n)) is None or old.ranks == tuple(ranks) or not _alive(old))
 
 
 def _alive(group: Group) -> bool:

@@ -119,13 +119,15 @@ def _spread(
             "the model holds no stacked experts to deal out",
             hint="name their parameters: experts=['*.gate_up', '*.down']",
         )
+    mine = next(row for row in check_mesh(plan, mesh).tolist() if dist.get_rank() in row)
+    group = groups.free_name(AXES[1], mine)
     seconds = faults.limit().total_seconds()
-    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean)}
+    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "group": group}
     told |= {n: f"{p.dtype} {list(p.shape)}" for n, p in model.named_parameters()}
     told |= {f"experts of {n}": str(e) for n, e in found.items()}
     compare("mesh and plan", told, ranks, seconds)
 
-    layout = Layout(plan, fold(plan, mesh), "ep", mean)
+    layout = Layout(plan, fold(plan, mesh), group, mean)
     _bind(layout, groups.bind)
     faults.start_heart()
     reader = None if path is None else Reader(path, model)
@@ -169,7 +171,7 @@ def _device_type(model: nn.Module) -> str:
 
 def _bind(layout: Layout, bind: Any) -> None:
     """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together."""
-    whole = layout.mesh.get_group(AXES[1])
+    whole = layout.mesh.get_group(layout.mesh.ndim - 1)
     bind(layout.group, whole)
     nodes, each = layout.plan.nodes, layout.plan.ep // layout.plan.nodes
     if layout.plan.form == "hierarchical":

@@ -154,7 +154,7 @@ class Layout:
     @property
     def rank(self) -> int:
         """This rank's place among those that share the experts."""
-        return int(self.mesh.get_local_rank(AXES[1]))
+        return int(self.mesh.get_local_rank(self.mesh.ndim - 1))
 
     def sizes(self, experts: int) -> tuple[int, ...]:
         """Experts of every rank, as DTensor's ``Shard(0)`` deals them out."""
@@ -188,10 +188,15 @@ def check_mesh(plan: Plan, mesh: Any) -> torch.Tensor:
 
 
 def fold(plan: Plan, mesh: Any) -> Any:
-    """The DeviceMesh of a :class:`Layout` over the ranks of ``mesh``. All ranks call this together."""
+    """The DeviceMesh of a :class:`Layout` over the ranks of ``mesh``: that itself, where its last axis is ``ep`` wide.
+
+    Else groups are made, and then all ranks of torch.distributed call this together, as they do to make a mesh.
+    """
     from torch.distributed.device_mesh import DeviceMesh
 
     ranks = check_mesh(plan, mesh)
+    if mesh.ndim == 1 and len(ranks) == 1:
+        return mesh
     if len(ranks) == 1:
         return DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=AXES[1:])
     folded = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=AXES)

@@ -7,7 +7,6 @@ would leave a collective hanging.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,8 @@ import torch.distributed as dist
 
 from moec.parallel.plan import ParallelError
 
-_round = itertools.count()
+_turns: Counter[tuple[int, ...]] = Counter()
+"""How often this process has compared notes with each set of ranks."""
 
 
 def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: float) -> None:
@@ -34,11 +34,14 @@ def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: f
         ParallelError: A rank does not come within the time, or says something else; it is named, and the fact.
     """
     store = dist.distributed_c10d._get_default_store()
-    turn, me, ranks = next(_round), dist.get_rank(), list(ranks)
+    me, ranks = dist.get_rank(), list(ranks)
+    turn, with_whom = _turns[tuple(ranks)], "-".join(map(str, ranks))
+    _turns[tuple(ranks)] += 1
 
     def key(rank: int) -> str:
-        return f"moec/start/{turn}/{what}/{rank}"
+        return f"moec/start/{with_whom}/{turn}/{what}/{rank}"
 
+    store.set(_last(me), f"its {what} with the ranks {ranks}")
     store.set(key(me), json.dumps(dict(mine)))
     others = {me: dict(mine)}
     for r in ranks:
@@ -48,13 +51,26 @@ def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: f
                 others[r] = json.loads(store.get(key(r)))
         except (RuntimeError, dist.DistError) as error:
             raise ParallelError(
-                f"rank {r} has not come to compare its {what} within {seconds:g} s",
+                f"rank {r} has not come to compare its {what} with the ranks {ranks} within {seconds:g} s{_instead(r)}",
                 hint="all ranks of a mesh call moec.parallelize, in the same order; look at that rank's log",
             ) from error
     for name in dict.fromkeys(k for said in others.values() for k in said):
         values = {r: others[r].get(name, "nothing") for r in ranks}
         if len(set(values.values())) > 1:
             raise ParallelError(f"the ranks differ in their {what}: {_told(name, values)}", hint=_HINTS.get(what))
+
+
+def _last(rank: int) -> str:
+    return f"moec/start/last/{rank}"
+
+
+def _instead(rank: int) -> str:
+    """What the rank that did not come compared last, if anything."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return f"; it last compared {store.get(_last(rank)).decode()}" if store.check([_last(rank)]) else ""
+    except (RuntimeError, dist.DistError):
+        return ""
 
 
 _HINTS = {
