@@ -83,7 +83,9 @@ def _fill_alone(model: nn.Module, path: Path | None) -> None:
     from moec.parallel.load import Reader
 
     reader = Reader(path, model)
-    fill(model, lambda name, p: reader.read(name, p.shape, p.dtype))
+    fill(
+        model, lambda name, p: reader.read(name, p.shape, p.dtype), lambda name, b: reader.read(name, b.shape, b.dtype)
+    )
 
 
 def _spread(
@@ -151,11 +153,13 @@ def _spread(
         lies = placements(roles[name])
         return DTensor.from_local(part, layout.mesh, lies, run_check=False, shape=p.shape, stride=p.stride())
 
-    fill(model, share)
+    blank |= {n for n, b in model.named_buffers() if b.is_meta and reader is None}
+    fill(model, share, None if reader is None else lambda name, b: reader.read(name, b.shape, b.dtype))
     if check:
         held = {n: p for n, p in model.named_parameters() if n not in found and n not in blank}
         hashes = {n: digest(p.to_local()) for n, p in held.items()}  # type: ignore[attr-defined]
-        compare("replicated weights", hashes | {n: digest(b) for n, b in model.named_buffers()}, ranks, seconds)
+        hashes |= {n: digest(b) for n, b in model.named_buffers() if n not in blank}
+        compare("replicated weights", hashes, ranks, seconds)
     for prefix, module in model.named_modules():
         mine = {n: roles[f"{prefix}.{n}" if prefix else n] for n, p in module._parameters.items() if p is not None}
         if mine:
