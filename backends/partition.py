@@ -50,6 +50,9 @@ def claim(graph: Graph, order: Sequence[str] = DEFAULT_ORDER, target: str = "cpu
     for op in graph.walk():
         if op.name not in CARRIED_OPS:
             continue
+        if op.name == "moe.experts" and not op.attrs["experts"]:
+            claims[op] = backends[0]  # of a rank without experts: nobody ever runs it
+            continue
         for backend in backends if op.name != SPREAD else [get_backend(SPREADS)]:
             support = backend.supports(op, target)
             if support.ok:

@@ -88,7 +88,7 @@ class ParallelKernel(Kernel):
         self._lock = threading.Lock()
         self._backwards: dict[tuple[bool, ...], Graph] = {}
         (layer,) = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
-        self._local = self._load(layer, layer.result.type)
+        self._local = self._load(layer, layer.result.type) if layer.attrs["experts"] else None
         self._gradients: Kernel | None = None
 
     def _load(self, op: Op, result: Type) -> Kernel:
@@ -128,7 +128,7 @@ class ParallelKernel(Kernel):
     def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
         result = op.result.type
         assert isinstance(result, TensorType)
-        if not len(inputs[0]):
+        if self._local is None or not len(inputs[0]):
             return [inputs[0].new_empty((0, int(result.shape[1])), dtype=torch_dtype(result.dtype.name))]
         return self._local.forward(inputs)
 

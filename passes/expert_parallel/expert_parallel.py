@@ -23,7 +23,7 @@ from moec.passes.expert_parallel.gather import Gather
 from moec.passes.expert_parallel.hierarchical import Hierarchical
 from moec.passes.expert_parallel.regions import backward, forward
 from moec.passes.expert_parallel.route import Route, tensor_type
-from moec.passes.expert_parallel.site import EXPERT_GROUPS, Site, Stays, read_site, shard_of
+from moec.passes.expert_parallel.site import EXPERT_GROUPS, Site, Stays, hoist_casts, read_site, shard_of
 from moec.passes.expert_parallel.sums import GatherSums, HierarchicalSums
 from moec.passes.registry import register_pass
 
@@ -50,9 +50,10 @@ class Spread(Pass):
         raise NotImplementedError
 
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
-        spread = 0
+        spread, hoisted = 0, False
         for op in [op for op in graph.ops if op.name == "moe.experts"]:
             try:
+                hoisted |= hoist_casts(op)
                 site = read_site(op)
                 if site is None:
                     continue
@@ -72,7 +73,7 @@ class Spread(Pass):
             else:
                 _spread(graph, site, form)
             spread += 1
-        return PassResult(spread > 0, {"spread": spread})
+        return PassResult(spread > 0 or hoisted, {"spread": spread})
 
 
 @register_pass

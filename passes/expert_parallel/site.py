@@ -13,8 +13,10 @@ from typing import Any
 from moec.ir.attributes import ListAttr
 from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def
-from moec.ir.types import TensorType
-from moec.passes.calls import call_args, is_call
+from moec.ir.types import TensorType, TokenType
+from moec.passes.calls import call_args, call_op, is_call
+from moec.passes.dce import erase_unused
+from moec.passes.matching import CASTS, arg, function
 
 UNSHARD = "moec.unshard.default"
 EXPERT_GROUPS = ("up", "down", "up_bias", "down_bias")
@@ -99,6 +101,41 @@ def shard_of(value: Value) -> Shard | None:
         local, sizes, group, mean = call_args(op)[0]
         return Shard(local, group, tuple(sizes.items if isinstance(sizes, ListAttr) else sizes), mean)
     return None
+
+
+def hoist_casts(op: Op) -> bool:
+    """Cast shares instead of whole weights, where autocast or the model casts what is gathered. True if any was."""
+    graph, changed = op.parent, False
+    assert graph is not None
+    for name in EXPERT_GROUPS:
+        for value in op.group(name):
+            cast = value.op
+            if cast is None or function(cast) not in CASTS or (shard := shard_of(arg(cast, 0))) is None:
+                continue
+            assert isinstance(value.type, TensorType) and isinstance(shard.value.type, TensorType)
+            mine = shard.value.type.with_(dtype=value.type.dtype)
+            small = Op(cast.name, (shard.value, *cast.operands[1:]), [mine], attrs=cast.attrs, groups=cast.groups)
+            graph.insert_before(op, small)
+            whole = _gathered(op, small.result, shard, value.type, arg(cast, 0).op)
+            for at, operand in enumerate(op.operands):
+                if operand is value:
+                    op.set_operand(at, whole)
+            erase_unused(cast)
+            changed = True
+    return changed
+
+
+def _gathered(before: Op, share: Value, shard: Shard, type: TensorType, like: Op) -> Value:
+    """``share`` gathered as ``like`` gathers."""
+    graph = before.parent
+    assert graph is not None
+    if is_call(like, UNSHARD):
+        args = (share, list(shard.sizes), shard.group, shard.mean)
+        return graph.insert_before(before, call_op(UNSHARD, args, {}, [type])).result
+    old = like.operands[0].op
+    assert old is not None
+    start = graph.insert_before(before, Op(old.name, [share], [TokenType()], attrs=old.attrs, groups=old.groups))
+    return graph.insert_before(before, Op(like.name, [start.result], [type])).result
 
 
 def read_site(op: Op) -> Site | None:

@@ -139,6 +139,16 @@ def eager(rank: int, folder: Path) -> dict[str, Any]:
     return {"out": out.detach(), "grads": whole(m, gradients=True)}
 
 
+def autocast(rank: int, folder: Path) -> dict[str, Any]:
+    """Weights are cast behind the gather that the model shows; shares are cast instead, and stay where they are."""
+    m = moec.parallelize(model(), None, "ep=4", mean=False)
+    traffic.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = _compile(m)(part(rank))
+    out.float().square().sum().backward()
+    return {"out": out.detach().float(), "grads": whole(m, gradients=True), "kinds": {k for k, _ in traffic.sent()}}
+
+
 def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
     """Trained a step and saved on four ranks; loaded on two, and trained another."""
     m = moec.parallelize(model(), None, "ep=4")
@@ -249,7 +259,7 @@ def killed(rank: int, folder: Path) -> dict[str, Any] | None:
 
 
 CASES: tuple[Callable[[int, Path], Any], ...] = (
-    aten, cpu, door, replicas, eager, checkpoint, memory, disagreements, hang, killed,
+    aten, cpu, door, replicas, eager, autocast, checkpoint, memory, disagreements, hang, killed,
 )  # fmt: skip
 
 

@@ -130,6 +130,19 @@ def test_eager_gathers_and_is_right(ranks: list[dict[str, Any]], alone: dict[str
             close(result["grads"][name], want)
 
 
+def test_autocast_casts_shares(ranks: list[dict[str, Any]]) -> None:
+    m, x = model(), torch.cat([part(i) for i in range(RANKS)])
+    with torch.autocast("cpu", torch.bfloat16):
+        want = m(x)
+    want.float().square().sum().backward()
+    for rank, result in enumerate(found(ranks, "autocast")):
+        assert result["kinds"] == {"all_to_all"}
+        close(result["out"], rows(want.detach().float(), rank), BF16)
+        for name, p in m.named_parameters():
+            assert p.grad is not None
+            close(result["grads"][name], p.grad, 2 * BF16)
+
+
 def test_saved_on_four_ranks_loaded_on_two(ranks: list[dict[str, Any]]) -> None:
     results = found(ranks, "checkpoint")
     saved = results[0]["saved"]
