@@ -37,14 +37,14 @@ RATE = 0.5
 def step(model: Any, run: Any, ids: torch.Tensor) -> None:
     """One step of gradient descent on the next token's cross entropy."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    run(input_ids=ids, labels=ids).loss.backward()
+    logits = run(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
-@torch.no_grad()
 def greedy(run: Any, ids: torch.Tensor, count: int = 3) -> torch.Tensor:
-    """``ids`` and the ``count`` likeliest tokens after them."""
+    """``ids`` and the ``count`` likeliest tokens after them. With gradients on, so that one graph serves all here."""
     for _ in range(count):
         ids = torch.cat([ids, run(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     return ids
@@ -95,8 +95,7 @@ def first(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     want = one_process(name, ids)
     model, run = spread(name, folder / name / "weights", options)
     mine = slice(rank, rank + 1)
-    with torch.no_grad():
-        logits = run(input_ids=ids[mine]).logits
+    logits = run(input_ids=ids[mine]).logits.detach()
     tokens = greedy(run, ids[mine])
     step(model, run, ids[mine])
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder / name / "saved")
@@ -114,8 +113,7 @@ def again(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     want = one_process(name, ids)
     model, run = spread(name, None, options)
     dcp.load({"model": model.state_dict()}, checkpoint_id=folder / name / "saved")
-    with torch.no_grad():
-        logits = run(input_ids=ids[:1]).logits
+    logits = run(input_ids=ids[:1]).logits.detach()
     return {
         "step": distance(whole(model), want["stepped"]),
         "logits": (logits - want["model"](input_ids=ids[:1]).logits.detach()).abs().max().item(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +54,14 @@ def bind(name: str, process_group: Any) -> Group:
     return group
 
 
-def free_name(axis: str, ranks: Sequence[int]) -> str:
-    """``axis``, or ``axis_2``, ``axis_3``, ... where that is bound to other ranks; alike on ranks that bind alike."""
-    names = itertools.chain([axis], (f"{axis}_{i}" for i in itertools.count(2)))
-    return next(n for n in names if (old := _GROUPS.get(n)) is None or old.ranks == tuple(ranks) or not _alive(old))
+def free_name(axis: str, ranks: Sequence[int], taken: Callable[[str], bool]) -> str:
+    """``axis``, or ``axis_2``, ``axis_3``, ... where that is bound to other ranks or taken; alike on all its ranks."""
+
+    def free(name: str) -> bool:
+        old = _GROUPS.get(name)
+        return not taken(name) and (old is None or old.ranks == tuple(ranks) or not _alive(old))
+
+    return next(n for n in itertools.chain([axis], (f"{axis}_{i}" for i in itertools.count(2))) if free(n))
 
 
 def _alive(group: Group) -> bool:

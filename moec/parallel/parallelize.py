@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, put_in_force
+from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, follows_another, put_in_force
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
@@ -122,7 +122,7 @@ def _spread(
             hint="name their parameters: experts=['*.gate_up', '*.down']",
         )
     mine = next(row for row in check_mesh(plan, mesh).tolist() if dist.get_rank() in row)
-    group = groups.free_name(AXES[1], mine)
+    group = groups.free_name(AXES[1], mine, lambda name: follows_another(name, plan))
     seconds = faults.limit().total_seconds()
     told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "group": group}
     told |= {n: f"{p.dtype} {list(p.shape)}" for n, p in model.named_parameters()}

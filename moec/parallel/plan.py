@@ -125,6 +125,11 @@ def put_in_force(group: str, plan: Plan, rank: int) -> None:
     _IN_FORCE[group] = plan, rank
 
 
+def follows_another(group: str, plan: Plan) -> bool:
+    """True if experts that lie over ``group`` follow another plan already."""
+    return group in _IN_FORCE and _IN_FORCE[group][0] != plan
+
+
 def passes_for(group: str) -> list[Pass]:
     """The passes for layers whose experts lie over ``group``; the flat form where nobody said anything."""
     plan, rank = _IN_FORCE.get(group, (Plan(ep=0), -1))

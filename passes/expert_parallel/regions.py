@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.ir.builder import Builder
 from moec.ir.core import Graph, Op, Value
+from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.passes.expert_parallel.route import Route, Writer, symbol, tensor_type
 from moec.passes.expert_parallel.site import Site
@@ -19,8 +20,6 @@ _LAYOUT = ("layout", "up_form", "down_form", "stacked")
 
 
 def _argument_names(op: Op) -> list[str]:
-    from moec.ir.opdef import op_def
-
     names = []
     for definition, size in zip(op_def(op.name).operands, op.groups, strict=True):
         names += [definition.name if size == 1 else f"{definition.name}{i}" for i in range(size)]

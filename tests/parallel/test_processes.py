@@ -14,10 +14,22 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from moec.backends.registry import get_backend
 from moec.parallel.formula import layer_bytes
-from tests.compile.blocks import tokens
+from tests.compile.blocks import Layers, tokens
 from tests.parallel.layers import one_process
 from tests.parallel.processes import run_processes
-from tests.parallel.ranks import ATEN_CASES, CASES, CPU_CASES, CPU_TARGET, LIMIT, RANKS, TOKENS, main, model, part
+from tests.parallel.ranks import (
+    ATEN_CASES,
+    CASES,
+    CPU_CASES,
+    CPU_TARGET,
+    LIMIT,
+    RANKS,
+    TOKENS,
+    Casting,
+    main,
+    model,
+    part,
+)
 
 pytestmark = pytest.mark.slow  # four processes start, and generated kernels are built
 
@@ -130,14 +142,13 @@ def test_eager_gathers_and_is_right(ranks: list[dict[str, Any]], alone: dict[str
             close(result["grads"][name], want)
 
 
-def test_autocast_casts_shares(ranks: list[dict[str, Any]]) -> None:
-    m, x = model(), torch.cat([part(i) for i in range(RANKS)])
-    with torch.autocast("cpu", torch.bfloat16):
-        want = m(x)
-    want.float().square().sum().backward()
-    for rank, result in enumerate(found(ranks, "autocast")):
+def test_casts_are_of_shares(ranks: list[dict[str, Any]]) -> None:
+    m, x = Layers(Casting()), torch.cat([part(i) for i in range(RANKS)])
+    want = m(x)
+    want.square().sum().backward()
+    for rank, result in enumerate(found(ranks, "cast")):
         assert result["kinds"] == {"all_to_all"}
-        close(result["out"], rows(want.detach().float(), rank), BF16)
+        close(result["out"], rows(want.detach(), rank), BF16)
         for name, p in m.named_parameters():
             assert p.grad is not None
             close(result["grads"][name], p.grad, 2 * BF16)
