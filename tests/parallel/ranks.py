@@ -38,8 +38,8 @@ RANKS = 4
 TOKENS = (6, 3, 0, 5)  # of each rank
 TIMEOUT = timedelta(seconds=90)
 CPU_TARGET = "cpu:avx2"
-CPU_CASES = [(Layer(4, 4, nodes=2, dtype=d), h) for d in ("f32", "bf16") for h in ("spread", "one_expert")]
-ATEN_CASES = [(Layer(nodes=2), form, h) for form in EXACT for h in HISTOGRAMS]
+CPU_CASES = [(Layer(4, 4, 3, nodes=2, dtype=d), h) for d in ("f32", "bf16") for h in ("spread", "one_expert")]
+ATEN_CASES = [(Layer(top_k=3, nodes=2), form, h) for form in EXACT for h in HISTOGRAMS]
 LIMIT = 1.5
 
 
