@@ -9,8 +9,11 @@ from moec.backends.base import Backend
 from moec.backends.registry import get_backend
 from moec.ir.core import Graph, Op
 
-CARRIED_OPS = ("moe.route", "moe.experts")
+CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts")
 """The ops that a runtime op can carry; all others are executed by PyTorch."""
+
+SPREAD, SPREADS = "moe.parallel_experts", "distributed"
+"""The op whose collectives one backend runs, whatever the order; those of the order run the experts inside."""
 
 DEFAULT_ORDER = ("cpu", "aten")
 
@@ -47,10 +50,29 @@ def claim(graph: Graph, order: Sequence[str] = DEFAULT_ORDER, target: str = "cpu
     for op in graph.walk():
         if op.name not in CARRIED_OPS:
             continue
-        for backend in backends:
+        if op.name == "moe.experts" and not op.attrs["experts"]:
+            claims[op] = backends[0]  # of a rank without experts: nobody ever runs it
+            continue
+        for backend in backends if op.name != SPREAD else [get_backend(SPREADS)]:
             support = backend.supports(op, target)
             if support.ok:
                 claims[op] = backend
                 break
             claims.refusals.append(Refusal(op, backend.name, support.reason))
+    for op in [op for op in claims if op.name == SPREAD]:
+        _check_inside(op, claims)
     return claims
+
+
+def layer_inside(op: Op) -> Op:
+    """The ``moe.experts`` of one rank in a layer that is spread over ranks."""
+    (layer,) = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
+    return layer
+
+
+def _check_inside(op: Op, claims: Claims) -> None:
+    """Give a spread layer back where nobody takes the experts inside."""
+    layer = layer_inside(op)
+    if layer not in claims:
+        del claims[op]
+        claims.refusals += [Refusal(op, r.backend, r.reason) for r in claims.refusals if r.op is layer]

@@ -94,8 +94,7 @@ def grouped_gemm(
 ) -> Tensor:
     """Every expert's rows through its weight (``expert_gemm``). Rows of no expert are 0."""
     experts = len(plan.counts)
-    first = expert_weight(weights, 0, experts, stacked)
-    width = first.shape[0] if form == "nk" else first.shape[1]
+    width = weights[0].shape[-2 if form == "nk" else -1]  # of no expert's matrix: a rank may hold no experts
     out = rows.new_zeros((rows.shape[0], width))
     for expert, start, stop in plan.segments():
         out[start:stop] = expert_gemm(rows[start:stop], weights, bias, expert, experts, form, stacked)
@@ -103,11 +102,14 @@ def grouped_gemm(
 
 
 def combine(rows: Tensor, weights: Tensor, plan: Plan, out_dtype: torch.dtype) -> Tensor:
-    """``y[t] = Σ_k w[t, k] · rows[slot(t, k)]``, multiplied in the promoted type, added in order of k, then cast."""
-    flat = weights.reshape(-1)[plan.order]
-    weighted = rows * flat[:, None]
+    """``y[t] = Σ_k w[t, k] · rows[slot(t, k)]``, multiplied in the promoted type, added in order of k, then cast.
+
+    The rows of slots without an expert, which come last, may be left out.
+    """
     live = sum(plan.counts)
-    weighted = torch.cat([weighted[:live], torch.zeros_like(weighted[live:])])
+    flat = weights.reshape(-1)[plan.order]
+    weighted = rows[:live] * flat[:live, None]
+    weighted = torch.cat([weighted, weighted.new_zeros((len(flat) - live, rows.shape[-1]))])
     slots = torch.zeros_like(weighted).index_copy(0, plan.order, weighted)
     return slots.view(plan.tokens, plan.top_k, rows.shape[-1]).sum(dim=1).to(out_dtype)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.artifact.load import load as load
     from moec.exported import optimize as optimize
     from moec.ir.errors import MoecError as MoecError
+    from moec.parallel.parallelize import parallelize as parallelize
     from moec.readiness.pages import huge_pages as huge_pages
     from moec.readiness.prepare import prepare as prepare
     from moec.runtime.checks import MoecWarning as MoecWarning
@@ -30,6 +31,7 @@ _HOMES = {
     "huge_pages": "moec.readiness.pages",
     "load": "moec.artifact.load",
     "optimize": "moec.exported",
+    "parallelize": "moec.parallel.parallelize",
     "prepare": "moec.readiness",
     "recording": "moec.session",
     "MoecError": "moec.ir.errors",
@@ -45,6 +47,7 @@ __all__ = [
     "huge_pages",
     "load",
     "optimize",
+    "parallelize",
     "prepare",
     "recording",
 ]

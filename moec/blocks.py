@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec import autocast
-from moec.backends.partition import Claims, claim
+from moec.backends.partition import SPREAD, Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of, module_path
 from moec.computed_weights import Computed, computed_weights
@@ -168,7 +168,7 @@ def _key(piece: Slice) -> Any:
 
 def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     """Why the block cannot go to the runtime ops, or None if it can."""
-    experts = [op for op in graph.ops if op.name == "moe.experts"]
+    experts = [op for op in graph.ops if op.name in ("moe.experts", SPREAD)]
     left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
     missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in _RAISING]
     if left or not experts:
@@ -184,7 +184,7 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
     for op in ops:
         if op.name == "moe.route":
             report.router = route_text(op)
-        elif op.name == "moe.experts":
+        elif op.name in ("moe.experts", SPREAD):
             report.recognised = True
             fill_experts(report, op)
             if is_shared(op):

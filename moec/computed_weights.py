@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from moec.backends.partition import SPREAD
 from moec.ir.core import Graph, Value
 from moec.ir.types import TensorType
 from moec.passes.matching import function, peel
@@ -19,7 +20,7 @@ from moec.sizes import size_text
 from moec.slicing import nodes
 
 _VIEWS = frozenset({"view", "alias", "detach", "unsqueeze", "squeeze", "flatten", "select", "slice", "narrow"})
-_VIEWS |= {"transpose", "permute", "t", "mT", "swapaxes", "view_as"}
+_VIEWS |= {"transpose", "permute", "t", "mT", "swapaxes", "view_as", *nodes.PARTS}
 _CASTS = frozenset({"to", "_to_copy", "type", "type_as", "float", "half", "bfloat16", "double"})
 _NAMED = 4  # tensors that a remark names; a list of experts has hundreds
 
@@ -60,7 +61,7 @@ def computed_weights(graph: Graph, inputs: Sequence[Node]) -> Computed | None:
     node_of = dict(zip(graph.args, inputs, strict=True))
     size, casts, starts = 0, True, []
     for op in graph.ops:
-        if op.name != "moe.experts":
+        if op.name not in ("moe.experts", SPREAD):
             continue
         for weight in dict.fromkeys((*op.group("up"), *op.group("down"))):
             source = peel(weight, _VIEWS)

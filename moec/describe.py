@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moec.backends.partition import SPREAD, layer_inside
 from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -88,6 +89,14 @@ def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
 
 def fill_experts(report: BlockReport, op: Op) -> None:
     """Sizes and text of a ``moe.experts`` op, and what stands between it and its router."""
+    if op.name == SPREAD:
+        fill_experts(report, layer_inside(op))
+        report.num_experts, ranks = _attr(op, "experts"), len(_attr(op, "sizes"))
+        ids = op.operands[1].type
+        assert isinstance(ids, TensorType)
+        report.top_k = int(ids.shape[1]) if ids.shape[1].is_Integer else None
+        report.experts = f"{report.num_experts} on {ranks} ranks ({_attr(op, 'group')}), here {report.experts}"
+        return
     between = [v.op for v in op.operands[1:3] if v.op is not None and v.op.dialect == "torch"]
     if report.router is not None and any(function(o) not in VIEWS for o in between):
         report.router += ", then torch calls"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moec.backends.partition import Claims
+from moec.backends.partition import SPREAD, Claims, layer_inside
 from moec.describe import is_shared
 from moec.emit import LowerOp
 from moec.ir.core import Op
@@ -44,8 +44,10 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         if op not in claims:
             return None
         name = label or (shared_name(op.loc.module, "") if is_shared(op) else block_name(op.loc.module, 0))
+        if op.name == SPREAD:
+            op.attrs["backend"] = claims[layer_inside(op)].name
         program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
-        if op.name == "moe.experts":
+        if op.name in ("moe.experts", SPREAD):
             return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]
         routed = graph.call_function(torch.ops.moec.route.default, (args, program.key))
         return [graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]

@@ -7,8 +7,12 @@ from pathlib import Path
 from moec.ir.core import Graph
 from moec.op_costs import op_costs
 from moec.options import CompileOptions
+from moec.parallel.plan import passes_for
 from moec.passes.base import Pass, PassContext, PassResult
+from moec.passes.calls import call_args, is_call
 from moec.passes.dce import DeadCodeElimination
+from moec.passes.expert_parallel.expert_parallel import Spread
+from moec.passes.expert_parallel.site import UNSHARD
 from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
 from moec.passes.manager import REPRO, PassManager
 from moec.passes.registry import parse_pipeline
@@ -27,6 +31,12 @@ class _AfterRaise(Instrument):
             shown = graph.clone()
             DeadCodeElimination().run(shown, PassContext())
             self.text = str(shown)
+
+
+def _for_shards(graph: Graph) -> list[Pass]:
+    """What a graph on sharded experts needs to run; nobody has to ask for it."""
+    groups = dict.fromkeys(call_args(op)[0][2] for op in graph.ops if is_call(op, UNSHARD))
+    return [p for group in groups for p in passes_for(group)]
 
 
 def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tuple[PassContext, str]:
@@ -56,8 +66,9 @@ def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tup
     if options.stats:
         instruments.append(Stats())
     repro = Path(options.dump_dir) / REPRO if options.dump_dir is not None else None
-    manager = PassManager(
-        parse_pipeline(options.passes), instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro
-    )
+    passes = parse_pipeline(options.passes)
+    if not any(isinstance(p, Spread) for p in passes):
+        passes += _for_shards(graph)
+    manager = PassManager(passes, instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro)
     manager.run(graph, ctx)
     return ctx, raised.text

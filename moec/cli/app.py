@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.cli import backends, bench, compile, coverage, demo, doctor, explain, inspect, opt, passes, profile, run
+from moec.cli import backends, bench, compile, coverage, demo, doctor, explain, inspect, opt, passes, plan, profile, run
 from moec.cli.console import show_error, show_internal
 from moec.ir.errors import MoecError
 
@@ -35,6 +35,7 @@ app.command("explain")(explain.explain)
 app.command("opt")(opt.opt)
 app.command("passes")(passes.passes)
 app.command("backends")(backends.backends)
+app.command("plan")(plan.plan)
 app.command("profile")(profile.profile)
 app.command("coverage")(coverage.coverage)
 app.command("doctor")(doctor.doctor)

@@ -83,19 +83,32 @@ def vocabulary(config: Any, file: Path) -> int:
     return size
 
 
+def _dtype_for(config: Any, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or getattr(config, "dtype", None) or torch.float32
+
+
+def on_meta(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn.Module:
+    """A model without values, whatever its size.
+
+    Raises:
+        ModelError: The class refuses the configuration.
+    """
+    auto = _class_for(config, file)
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = auto.from_config(config, dtype=_dtype_for(config, dtype))
+    except Exception as e:
+        raise ModelError(f"{file}: the model cannot be built: {_first_line(e)}") from e
+    return model
+
+
 def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn.Module:
     """A model with made-up weights, built without the slow initialisation.
 
     Raises:
         ModelError: The weights do not fit in this machine's memory, or the class refuses the configuration.
     """
-    auto = _class_for(config, file)
-    wanted = dtype or getattr(config, "dtype", None) or torch.float32
-    try:
-        with torch.device("meta"):
-            outline = auto.from_config(config, dtype=wanted)
-    except Exception as e:
-        raise ModelError(f"{file}: the model cannot be built: {_first_line(e)}") from e
+    outline = on_meta(config, dtype, file)
     need = sum(p.numel() * p.element_size() for p in outline.parameters())
     have = _available_bytes()
     if need > have:
@@ -103,7 +116,7 @@ def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn
             f"the weights of this model take {need / 1e9:.1f} GB and {have / 1e9:.1f} GB of memory are free",
             hint="lower num_hidden_layers in a copy of the config.json: one layer shows as much",
         )
-    return random_transformer(auto, config, wanted)
+    return random_transformer(_class_for(config, file), config, _dtype_for(config, dtype))
 
 
 def outline(config: Any, dtype: torch.dtype, file: Path, trusted: bool = False) -> torch.nn.Module:

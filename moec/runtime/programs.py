@@ -31,6 +31,7 @@ from moec.op_costs import op_costs
 
 KEY_DIGITS = 40
 _HEADER = "// moec program "
+_GENERAL = ("moe.route", "moe.experts", "moe.parallel_experts")
 _FIELDS = ("version", "backend", "target", "label", "checks")
 
 
@@ -127,8 +128,8 @@ def _generalise_tokens(graph: Graph, op: Op) -> None:
     if tokens.is_Symbol and tokens != general:
         if not any(general in _free_symbols(t) for t in _types(graph)):
             _replace_symbol(graph, tokens, general)
-    elif tokens.is_Integer and op.name in ("moe.route", "moe.experts") and not (op.name == "moe.route" and op.regions):
-        rowwise = op.operands[:3] if op.name == "moe.experts" else op.operands[:1]
+    elif tokens.is_Integer and op.name in _GENERAL and not (op.name == "moe.route" and op.regions):
+        rowwise = op.operands[:1] if op.name == "moe.route" else op.operands[:3]
         for value in (*rowwise, *op.results):
             if isinstance(value.type, TensorType):
                 value.type = value.type.with_(shape=(general, *value.type.shape[1:]))

@@ -30,6 +30,8 @@ _INPLACE_OPERATORS = frozenset(
     )
 )
 VIEWS = frozenset({"view", "reshape", "unsqueeze", "squeeze", "contiguous", "flatten", "_unsafe_view", "alias"})
+PARTS = frozenset({"to_local", "redistribute"})
+"""What gives a rank its own part of a DTensor, without a copy where it lies as it is asked for."""
 CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double"})
 TRANSPOSES = frozenset({"transpose", "permute", "mT", "swapaxes", "t"})
 GEMMS = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "embedding", "conv1d"})

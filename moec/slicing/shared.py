@@ -118,7 +118,7 @@ def _cut(view: View, down: Node, ups: list[Node], block: Node, taken: Collection
     for node in gemms:
         if (strange := strange_operand(node)) is not None:
             raise Refused(strange)
-        weight = nodes.peel(_weight(node), nodes.VIEWS | nodes.TRANSPOSES | nodes.CASTS)
+        weight = nodes.peel(_weight(node), nodes.VIEWS | nodes.TRANSPOSES | nodes.CASTS | nodes.PARTS)
         if not isinstance(weight, Node) or weight.op not in ("placeholder", "get_attr"):
             raise Refused(f"a weight of the dense MLP, {weight}, is no parameter but computed in every call")
     out, factor = _result(down)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.backends.base import Backend, Kernel
+from moec.backends.base import Backend, Kernel, program_op
 from moec.backends.registry import all_backends
 from tests.backends.cases import TOLERANCE, ExpertsCase, relative_error
 
@@ -19,6 +19,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     for line in found.status():
         if not line.works:
             pytest.skip(f"{found.name} cannot {line.stage} here: {line.detail}")
+    if not (support := found.supports(program_op(CASE.graph()), "cpu")).ok:
+        pytest.skip(f"{found.name}: {support.reason}")
     return found
 
 

@@ -1,0 +1,144 @@
+"""The kernel of ``moe.parallel_experts``: this rank's programs, with collectives by torch.distributed.
+
+The experts of this rank run on the backend that the op names, as an op of their own; what lies around them is executed
+by its definition. A rank without rows runs no kernel, and still takes part in every collective.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moec.backends.base import Kernel
+from moec.backends.distributed.order import combine_in_order, sum_in_order
+from moec.backends.distributed.world import WORLD
+from moec.backends.reference.interpreter import run_graph
+from moec.backends.registry import get_backend
+from moec.ir.comm_semantics import running_in
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import torch_dtype
+from moec.ir.types import TensorType, Type
+from moec.passes.base import PassContext
+from moec.passes.dce import DeadCodeElimination
+
+IN_ORDER = frozenset({"cpu"})
+"""Backends whose kernels add a token's slots one by one."""
+
+
+def local_program(op: Op, result: Type) -> Graph:
+    """A ``moe.experts`` (or the layer that a ``moe.experts_backward`` is of) as a program of its own."""
+    skip = op.name == "moe.experts_backward"
+    graph = Graph("program")
+    args = [graph.add_arg(v.type, f"a{i}") for i, v in enumerate(op.operands[skip:])]
+    attrs = {k: v for k, v in op.attrs.items() if k != "needs"}
+    made = Op(
+        "moe.experts", args, [result], attrs=attrs, regions=[r.clone() for r in op.regions], groups=op.groups[skip:]
+    )
+    graph.append(made)
+    graph.append(Op("return", made.results, groups=(1,)))
+    return graph
+
+
+def for_needs(graph: Graph, needs: Sequence[bool]) -> Graph:
+    """A backward program without what nobody needs; one output for each operand that needs a gradient.
+
+    Args:
+        graph: A backward region: its outputs are the gradients of all operands but ids.
+        needs: One per operand, ids (the second) included.
+    """
+    copy = graph.clone()
+    wanted = [need for i, need in enumerate(needs) if i != 1]
+    end = copy.terminator
+    outs = [v for v, need in zip(end.operands, wanted, strict=True) if need]
+    end.erase()
+    copy.append(Op("return", outs, groups=(len(outs),)))
+    DeadCodeElimination().run(copy, PassContext())
+    for op in list(copy.ops):
+        if op.name == "moe.experts_backward":
+            _narrow(copy, op)
+    return copy
+
+
+def _narrow(graph: Graph, op: Op) -> None:
+    """Ask for the gradients that are used, and no others."""
+    places = [i for i, need in enumerate(op.attrs["needs"]) if need]
+    used = {i for i, r in zip(places, op.results, strict=True) if r.uses}
+    kept = [r for r in op.results if r.uses]
+    needs = tuple(i in used for i in range(len(op.attrs["needs"])))
+    new = Op(
+        op.name, op.operands, [r.type for r in kept], attrs={**op.attrs, "needs": needs},
+        regions=[r.clone() for r in op.regions], groups=op.groups, loc=op.loc,
+    )  # fmt: skip
+    graph.insert_before(op, new)
+    for old, fresh in zip(kept, new.results, strict=True):
+        old.replace_all_uses_with(fresh)
+    op.erase()
+
+
+class ParallelKernel(Kernel):
+    """Runs one rank's part. The kernel itself keeps no state between calls but the programs made for gradients."""
+
+    def __init__(self, op: Op, target: str) -> None:
+        self.op, self.target = op, target
+        self.backend = get_backend(op.attrs.get("backend") or "reference")
+        self.in_order = self.backend.name in IN_ORDER
+        self._lock = threading.Lock()
+        self._backwards: dict[tuple[bool, ...], Graph] = {}
+        (layer,) = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
+        self._local = self._load(layer, layer.result.type) if layer.attrs["experts"] else None
+        self._gradients: Kernel | None = None
+
+    def _load(self, op: Op, result: Type) -> Kernel:
+        program = local_program(op, result)
+        return self.backend.load(self.backend.lower(program, self.target))
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        with running_in(WORLD):
+            return run_graph(self.op.regions[0], inputs, self._execute)
+
+    def backward(
+        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        (grad,) = grads
+        if grad is None:  # no rank has one, as all run the same program
+            return [t.new_zeros(t.shape) if n else None for t, n in zip(inputs, needs, strict=True)]
+        key = tuple(map(bool, needs))
+        with self._lock:
+            graph = self._backwards.get(key)
+            if graph is None:
+                graph = self._backwards[key] = for_needs(self.op.regions[1], key)
+        with running_in(WORLD):
+            found = iter(run_graph(graph, [grad, *inputs], self._execute))
+        return [next(found) if need else None for need in key]
+
+    def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
+        if op.name == "moe.experts":
+            return self._experts(op, list(inputs))
+        if op.name == "moe.experts_backward":
+            return self._experts_backward(op, list(inputs))
+        if op.name == "moe.combine" and self.in_order:
+            assert isinstance(op.result.type, TensorType)
+            rows, weights, plan = inputs
+            return [combine_in_order(rows, weights, plan, torch_dtype(op.result.type.dtype.name))]
+        return [sum_in_order(*inputs)] if op.name == "moe.sum_slots" and self.in_order else None
+
+    def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+        result = op.result.type
+        assert isinstance(result, TensorType)
+        if self._local is None or not len(inputs[0]):
+            return [inputs[0].new_empty((0, int(result.shape[1])), dtype=torch_dtype(result.dtype.name))]
+        return self._local.forward(inputs)
+
+    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+        grad, *inputs = inputs
+        needs = op.attrs["needs"]
+        if not len(grad):
+            return [t.new_zeros(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+        with self._lock:
+            if self._gradients is None:
+                self._gradients = self._load(op, op.operands[0].type)
+        found = self._gradients.backward([grad], inputs, needs)
+        return [g for g in found if g is not None]

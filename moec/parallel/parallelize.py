@@ -1,0 +1,186 @@
+"""``moec.parallelize``: deal a model's experts out to the ranks of a mesh, before it is compiled.
+
+1. No rank ever holds all experts: of a model on the meta device only this rank's share is made or read.
+2. All parameters become DTensors on one mesh, shares of experts ``Shard(0)``, the rest replicated. So
+   ``torch.distributed.checkpoint`` saves and loads them on any number of ranks, and gradient clipping and optimizers
+   see one kind of tensor.
+3. The model's code is not touched. What it reads are plain tensors (:mod:`moec.parallel.classes`).
+4. All ranks are held to the same mesh, plan, parameters and replicated weights.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, follows_another, put_in_force
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(model: nn.Module) -> Layout | None:
+    """How ``parallelize`` laid the model out; None where it did not, or had nothing to do."""
+    return _LAYOUTS.get(model)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Any = None,
+    plan: str | Plan = "ep=1",
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    experts: Sequence[str] | None = None,
+    mean: bool = True,
+    check: bool = True,
+    timeout: float | None = None,
+) -> nn.Module:
+    """Spread the experts of ``model`` over the ranks of ``mesh``, in place; every rank of the mesh calls this.
+
+    Each rank then runs the model on tokens of its own and takes its optimizer steps as if it were alone. Compile the
+    model afterwards, with ``backend="moec"``.
+
+    Args:
+        model: With all weights, or (wholly or partly) on the meta device.
+        mesh: A ``DeviceMesh``; its ranks in order, neighbours share experts. None is every rank of torch.distributed.
+        plan: As text, ``"ep=4"``, or a :class:`~moec.parallel.plan.Plan`.
+        weights: A folder or file of safetensors; each rank reads its share. Without it, parameters on the meta device
+            become memory whose values are still to be loaded.
+        experts: Shell patterns of the names of stacked experts' parameters, where moec does not find them itself.
+        mean: Gradients are means over all ranks, as DistributedDataParallel has them; else sums.
+        check: Compare replicated weights across ranks by their hashes.
+        timeout: Seconds after which a collective, or the comparison at the start, fails and names the ranks that are
+            missing. The environment's ``MOEC_COMM_TIMEOUT``, or 300.
+
+    Returns:
+        The model. With ``ep=1`` on one rank, or without torch.distributed, its weights are loaded and nothing else
+        is changed.
+
+    Raises:
+        ParallelError: The plan does not fit the mesh, the model holds no stacked experts, or the ranks differ.
+    """
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    path = None if weights is None else Path(weights)
+    running = dist.is_available() and dist.is_initialized()
+    if not running or (dist.get_world_size() if mesh is None else mesh.size()) == 1:
+        if plan.ep > 1:
+            raise ParallelError(f"ep={plan.ep} needs as many ranks, there is one", hint="start with torchrun")
+        _fill_alone(model, path)
+        return model
+    return _spread(model, mesh, plan, path, experts, mean, check, timeout)
+
+
+def _fill_alone(model: nn.Module, path: Path | None) -> None:
+    if path is None:
+        return
+    from moec.parallel.fill import fill
+    from moec.parallel.load import Reader
+
+    reader = Reader(path, model)
+    fill(
+        model, lambda name, p: reader.read(name, p.shape, p.dtype), lambda name, b: reader.read(name, b.shape, b.dtype)
+    )
+
+
+def _spread(
+    model: nn.Module,
+    mesh: Any,
+    plan: Plan,
+    path: Path | None,
+    experts: Sequence[str] | None,
+    mean: bool,
+    check: bool,
+    timeout: float | None,
+) -> nn.Module:
+    # torch.distributed's tensors are imported where they are used alone: `import moec` works without them
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    from moec.backends.distributed import faults, groups
+    from moec.parallel.classes import Role, placements, show_whole
+    from moec.parallel.experts import expert_parameters
+    from moec.parallel.fill import fill
+    from moec.parallel.load import Reader
+    from moec.parallel.start import compare, digest
+
+    if model in _LAYOUTS:
+        raise ParallelError("the model is parallelized already", hint="build it anew for another plan")
+    faults.set_limit(timeout)
+    if mesh is None:
+        mesh = init_device_mesh(_device_type(model), (dist.get_world_size(),))
+    ranks = check_mesh(plan, mesh).flatten().tolist()
+    found = expert_parameters(model, None if experts is None else tuple(experts))
+    if not found:
+        raise ParallelError(
+            "the model holds no stacked experts to deal out",
+            hint="name their parameters: experts=['*.gate_up', '*.down']",
+        )
+    mine = next(row for row in check_mesh(plan, mesh).tolist() if dist.get_rank() in row)
+    group = groups.free_name(AXES[1], mine, lambda name: follows_another(name, plan))
+    seconds = faults.limit().total_seconds()
+    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "group": group}
+    told |= {n: f"{p.dtype} {list(p.shape)}" for n, p in model.named_parameters()}
+    told |= {f"experts of {n}": str(e) for n, e in found.items()}
+    compare("mesh and plan", told, ranks, seconds)
+
+    layout = Layout(plan, fold(plan, mesh), group, mean)
+    _bind(layout, groups.bind)
+    faults.start_heart()
+    reader = None if path is None else Reader(path, model)
+    roles = {
+        name: Role(layout.sizes(found[name]) if name in found else (), layout.group, mean, layout.mesh.ndim)
+        for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+
+    blank = {n for n, p in model.named_parameters() if p.is_meta and reader is None}
+
+    def share(name: str, p: Tensor) -> Tensor:
+        """This rank's part of a parameter: its experts, or all of a replicated one."""
+        start, stop = layout.experts_of(found[name]) if name in found else (0, p.shape[0] if p.dim() else None)
+        shape = p.shape if stop is None else (stop - start, *p.shape[1:])
+        if reader is not None:
+            part = reader.read(name, p.shape, p.dtype, start, stop).to(mesh.device_type)
+        elif p.is_meta:
+            part = torch.empty(shape, dtype=p.dtype, device=mesh.device_type)
+        else:
+            part = (p.detach()[start:stop].clone() if name in found else p.detach()).to(mesh.device_type)
+        lies = placements(roles[name])
+        return DTensor.from_local(part, layout.mesh, lies, run_check=False, shape=p.shape, stride=p.stride())
+
+    blank |= {n for n, b in model.named_buffers() if b.is_meta and reader is None}
+    fill(model, share, None if reader is None else lambda name, b: reader.read(name, b.shape, b.dtype))
+    if check:
+        held = {n: p for n, p in model.named_parameters() if n not in found and n not in blank}
+        hashes = {n: digest(p.to_local()) for n, p in held.items()}  # type: ignore[attr-defined]
+        hashes |= {n: digest(b) for n, b in model.named_buffers() if n not in blank}
+        compare("replicated weights", hashes, ranks, seconds)
+    for prefix, module in model.named_modules():
+        mine = {n: roles[f"{prefix}.{n}" if prefix else n] for n, p in module._parameters.items() if p is not None}
+        if mine:
+            show_whole(module, mine)
+    _LAYOUTS[model] = layout
+    return model
+
+
+def _device_type(model: nn.Module) -> str:
+    found = {p.device.type for p in model.parameters()} - {"meta"}
+    return found.pop() if len(found) == 1 else "cpu"
+
+
+def _bind(layout: Layout, bind: Any) -> None:
+    """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together."""
+    whole = layout.mesh.get_group(layout.mesh.ndim - 1)
+    bind(layout.group, whole)
+    nodes, each = layout.plan.nodes, layout.plan.ep // layout.plan.nodes
+    if layout.plan.form == "hierarchical":
+        rows = layout.mesh.mesh.view(-1, nodes, each)
+        for name, parts in ((".node", rows.transpose(1, 2).reshape(-1, nodes)), (".local", rows.reshape(-1, each))):
+            own, _ = dist.new_subgroups_by_enumeration(parts.tolist())
+            bind(layout.group + name, own)
+    put_in_force(layout.group, layout.plan, layout.rank)

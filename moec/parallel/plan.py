@@ -1,0 +1,209 @@
+"""What a plan says (``"ep=4"``), and which ranks of a mesh it puts together.
+
+Attention keeps its own mapping: every rank of the mesh has tokens of its own (data parallel). The experts' mapping is
+folded over the same ranks (MoE Parallel Folding, arXiv:2504.14960): groups of ``ep`` neighbouring ranks share a layer's
+experts, and where the mesh has more ranks than that, the groups are replicas of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moec.ir.errors import MoecError, nearest
+from moec.ir.parallel_semantics import chunk_sizes
+from moec.passes.base import Pass
+
+
+class ParallelError(MoecError):
+    """A plan, mesh or model that cannot be parallelized, or ranks that do not agree about it."""
+
+    code = "parallel"
+
+
+CHOICES = {
+    "form": ("flat", "hierarchical", "gather", "auto"),
+    "sums": ("home", "way"),
+    "payload": ("whole", "int8", "fp8"),
+    "tokens": ("any", "equal"),
+}
+"""Settings that are words, and the words."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How experts lie on ranks and how tokens reach them.
+
+    Attributes:
+        ep: Ranks that share the experts of a layer.
+        nodes: Nodes that these ranks are on, as many of them on each, neighbours together.
+        form: How tokens travel, as the pass ``expert-parallel`` has it.
+        sums: ``home`` combines at home, in the order of one process; ``way`` adds rows up on their way home
+            (``expert-parallel-sums``), for ``gather`` and ``hierarchical``.
+        payload: ``int8`` and ``fp8`` send token rows in 8 bits (``quantize-dispatch``); lossy.
+        tokens: ``equal`` promises that all ranks have equally many tokens in every step, so that a router with groups
+            of equal load needs no counts exchanged.
+    """
+
+    ep: int = 1
+    nodes: int = 1
+    form: str = "flat"
+    sums: str = "home"
+    payload: str = "whole"
+    tokens: str = "any"
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """A plan from its text: ``key=value`` pairs with commas between, such as ``"ep=8,nodes=2,form=hierarchical"``.
+
+        Raises:
+            ParallelError: An unknown key or value; the message names the nearest.
+        """
+        plan = Plan()
+        known = [f.name for f in fields(Plan)]
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            key, equals, value = (p.strip() for p in part.partition("="))
+            if key not in known or not equals:
+                near = nearest(key, known)
+                raise ParallelError(f"plan {text!r}: {part!r} is no setting; {near}", hint="as in 'ep=4'")
+            words: dict[str, Any] = {key: value}
+            if key in CHOICES:
+                if value not in CHOICES[key]:
+                    raise ParallelError(f"plan {text!r}: {key} cannot be {value!r}; {nearest(value, CHOICES[key])}")
+            elif value.isascii() and value.isdigit() and int(value) > 0:
+                words[key] = int(value)
+            else:
+                raise ParallelError(f"plan {text!r}: {key} must be a number from 1 up, not {value!r}")
+            plan = replace(plan, **words)
+        plan.check(text)
+        return plan
+
+    def check(self, text: str) -> None:
+        """Refuse settings that do not go together.
+
+        Raises:
+            ParallelError: with the plan as the caller wrote it.
+        """
+        if self.ep % self.nodes:
+            raise ParallelError(f"plan {text!r}: {self.ep} ranks are not spread evenly over {self.nodes} nodes")
+        if self.form == "hierarchical" and not 1 < self.nodes < self.ep:
+            raise ParallelError(
+                f"plan {text!r}: the hierarchical form needs several nodes with several ranks each",
+                hint="as in 'ep=8,nodes=2,form=hierarchical'",
+            )
+        if self.sums == "way" and self.form not in ("gather", "hierarchical"):
+            raise ParallelError(
+                f"plan {text!r}: the form {self.form!r} has no ranks on the way that could add rows up",
+                hint="add form=gather or form=hierarchical",
+            )
+
+    def passes(self, rank: int) -> list[Pass]:
+        """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
+        from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
+        from moec.passes.quantize_dispatch import QuantizeDispatch
+
+        made: list[Pass] = []
+        if self.sums == "way":
+            form: Any = self.form
+            made.append(ExpertParallelSums(self.ep, form, self.nodes, rank))
+        else:
+            shape: Any = self.form
+            made.append(ExpertParallel(self.ep, shape, self.nodes, rank, self.tokens == "equal"))
+        if self.payload != "whole":
+            made.append(QuantizeDispatch("i8" if self.payload == "int8" else "f8e4m3fn"))
+        return made
+
+
+_IN_FORCE: dict[str, tuple[Plan, int]] = {}
+
+
+def put_in_force(group: str, plan: Plan, rank: int) -> None:
+    """Say which plan the experts that lie over ``group`` follow, and which of its ranks this is."""
+    _IN_FORCE[group] = plan, rank
+
+
+def follows_another(group: str, plan: Plan) -> bool:
+    """True if experts that lie over ``group`` follow another plan already."""
+    return group in _IN_FORCE and _IN_FORCE[group][0] != plan
+
+
+def passes_for(group: str) -> list[Pass]:
+    """The passes for layers whose experts lie over ``group``; the flat form where nobody said anything."""
+    plan, rank = _IN_FORCE.get(group, (Plan(ep=0), -1))
+    return plan.passes(rank)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan on a mesh, as one rank sees it.
+
+    Attributes:
+        plan: The plan.
+        mesh: Of shape [ep], or [replicas, ep] where more ranks are there: every row holds all experts.
+        group: Name of the rows' group, which programs use.
+        mean: Gradients are means over all ranks, as with DistributedDataParallel, rather than sums.
+    """
+
+    plan: Plan
+    mesh: Any
+    group: str
+    mean: bool
+
+    @property
+    def replicas(self) -> int:
+        return int(self.mesh.size()) // self.plan.ep
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the experts."""
+        return int(self.mesh.get_local_rank(self.mesh.ndim - 1))
+
+    def sizes(self, experts: int) -> tuple[int, ...]:
+        """Experts of every rank, as DTensor's ``Shard(0)`` deals them out."""
+        return chunk_sizes(experts, self.plan.ep)
+
+    def experts_of(self, experts: int) -> tuple[int, int]:
+        """First and past-last expert of this rank."""
+        sizes = self.sizes(experts)
+        start = sum(sizes[: self.rank])
+        return start, start + sizes[self.rank]
+
+
+AXES = ("replica", "ep")
+
+
+def check_mesh(plan: Plan, mesh: Any) -> torch.Tensor:
+    """The ranks of ``mesh`` as [replicas, ep].
+
+    Raises:
+        ParallelError: The mesh does not hold this rank, or a number of ranks that ``ep`` does not divide.
+    """
+    ranks = mesh.mesh.flatten()
+    if len(ranks) % plan.ep:
+        raise ParallelError(
+            f"ep={plan.ep} does not divide the mesh's {len(ranks)} ranks",
+            hint=f"choose ep among {[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}",
+        )
+    if dist.get_rank() not in ranks.tolist():
+        raise ParallelError(f"rank {dist.get_rank()} is not in the mesh of the ranks {ranks.tolist()}")
+    return ranks.view(-1, plan.ep)
+
+
+def fold(plan: Plan, mesh: Any) -> Any:
+    """The DeviceMesh of a :class:`Layout` over the ranks of ``mesh``: that itself, where its last axis is ``ep`` wide.
+
+    Else groups are made, and then all ranks of torch.distributed call this together, as they do to make a mesh.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = check_mesh(plan, mesh)
+    if mesh.ndim == 1 and len(ranks) == 1:
+        return mesh
+    if len(ranks) == 1:
+        return DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=AXES[1:])
+    folded = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=AXES)
+    folded._flatten("all")  # sums over both axes are then one collective
+    return folded

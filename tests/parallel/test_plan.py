@@ -1,0 +1,167 @@
+"""Plans as text, what becomes of one rank, and the planner's foldings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.ir.parallel_semantics import chunk_sizes, owners
+from moec.parallel import ParallelError, Plan, layout_of
+from moec.parallel.experts import expert_parameters
+from moec.parallel.formula import expected_bytes, layer_bytes
+from moec.parallel.planner import ModelFacts, foldings
+from tests.compile.blocks import Block, Layers
+from tests.support.models import build
+
+FACTS = ModelFacts(
+    experts=8, top_k=2, layers=2, hidden=64, inner=48, heads=4, kv_heads=2, attention_layers=2, element=4,
+    expert_bytes=800_000, attention_bytes=100_000, other_bytes=50_000,
+)  # fmt: skip
+
+
+def test_a_plan_from_text() -> None:
+    assert Plan.parse("ep=4") == Plan(ep=4)
+    assert Plan.parse(" ep=8, nodes=2 ,form=hierarchical,sums=way") == Plan(8, 2, "hierarchical", "way")
+    (one,) = Plan.parse("ep=4,tokens=equal").passes(1)
+    assert (one.name, one.degree, one.rank, one.equal_tokens) == ("expert-parallel", 4, 1, True)  # type: ignore[attr-defined]
+    names = [p.name for p in Plan.parse("ep=4,form=gather,sums=way,payload=fp8").passes(0)]
+    assert names == ["expert-parallel-sums", "quantize-dispatch"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("eq=4", "'eq=4' is no setting; did you mean 'ep'"),
+        ("4", "'4' is no setting"),
+        ("ep=four", "ep must be a number from 1 up, not 'four'"),
+        ("ep=0", "ep must be a number from 1 up"),
+        ("ep=4,form=hierachical", "form cannot be 'hierachical'; did you mean 'hierarchical'"),
+        ("ep=4,form=hierarchical", "needs several nodes with several ranks each"),
+        ("ep=4,nodes=3", "4 ranks are not spread evenly over 3 nodes"),
+        ("ep=4,sums=way", "the form 'flat' has no ranks on the way"),
+        ("ep=4,payload=int4", "payload cannot be 'int4'"),
+    ],
+)
+def test_what_is_no_plan(text: str, says: str) -> None:
+    with pytest.raises(ParallelError, match=says.replace("(", r"\(")):
+        Plan.parse(text)
+
+
+def test_one_rank_leaves_the_model_as_it_is() -> None:
+    model = Layers(Block())
+    kind, before = type(model.layers[0]), dict(model.named_parameters())
+    assert moec.parallelize(model) is model
+    assert type(model.layers[0]) is kind and layout_of(model) is None
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+def test_several_ranks_need_torch_distributed() -> None:
+    with pytest.raises(ParallelError, match="ep=4 needs as many ranks, there is one") as error:
+        moec.parallelize(Layers(Block()), None, "ep=4")
+    assert "torchrun" in str(error.value)
+
+
+def test_which_parameters_are_experts() -> None:
+    assert expert_parameters(Layers(Block())) == {"layers.0.gate_up": 4, "layers.0.down": 4}
+    found = expert_parameters(build("gpt_oss", layers=1))
+    assert {n.rpartition(".")[2] for n in found} == {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+    assert expert_parameters(nn.Linear(3, 3)) == {}
+    assert expert_parameters(Layers(Block()), ("*.down",)) == {"layers.0.down": 4}
+    with pytest.raises(ParallelError, match=r"no parameter is called '\*.up'"):
+        expert_parameters(Layers(Block()), ("*.up",))
+
+
+def test_experts_are_dealt_out_as_torch_chunks() -> None:
+    for total in range(1, 12):
+        for parts in range(1, 8):
+            sizes = chunk_sizes(total, parts)
+            chunks = [len(c) for c in torch.arange(total).chunk(parts)]
+            assert list(sizes) == chunks + [0] * (parts - len(chunks))
+    assert owners(torch.tensor([-1, 0, 1, 2, 4, 5]), (2, 2, 1, 0)).tolist() == [4, 0, 0, 1, 2, 4]
+
+
+def test_foldings_are_legal_and_all_of_them() -> None:
+    found = foldings(FACTS, 4, tokens=16)
+    keys = {(f.dp, f.tp, f.edp, f.ep, f.etp) for f in found}
+    want = {
+        (4 // tp, tp, 4 // (ep * etp), ep, etp)
+        for tp in (1, 2, 4)
+        for ep, etp in [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
+    }
+    assert keys == want and len(found) == len(want)
+    assert [f.forward_sent for f in found] == sorted(f.forward_sent for f in found)
+    assert {f.runs for f in found if f.tp == f.etp == 1} == {True}
+
+
+def test_bytes_of_foldings() -> None:
+    by = {(f.tp, f.ep, f.etp): f for f in foldings(FACTS, 4, tokens=16)}
+    assert by[1, 4, 1].memory == 50_000 + 100_000 + 200_000
+    assert by[2, 2, 2].memory == 50_000 + 50_000 + 200_000
+    assert by[1, 1, 1].forward_sent == 0
+    row = 64 * 4
+    assert by[1, 4, 1].expert_sent == 2 * 2 * (16 * 2 * 3 / 4) * row  # layers, there and back
+    assert by[1, 4, 1].gradient_sent == 2 * 3 / 4 * 150_000
+    assert by[4, 4, 1].attention_sent == 2 * 2 * 3 * 16 * row
+
+
+def test_uneven_experts_and_odd_ranks() -> None:
+    from dataclasses import replace
+
+    found = foldings(replace(FACTS, experts=5, heads=3, kv_heads=3, inner=6), 3)
+    assert {(f.tp, f.ep, f.etp) for f in found} == {(tp, *e) for tp in (1, 3) for e in [(1, 1), (1, 3), (3, 1)]}
+    most = next(f for f in found if f.ep == 3 and f.tp == 1)
+    assert most.memory == 150_000 + 320_000  # two of five experts
+    # four ranks of two experts each would leave one of the four without any: 5 = 2 + 2 + 1 + 0
+    assert not any(f.ep == 4 for f in foldings(replace(FACTS, experts=5), 4))
+    with pytest.raises(ParallelError, match="4 ranks are not spread evenly over 3 nodes"):
+        foldings(FACTS, 4, nodes=3)
+
+
+def test_expected_bytes_are_the_mean_of_exact_ones() -> None:
+    """Every pair of different experts once: as uniform as routing can be."""
+    experts, ranks, row = 8, 4, 64
+    pairs = torch.cartesian_prod(torch.arange(experts), torch.arange(experts))
+    ids = [pairs] * ranks
+    counts = 8 * (experts - experts // ranks)
+    for r in range(ranks):
+        flat = layer_bytes(ids, (2,) * ranks, row)[r][""] - counts
+        assert flat == expected_bytes(len(pairs), 2, ranks, row)
+        both = layer_bytes(ids, (2,) * ranks, row, "hierarchical", nodes=2)[r]
+        overhead = 8 + 4 * 2 * (both_copies := len(pairs) * 3 // 4) + 8 * 2
+        assert both.total() - overhead == expected_bytes(len(pairs), 2, ranks, row, "hierarchical", 2), both_copies
+
+
+def test_facts_of_a_model() -> None:
+    model = build("mixtral")
+    facts = ModelFacts.of(model)
+    assert (facts.experts, facts.top_k, facts.layers, facts.hidden, facts.inner) == (8, 2, 2, 64, 48)
+    assert (facts.heads, facts.kv_heads, facts.attention_layers, facts.element) == (4, 2, 2, 4)
+    total = sum(p.numel() * 4 for p in model.parameters())
+    assert facts.expert_bytes + facts.attention_bytes + facts.other_bytes == total
+    assert facts.expert_bytes == 2 * 8 * 3 * 48 * 64 * 4
+    with pytest.raises(ParallelError, match="no stacked experts"):
+        ModelFacts.of(nn.Linear(3, 3))
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from pathlib import Path
+
+    from moec.cli.app import main
+
+    config = str(Path(__file__).resolve().parents[2] / "examples" / "mixtral_small.json")
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", config, "--ranks", "4", "--json"])
+    assert stop.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"dp", "tp", "ep", "etp", "edp", "memory", "form", "runs"} <= found[0].keys()
+    with pytest.raises(SystemExit):
+        main(["plan", config, "--ranks", "4", "--nodes", "2", "--show", "3"])
+    assert "dp 4 x tp 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", config, "--ranks", "4", "--nodes", "3"])
+    assert stop.value.code == 2
+    assert "not spread evenly" in capsys.readouterr().err
