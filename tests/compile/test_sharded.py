@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
 from tests.compile.ranks import CASES, RANKS, TOKENS, main, make, part, train, whole
+from tests.support.processes import run_processes
 
 pytestmark = pytest.mark.slow  # two processes start, and generated kernels are built
 
@@ -30,24 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEC_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        spawn = multiprocessing.get_context("spawn")
-        processes = [spawn.Process(target=main, args=(i, str(folder)), daemon=True) for i in range(RANKS)]
-        for process in processes:
-            process.start()
-    end = time.monotonic() + DEADLINE
-    try:
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    assert None not in codes, f"ranks were still running after {DEADLINE} s: exit codes {codes}"
-    assert codes == [0] * RANKS
-    return [torch.load(Path(folder) / f"{i}.pt", weights_only=False) for i in range(RANKS)]
+        return run_processes(main, RANKS, folder, DEADLINE)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
 from tests.parallel.example_ranks import four, two
-from tests.parallel.processes import run_processes
+from tests.support.processes import run_processes
 
 pytestmark = pytest.mark.slow  # six processes start
 

@@ -16,7 +16,6 @@ from moec.backends.registry import get_backend
 from moec.parallel.formula import layer_bytes
 from tests.compile.blocks import Layers, tokens
 from tests.parallel.layers import one_process
-from tests.parallel.processes import run_processes
 from tests.parallel.ranks import (
     ATEN_CASES,
     CASES,
@@ -30,6 +29,7 @@ from tests.parallel.ranks import (
     model,
     part,
 )
+from tests.support.processes import run_processes
 
 pytestmark = pytest.mark.slow  # four processes start, and generated kernels are built
 
