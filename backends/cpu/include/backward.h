@@ -30,6 +30,8 @@ template <class L> struct Backward : Recompute<L> {
         }
     }
 
+    static constexpr bool PAST = L::E * ((int64_t)MATRICES * WIDTH * L::K + (int64_t)L::I * L::N) * sizeof(T) > 64 << 20;  // bytes of gradients
+
     // Tasks of a kind of weights: parts of its gradient.
     struct Parts {
         int outputs, columns, count;
@@ -41,7 +43,7 @@ template <class L> struct Backward : Recompute<L> {
         const Gradient& g = c.d_up[matrix];
         const int at = Parts(g, WIDTH, L::K).columns, o0 = part / at * Cut(g.by_left).outputs, c0 = part % at * Cut(g.by_left).columns;
         const Columns<T> left = dh_columns(e, matrix);
-        if (char* to = g.of(e)) outer<T>(left, rows_of(e, c.x, c.x_row), L::K, o0, c0, to, g.row, g.by_left, room);
+        if (char* to = g.of(e)) outer<T, PAST>(left, rows_of(e, c.x, c.x_row), L::K, o0, c0, to, g.row, g.by_left, room);
         char* bias = c.d_up_bias[matrix].of(e);
         for (int o = o0; bias && c0 == 0 && o < o0 + Cut(g.by_left).outputs && o < WIDTH; o++)
             store_n((T*)(bias + o * c.d_up_bias[matrix].row), set1(left.sum(o)), 1);
@@ -51,7 +53,7 @@ template <class L> struct Backward : Recompute<L> {
         const Gradient& g = c.d_down;
         const int at = Parts(g, L::I, L::N).columns, o0 = part / at * Cut(g.by_left).outputs, c0 = part % at * Cut(g.by_left).columns;
         const Rows right = rows_of(e, c.dy, c.dy_row);
-        if (char* to = g.of(e)) outer<T>(a_columns(e), right, L::N, o0, c0, to, g.row, g.by_left, room);
+        if (char* to = g.of(e)) outer<T, PAST>(a_columns(e), right, L::N, o0, c0, to, g.row, g.by_left, room);
         char* bias = c.d_down_bias.of(e);
         for (int n = c0; bias && o0 == 0 && n < c0 + Cut(g.by_left).columns && n < L::N; n += W) {
             const int some = L::N - n < W ? L::N - n : W;

@@ -104,6 +104,13 @@ template <class T> static inline void fill_rows(const char* const* rows, int cou
     }
 }
 
+// W rows of sums, turned.
+static inline void turned(const float* sums, int ldc, V* r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) r[i] = load(sums + i * ldc);
+    transpose(r);
+}
+
 // Outputs and columns of a weight's gradient in one task. The side that is contiguous in memory is longer.
 struct Cut {
     int outputs, columns;
@@ -112,8 +119,9 @@ struct Cut {
 constexpr int64_t CUT_FLOATS = 192 * 256;
 
 // to[o][c], or to[c][o], = sum over rows of left[row][o] * right[row][c], for a task's outputs from o0 and columns from c0.
-// `to` is where these begin; its lines are fetched while the sums are made.
-template <class T>
+// `to` is where these begin. Its lines are fetched while the sums are made; or (PAST: the caches do not hold what is written)
+// they are written whole, without being read, where they can be.
+template <class T, bool PAST>
 static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& right, int width, int o0, int c0, char* to, int64_t to_row,
                                             bool by_left, float* panel) {
     const Cut cut(by_left);
@@ -124,38 +132,45 @@ static __attribute__((noinline)) void outer(const Columns<T>& left, const Rows& 
     constexpr int TILE = Columns<T>::TILE;
     const int first = o0 / TILE, last = (o0 + no + TILE - 1) / TILE;
     const int64_t steps = Sweep<T>::steps(last - first, nc, padded<T>(right.count) / W);
-    Ahead lines = by_left ? Ahead::over(to, to_row, no, nc * (int64_t)sizeof(T), steps) : Ahead::over(to, to_row, nc, no * (int64_t)sizeof(T), steps);
+    const int length = by_left ? nc : no, count = by_left ? no : nc;  // of a row of `to`, and its rows
+    const bool whole = PAST && (((uintptr_t)to | (uintptr_t)to_row | (uintptr_t)(length * sizeof(T))) & 63) == 0;
+    Ahead lines = Ahead::over(whole ? nullptr : to, to_row, count, length * (int64_t)sizeof(T), steps);
     Sweep<T> sweep;
     for (int r0 = 0; r0 < right.count; r0 += SLICE<T>) {
-        const int length = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
+        const int some = right.count - r0 < SLICE<T> ? right.count - r0 : SLICE<T>;
         const char* rows[SLICE<T>];
-        for (int r = 0; r < length; r++) rows[r] = right.of(r0 + r);
+        for (int r = 0; r < some; r++) rows[r] = right.of(r0 + r);
         for (int g = 0; g < nc; g += GROUP) {
-            fill_rows<T>(rows, length, (c0 + g) * (int64_t)sizeof(T), nc - g, panel);
+            fill_rows<T>(rows, some, (c0 + g) * (int64_t)sizeof(T), nc - g, panel);
             auto of = [&](int t) {
                 return Packet<T>{left.tile(t) + (int64_t)r0 / Step<T>::DEPTH * left.size(t), left.size(t), sums + (t * TILE - o0) * ldc + g};
             };
-            sweep.over(panel, nc - g < GROUP ? nc - g : GROUP, padded<T>(length) / W, first, last, of, ldc, r0 > 0, lines);
+            sweep.over(panel, nc - g < GROUP ? nc - g : GROUP, padded<T>(some) / W, first, last, of, ldc, r0 > 0, lines);
         }
     }
     if (by_left) {
         for (int o = 0; o < no; o++, to += to_row) {
             int c = 0;
+            for (const float* at = sums + o * ldc; whole && c < nc; c += 2 * W) stream((T*)to + c, load(at + c), load(at + c + W));
             for (; c + W <= nc; c += W) store_n((T*)to + c, load(sums + o * ldc + c), W);
             if (c < nc) store_n((T*)to + c, load(sums + o * ldc + c), nc - c);
         }
-        return;
-    }
-    for (int c = 0; c < nc; c += W, to += W * to_row)
-        for (int o = 0; o < no; o += W) {
-            V r[W];
+    } else {
+        for (int c = 0; c < nc; c += W, to += W * to_row) {
+            int o = 0;
+            for (V r[2][W]; whole && o < no; o += 2 * W) {
+                for (int h = 0; h < 2; h++) turned(sums + (o + h * W) * ldc + c, ldc, r[h]);
+                for (int i = 0; i < W && c + i < nc; i++) stream((T*)(to + i * to_row) + o, r[0][i], r[1][i]);
+            }
+            for (V r[W]; o < no; o += W) {
+                turned(sums + o * ldc + c, ldc, r);
 #pragma GCC unroll 16
-            for (int i = 0; i < W; i++) r[i] = load(sums + (o + i) * ldc + c);
-            transpose(r);
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++)
-                if (c + i < nc) store_n((T*)(to + i * to_row) + o, r[i], no - o);
+                for (int i = 0; i < W; i++)
+                    if (c + i < nc) store_n((T*)(to + i * to_row) + o, r[i], no - o);
+            }
         }
+    }
+    if (PAST) _mm_sfence();
 }
 
 }  // namespace moec

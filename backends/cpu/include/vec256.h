@@ -60,6 +60,11 @@ template <class T> static inline void put_words(T* p, __m128i b, int n) {
 static inline void store(float* p, V a) { _mm256_storeu_ps(p, a); }
 static inline void store_n(float* p, V a, int n) { _mm256_maskstore_ps(p, first(n), a); }
 static inline void store_n(bf16* p, V a, int n) { put_words(p, narrow(a), n); }
+// 2 W elements past the caches, to whole lines.
+static inline void stream(float* p, V a, V b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + W, b); }
+static inline void stream_words(void* p, __m128i a, __m128i b) { _mm256_stream_si256((__m256i*)p, _mm256_set_m128i(b, a)); }
+static inline void stream(bf16* p, V a, V b) { stream_words(p, narrow(a), narrow(b)); }
+static inline void stream(f16* p, V a, V b) { stream_words(p, _mm256_cvtps_ph(a, 0), _mm256_cvtps_ph(b, 0)); }
 static inline void store_n(f16* p, V a, int n) { put_words(p, _mm256_cvtps_ph(a, 0), n); }
 
 // Even and odd elements of the 2 W floats at p.

@@ -42,6 +42,13 @@ static inline V load_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_mask
 static inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
 static inline void store_n(float* p, V a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
 static inline void store_n(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
+// 2 W elements past the caches, to whole lines.
+static inline void stream(float* p, V a, V b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + W, b); }
+static inline void stream_line(void* p, __m256i a, __m256i b) {
+    _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+static inline void stream(bf16* p, V a, V b) { stream_line(p, narrow(a), narrow(b)); }
+static inline void stream(f16* p, V a, V b) { stream_line(p, _mm512_cvtps_ph(a, 0), _mm512_cvtps_ph(b, 0)); }
 static inline void store_n(f16* p, V a, int n) { _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, 0)); }
 
 // Even and odd elements of the 2 W floats at p.

@@ -103,6 +103,20 @@ def test_gradients_are_those_of_the_loop(case: ExpertsCase, level: int) -> None:
         compare(case, got, autograd(case, inputs, grad), needs, inputs)
 
 
+LARGE = [
+    ExpertsCase(hidden=1024, inner=1408, experts=8, top_k=2, dtype="bf16", weight_dtype="f32"),
+    ExpertsCase(hidden=1024, inner=1408, experts=8, top_k=2, up_form="kn", down_form="kn"),
+]
+
+
+@pytest.mark.parametrize(("case", "level"), [(LARGE[0], -1), (LARGE[1], 0)])
+def test_gradients_that_no_cache_holds(case: ExpertsCase, level: int) -> None:
+    inputs = case.inputs(21, "half_empty")
+    grad, needs = gradient(case, 21), wanted(case, inputs)
+    got = kernel(case, HERE[level])(grad, inputs, needs, 2)
+    compare(case, got, autograd(case, inputs, grad), needs, inputs)
+
+
 @pytest.mark.skipif(bool(missing(EMULATED_AMX)), reason="no AVX-512 BF16 in this processor")
 @pytest.mark.parametrize("case", [PAIRS, WIDE], ids=case_id)
 def test_gradients_by_tiles_of_amx(case: ExpertsCase) -> None:
