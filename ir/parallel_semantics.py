@@ -28,6 +28,11 @@ def chunk_sizes(total: int, parts: int) -> tuple[int, ...]:
     return tuple(max(0, min(each, total - i * each)) for i in range(parts))
 
 
+def even_sizes(total: int, parts: int) -> tuple[int, ...]:
+    """``total`` rows dealt out so that no part has two more than another: (1, 1, 1, 2) for 5 to 4."""
+    return tuple(total * (i + 1) // parts - total * i // parts for i in range(parts))
+
+
 def owners(ids: Tensor, sizes: Sequence[int]) -> Tensor:
     """The rank that holds every id; ``len(sizes)`` for ids of no expert. i64, of the shape of ``ids``."""
     flat = ids.to(torch.int64).contiguous()

@@ -60,9 +60,8 @@ def _show(found: list[Folding], count: int) -> None:
     for name in ("attention", "experts", "weights", "dispatch", "forward sends", "gradients send", "plan"):
         table.add_column(name)
     for f in found:
-        plan_text = "" if not f.runs else f"ep={f.ep}" + (f",form={f.form}" if f.form not in ("none", "flat") else "")
         table.add_row(
             f"dp {f.dp} x tp {f.tp}", f"edp {f.edp} x ep {f.ep} x etp {f.etp}", size_text(f.memory), f.form,
-            size_text(f.forward_sent), size_text(f.gradient_sent), plan_text or "is not carried out yet",
+            size_text(f.forward_sent), size_text(f.gradient_sent), f.plan if f.runs else "is not carried out yet",
         )  # fmt: skip
     out().print(table)

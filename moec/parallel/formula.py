@@ -11,6 +11,14 @@ Notation: H width of a token, N ranks, G nodes, k choices a token, b bytes an el
 | gather | (N - 1) (8 + T (H b + 4 k)) |
 
 Slots of no expert (sentinels, zero-compute experts that were eliminated) are in none of these but gather's ids.
+
+Ranks of a ``tp`` group, P of them, have T tokens in common; rank r has t_r of them in a layer with experts:
+
+| where | sends |
+|---|---|
+| attention, in the forward and in the backward | H b (T - t_r) to be summed, H b (P - 1) t_r |
+| experts' results, in the forward | H b (P - 1) t_r |
+| gradients of experts' tokens and of k weights, in the backward | (H b + w k) (P - 1) t_r |
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moec.ir.parallel_semantics import owners
+from moec.ir.parallel_semantics import even_sizes, owners
 
 COUNT, ID = 8, 4
 """Bytes of a count, and of an expert's id."""
@@ -85,6 +93,20 @@ def _hierarchical(
             ".local": COUNT * (experts - sizes[me]) + row * spread + back * made,
         }
     )
+
+
+def tensor_parallel_bytes(tokens: int, ranks: int, rank: int, row: int) -> Counter[str]:
+    """Bytes that a rank of a ``tp`` group sends in the forward of one attention and one layer with experts.
+
+    Args:
+        tokens: T, those of the group.
+        ranks: P.
+        rank: r.
+        row: H b.
+    """
+    own = even_sizes(tokens, ranks)[rank]
+    gathered = (ranks - 1) * own * row
+    return Counter({"reduce_scatter": (tokens - own) * row, "attention": gathered, "experts": gathered})
 
 
 def expected_bytes(

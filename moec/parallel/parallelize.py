@@ -69,8 +69,9 @@ def parallelize(
     path = None if weights is None else Path(weights)
     running = dist.is_available() and dist.is_initialized()
     if not running or (dist.get_world_size() if mesh is None else mesh.size()) == 1:
-        if plan.ep > 1:
-            raise ParallelError(f"ep={plan.ep} needs as many ranks, there is one", hint="start with torchrun")
+        for name, wanted in (("ep", plan.ep), ("tp", plan.tp)):
+            if wanted > 1:
+                raise ParallelError(f"{name}={wanted} needs as many ranks, there is one", hint="start with torchrun")
         _fill_alone(model, path)
         return model
     return _spread(model, mesh, plan, path, experts, mean, check, timeout)
@@ -103,10 +104,12 @@ def _spread(
     from torch.distributed.tensor import DTensor
 
     from moec.backends.distributed import faults, groups
-    from moec.parallel.classes import Role, placements, show_whole
+    from moec.parallel.attention import count_local_heads, split_heads
+    from moec.parallel.classes import Fold, show_whole
     from moec.parallel.experts import expert_parameters
     from moec.parallel.fill import fill
     from moec.parallel.load import Reader
+    from moec.parallel.roles import roles_of
     from moec.parallel.start import compare, digest
 
     if model in _LAYOUTS:
@@ -121,49 +124,73 @@ def _spread(
             "the model holds no stacked experts to deal out",
             hint="name their parameters: experts=['*.gate_up', '*.down']",
         )
+    attention = split_heads(model, plan.tp) if plan.tp > 1 else None
     mine = next(row for row in check_mesh(plan, mesh).tolist() if dist.get_rank() in row)
+    same = next(
+        ranks[i : i + plan.tp] for i in range(0, len(ranks), plan.tp) if dist.get_rank() in ranks[i : i + plan.tp]
+    )
     group = groups.free_name(AXES[1], mine, lambda name: follows_another(name, plan))
+    tp_name = groups.free_name("tp", same, lambda name: False)
     seconds = faults.limit().total_seconds()
-    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "group": group}
+    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "groups": f"{group}, {tp_name}"}
     told |= {n: f"{p.dtype} {list(p.shape)}" for n, p in model.named_parameters()}
     told |= {f"experts of {n}": str(e) for n, e in found.items()}
     compare("mesh and plan", told, ranks, seconds)
 
-    layout = Layout(plan, fold(plan, mesh), group, mean)
+    layout = fold(plan, mesh, group, mean, tp_name)
     _bind(layout, groups.bind)
     faults.start_heart()
     reader = None if path is None else Reader(path, model)
-    roles = {
-        name: Role(layout.sizes(found[name]) if name in found else (), layout.group, mean, layout.mesh.ndim)
-        for name, _ in model.named_parameters(remove_duplicate=False)
-    }
+    roles = roles_of(model, layout, found, attention)
 
     blank = {n for n, p in model.named_parameters() if p.is_meta and reader is None}
 
     def share(name: str, p: Tensor) -> Tensor:
-        """This rank's part of a parameter: its experts, or all of a replicated one."""
-        start, stop = layout.experts_of(found[name]) if name in found else (0, p.shape[0] if p.dim() else None)
-        shape = p.shape if stop is None else (stop - start, *p.shape[1:])
-        if reader is not None:
-            part = reader.read(name, p.shape, p.dtype, start, stop).to(mesh.device_type)
-        elif p.is_meta:
-            part = torch.empty(shape, dtype=p.dtype, device=mesh.device_type)
-        else:
-            part = (p.detach()[start:stop].clone() if name in found else p.detach()).to(mesh.device_type)
-        lies = placements(roles[name])
+        """This rank's part of a parameter: its experts, its heads, or all of a replicated one."""
+        dim = 0 if roles[name].sizes else (attention.dims.get(name) if attention is not None else None)
+        start, stop = 0, p.shape[dim or 0] if p.dim() else 1
+        if roles[name].sizes:
+            start, stop = layout.experts_of(found[name])
+        elif dim is not None:
+            start, stop = (stop * r // plan.tp for r in (layout.tp_rank, layout.tp_rank + 1))
+        if reader is not None and not dim:
+            part = reader.read(name, p.shape, p.dtype, start, stop if p.dim() else None)
+        else:  # of columns, all are read and a part is kept
+            all_of = p.detach() if reader is None else reader.read(name, p.shape, p.dtype)
+            part = all_of if dim is None else all_of.narrow(dim, start, stop - start)
+            if p.is_meta and reader is None:
+                part = torch.empty(part.shape, dtype=p.dtype, device=mesh.device_type)
+            elif dim is not None:
+                part = part.clone(memory_format=torch.contiguous_format)
+        lies = roles[name].lies
+        part = part.to(mesh.device_type)
         return DTensor.from_local(part, layout.mesh, lies, run_check=False, shape=p.shape, stride=p.stride())
 
     blank |= {n for n, b in model.named_buffers() if b.is_meta and reader is None}
     fill(model, share, None if reader is None else lambda name, b: reader.read(name, b.shape, b.dtype))
     if check:
+        heads = {} if attention is None else attention.dims
         held = {n: p for n, p in model.named_parameters() if n not in found and n not in blank}
         hashes = {n: digest(p.to_local()) for n, p in held.items()}  # type: ignore[attr-defined]
-        hashes |= {n: digest(b) for n, b in model.named_buffers() if n not in blank}
-        compare("replicated weights", hashes, ranks, seconds)
+        everywhere = {n: h for n, h in hashes.items() if n not in heads}
+        everywhere |= {n: digest(b) for n, b in model.named_buffers() if n not in blank}
+        compare("replicated weights", everywhere, ranks, seconds)
+        if heads:  # those of the same heads, in other groups
+            compare(
+                "replicated weights", {n: h for n, h in hashes.items() if n in heads},
+                ranks[layout.tp_rank :: plan.tp], seconds,
+            )  # fmt: skip
+    folds: dict[str, str] = {}
+    if attention is not None:
+        folds = {n.rpartition(".")[0]: "tokens" for n in found}
+        folds |= dict.fromkeys(attention.modules, "heads") | dict.fromkeys(attention.outputs, "output")
+        for name in attention.modules:
+            count_local_heads(model.get_submodule(name), plan.tp)
     for prefix, module in model.named_modules():
-        mine = {n: roles[f"{prefix}.{n}" if prefix else n] for n, p in module._parameters.items() if p is not None}
-        if mine:
-            show_whole(module, mine)
+        own = {n: roles[f"{prefix}.{n}" if prefix else n] for n, p in module._parameters.items() if p is not None}
+        how = Fold(folds[prefix], tp_name, plan.tp, layout.tp_rank) if prefix in folds else None
+        if own or how is not None:
+            show_whole(module, own, how)
     _LAYOUTS[model] = layout
     return model
 
@@ -175,11 +202,13 @@ def _device_type(model: nn.Module) -> str:
 
 def _bind(layout: Layout, bind: Any) -> None:
     """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together."""
-    whole = layout.mesh.get_group(layout.mesh.ndim - 1)
-    bind(layout.group, whole)
+    if layout.ep_group is not None:
+        bind(layout.group, layout.ep_group)
+    if layout.tp_group is not None:
+        bind(layout.tp_name, layout.tp_group)
     nodes, each = layout.plan.nodes, layout.plan.ep // layout.plan.nodes
     if layout.plan.form == "hierarchical":
-        rows = layout.mesh.mesh.view(-1, nodes, each)
+        rows = layout.mesh.mesh.reshape(-1, nodes, each)
         for name, parts in ((".node", rows.transpose(1, 2).reshape(-1, nodes)), (".local", rows.reshape(-1, each))):
             own, _ = dist.new_subgroups_by_enumeration(parts.tolist())
             bind(layout.group + name, own)

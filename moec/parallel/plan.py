@@ -1,8 +1,9 @@
 """What a plan says (``"ep=4"``), and which ranks of a mesh it puts together.
 
-Attention keeps its own mapping: every rank of the mesh has tokens of its own (data parallel). The experts' mapping is
-folded over the same ranks (MoE Parallel Folding, arXiv:2504.14960): groups of ``ep`` neighbouring ranks share a layer's
-experts, and where the mesh has more ranks than that, the groups are replicas of each other.
+Attention keeps its own mapping: groups of ``tp`` neighbouring ranks split its heads and have the same tokens, and the
+groups have tokens of their own (data parallel). The experts' mapping is folded over the same ranks (MoE Parallel
+Folding, arXiv:2504.14960): groups of ``ep`` neighbouring ranks share a layer's experts, and where the mesh has more
+ranks than that, the groups are replicas of each other. Ranks of one ``tp`` group send a part of its tokens each.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Plan:
         payload: ``int8`` and ``fp8`` send token rows in 8 bits (``quantize-dispatch``); lossy.
         tokens: ``equal`` promises that all ranks have equally many tokens in every step, so that a router with groups
             of equal load needs no counts exchanged.
+        tp: Ranks that split attention's heads; they have the same tokens.
     """
 
     ep: int = 1
@@ -54,6 +56,7 @@ class Plan:
     sums: str = "home"
     payload: str = "whole"
     tokens: str = "any"
+    tp: int = 1
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -87,6 +90,16 @@ class Plan:
         Raises:
             ParallelError: with the plan as the caller wrote it.
         """
+        if self.ep % self.tp and self.tp % self.ep:
+            raise ParallelError(
+                f"plan {text!r}: of tp={self.tp} and ep={self.ep} one must be a multiple of the other",
+                hint="groups of ranks must lie inside each other: as in 'tp=2,ep=4'",
+            )
+        if self.tp > 1 and self.tokens == "equal":
+            raise ParallelError(
+                f"plan {text!r}: ranks that split heads share out their tokens, not always equally many to each",
+                hint="leave tokens=equal out where tp is above 1",
+            )
         if self.ep % self.nodes:
             raise ParallelError(f"plan {text!r}: {self.ep} ranks are not spread evenly over {self.nodes} nodes")
         if self.form == "hierarchical" and not 1 < self.nodes < self.ep:
@@ -142,15 +155,24 @@ class Layout:
 
     Attributes:
         plan: The plan.
-        mesh: Of shape [ep], or [replicas, ep] where more ranks are there: every row holds all experts.
+        mesh: Of shape [ep], or [replicas, ep] where more ranks are there: every row holds all experts. With ``tp`` it
+            is [max(ep, tp) groups, groups of the smaller in the larger, the smaller], without axes of one rank.
         group: Name of the rows' group, which programs use.
-        mean: Gradients are means over all ranks, as with DistributedDataParallel, rather than sums.
+        mean: Gradients are means over all tokens' ranks, as with DistributedDataParallel, rather than sums.
+        ep_axes, tp_axes: Axes of the mesh that make up a group that shares experts, and one that splits heads.
+        ep_group, tp_group: torch's handles of this rank's.
+        tp_name: Name of the latter, which programs use.
     """
 
     plan: Plan
     mesh: Any
     group: str
     mean: bool
+    ep_axes: tuple[int, ...]
+    tp_axes: tuple[int, ...]
+    ep_group: Any
+    tp_group: Any
+    tp_name: str
 
     @property
     def replicas(self) -> int:
@@ -159,11 +181,19 @@ class Layout:
     @property
     def rank(self) -> int:
         """This rank's place among those that share the experts."""
-        return int(self.mesh.get_local_rank(self.mesh.ndim - 1))
+        return int(dist.get_rank(self.ep_group))
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place among those that split the heads."""
+        return 0 if self.plan.tp == 1 else int(dist.get_rank(self.tp_group))
 
     def sizes(self, experts: int) -> tuple[int, ...]:
-        """Experts of every rank, as DTensor's ``Shard(0)`` deals them out."""
-        return chunk_sizes(experts, self.plan.ep)
+        """Experts of every rank, as DTensor's ``Shard(0)`` deals them out along one axis after the other."""
+        sizes: tuple[int, ...] = (experts,)
+        for axis in self.ep_axes:
+            sizes = tuple(part for size in sizes for part in chunk_sizes(size, self.mesh.size(axis)))
+        return sizes
 
     def experts_of(self, experts: int) -> tuple[int, int]:
         """First and past-last expert of this rank."""
@@ -179,31 +209,58 @@ def check_mesh(plan: Plan, mesh: Any) -> torch.Tensor:
     """The ranks of ``mesh`` as [replicas, ep].
 
     Raises:
-        ParallelError: The mesh does not hold this rank, or a number of ranks that ``ep`` does not divide.
+        ParallelError: The mesh does not hold this rank, or a number of ranks that ``ep`` or ``tp`` does not divide.
     """
     ranks = mesh.mesh.flatten()
-    if len(ranks) % plan.ep:
-        raise ParallelError(
-            f"ep={plan.ep} does not divide the mesh's {len(ranks)} ranks",
-            hint=f"choose ep among {[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}",
-        )
+    for name, wanted in (("ep", plan.ep), ("tp", plan.tp)):
+        if len(ranks) % wanted:
+            raise ParallelError(
+                f"{name}={wanted} does not divide the mesh's {len(ranks)} ranks",
+                hint=f"choose {name} among {[d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0]}",
+            )
     if dist.get_rank() not in ranks.tolist():
         raise ParallelError(f"rank {dist.get_rank()} is not in the mesh of the ranks {ranks.tolist()}")
     return ranks.view(-1, plan.ep)
 
 
-def fold(plan: Plan, mesh: Any) -> Any:
-    """The DeviceMesh of a :class:`Layout` over the ranks of ``mesh``: that itself, where its last axis is ``ep`` wide.
+def fold(plan: Plan, mesh: Any, group: str, mean: bool, tp_name: str) -> Layout:
+    """The :class:`Layout` over the ranks of ``mesh``, on that itself where it has one axis of ``ep`` ranks.
 
     Else groups are made, and then all ranks of torch.distributed call this together, as they do to make a mesh.
     """
     from torch.distributed.device_mesh import DeviceMesh
 
     ranks = check_mesh(plan, mesh)
-    if mesh.ndim == 1 and len(ranks) == 1:
-        return mesh
+    if plan.tp > 1:
+        return _fold_both(plan, mesh, group, mean, tp_name)
     if len(ranks) == 1:
-        return DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=AXES[1:])
+        folded = mesh if mesh.ndim == 1 else DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=AXES[1:])
+        return Layout(plan, folded, group, mean, (0,), (), folded.get_group(0), None, tp_name)
     folded = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=AXES)
     folded._flatten("all")  # sums over both axes are then one collective
-    return folded
+    return Layout(plan, folded, group, mean, (1,), (), folded.get_group(1), None, tp_name)
+
+
+def _fold_both(plan: Plan, mesh: Any, group: str, mean: bool, tp_name: str) -> Layout:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks, small, large = mesh.mesh.flatten(), min(plan.ep, plan.tp), max(plan.ep, plan.tp)
+    sizes = {"outer": len(ranks) // large, "middle": large // small, "inner": small}
+    kept = {name: size for name, size in sizes.items() if size > 1}
+    names = tuple(kept)
+    if len(kept) == mesh.ndim == 1:
+        folded = mesh
+    else:
+        folded = DeviceMesh(mesh.device_type, ranks.view(*kept.values()), mesh_dim_names=names)
+
+    def axes(width: int) -> tuple[int, ...]:
+        parts = (("inner",) if width == small else ("middle", "inner")) if width > 1 else ()
+        return tuple(names.index(n) for n in parts if n in names)
+
+    def handle(at: tuple[int, ...]) -> Any:
+        if len(at) < 2:
+            return folded.get_group(at[0]) if at else None
+        return folded[tuple(names[i] for i in at)]._flatten("whole").get_group()
+
+    ep_axes, tp_axes = axes(plan.ep), axes(plan.tp)
+    return Layout(plan, folded, group, mean, ep_axes, tp_axes, handle(ep_axes), handle(tp_axes), tp_name)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moec.parallel.attention import owner_of
 from moec.parallel.experts import expert_parameters
 from moec.parallel.formula import expected_bytes
 from moec.parallel.plan import ParallelError
@@ -73,7 +74,7 @@ class ModelFacts:
             )
         sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
         of_experts = sum(sizes[n] for n in found)
-        attention = {n: owner for n in sizes if (owner := _attention_of(n))}
+        attention = {n: owner for n in sizes if (owner := owner_of(n))}
         owners = {n.rpartition(".")[0] for n in found}
         stacked = next(p for n, p in model.named_parameters() if n in found and p.dim() == 3)
         inner = min(stacked.shape[1:]) if hidden not in stacked.shape[1:] else _other(stacked, hidden)
@@ -91,13 +92,6 @@ class ModelFacts:
             attention_bytes=sum(sizes[n] for n in attention),
             other_bytes=sum(sizes.values()) - of_experts - sum(sizes[n] for n in attention),
         )
-
-
-def _attention_of(name: str) -> str:
-    """The path of the attention module that a parameter is in, or ""."""
-    parts = name.split(".")
-    at = next((i for i, p in enumerate(parts) if p.endswith(("attn", "attention"))), None)
-    return "" if at is None else ".".join(parts[: at + 1])
 
 
 def _other(stacked: torch.Tensor, hidden: int) -> int:
@@ -119,7 +113,7 @@ class Folding:
         attention_sent: Bytes sent by attention in one forward.
         expert_sent: Bytes sent for experts in one forward.
         gradient_sent: Bytes sent for gradients of replicas in one training step.
-        runs: ``moec.parallelize`` carries it out.
+        whole_heads: Every rank of ``tp`` has key-value heads of its own.
     """
 
     dp: int
@@ -132,10 +126,19 @@ class Folding:
     attention_sent: int
     expert_sent: int
     gradient_sent: int
+    whole_heads: bool = True
 
     @property
     def runs(self) -> bool:
-        return self.tp == 1 and self.etp == 1
+        """``moec.parallelize`` carries it out."""
+        inside = self.tp % self.ep == 0 or self.ep % self.tp == 0
+        return self.etp == 1 and self.whole_heads and inside
+
+    @property
+    def plan(self) -> str:
+        """What to give ``moec.parallelize``."""
+        parts = [f"tp={self.tp}"] * (self.tp > 1) + [f"ep={self.ep}"]
+        return ",".join(parts + [f"form={self.form}"] * (self.form not in ("none", "flat")))
 
     @property
     def forward_sent(self) -> int:
@@ -196,6 +199,7 @@ def _folding(m: ModelFacts, ranks: int, tp: int, ep: int, etp: int, tokens: int,
         attention_sent=round(m.attention_layers * reduced),
         expert_sent=round(m.layers * (dispatched + split + scattered)),
         gradient_sent=round(gradients),
+        whole_heads=m.kv_heads % tp == 0,
     )  # fmt: skip
 
 

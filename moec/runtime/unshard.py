@@ -19,12 +19,12 @@ from moec.runtime.checks import MoecWarning
 
 _LIB = torch.library.Library("moec", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIB.define("unshard(Tensor local, int[] sizes, str group, bool mean) -> Tensor", tags=_TAGS)
-_LIB.define("unshard_backward(Tensor grad, int own, int[] sizes, str group, bool mean) -> Tensor", tags=_TAGS)
+_LIB.define("unshard(Tensor local, int[] sizes, str group, float scale) -> Tensor", tags=_TAGS)
+_LIB.define("unshard_backward(Tensor grad, int own, int[] sizes, str group, float scale) -> Tensor", tags=_TAGS)
 _told: set[str] = set()
 
 
-def _unshard(local: Tensor, sizes: list[int], group: str, mean: bool) -> Tensor:
+def _unshard(local: Tensor, sizes: list[int], group: str, scale: float) -> Tensor:
     if group not in _told:
         _told.add(group)
         warnings.warn(
@@ -37,27 +37,27 @@ def _unshard(local: Tensor, sizes: list[int], group: str, mean: bool) -> Tensor:
         return begin("all_gather", group, len(sizes), local.contiguous(), (), sizes).wait()
 
 
-def _unshard_backward(grad: Tensor, own: int, sizes: list[int], group: str, mean: bool) -> Tensor:
+def _unshard_backward(grad: Tensor, own: int, sizes: list[int], group: str, scale: float) -> Tensor:
     with running_in(WORLD):
         total = begin("reduce_scatter", group, len(sizes), grad.contiguous(), sizes, ()).wait()
-    return total * (1.0 / len(sizes)) if mean else total
+    return total if scale == 1 else total * scale
 
 
-def _unshard_fake(local: Tensor, sizes: list[int], group: str, mean: bool) -> Tensor:
+def _unshard_fake(local: Tensor, sizes: list[int], group: str, scale: float) -> Tensor:
     return local.new_empty((sum(sizes), *local.shape[1:]))
 
 
-def _unshard_backward_fake(grad: Tensor, own: int, sizes: list[int], group: str, mean: bool) -> Tensor:
+def _unshard_backward_fake(grad: Tensor, own: int, sizes: list[int], group: str, scale: float) -> Tensor:
     return grad.new_empty((own, *grad.shape[1:]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    local, ctx.sizes, ctx.group, ctx.mean = inputs
+    local, ctx.sizes, ctx.group, ctx.scale = inputs
     ctx.own = local.shape[0]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    found: Tensor = torch.ops.moec.unshard_backward.default(grad, ctx.own, ctx.sizes, ctx.group, ctx.mean)
+    found: Tensor = torch.ops.moec.unshard_backward.default(grad, ctx.own, ctx.sizes, ctx.group, ctx.scale)
     return found, None, None, None
 
 

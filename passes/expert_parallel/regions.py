@@ -94,8 +94,8 @@ def backward(site: Site, route: type[Route], options: Mapping[str, Any]) -> Grap
             outs.append(w.b.call("aten.zeros_like.default", [param], result_types=[param.type]).result)
             continue
         made = next(found)
-        if at < len(site.shards) and site.shards[at].mean:
-            made = w.b.call("aten.mul.Scalar", [made, 1.0 / site.ranks], result_types=[param.type]).result
+        if at < len(site.shards) and site.shards[at].scale != 1:
+            made = w.b.call("aten.mul.Scalar", [made, site.shards[at].scale], result_types=[param.type]).result
         outs.append(made)
     w.b.ret(*outs)
     return graph

@@ -34,13 +34,13 @@ class Shard:
         value: This rank's share.
         group: Over which group it is gathered.
         sizes: Experts of every rank.
-        mean: Its gradient is the mean over ranks rather than the sum.
+        scale: What the sum over ranks is multiplied by to be its gradient: 1 / ranks for a mean.
     """
 
     value: Value
     group: str
     sizes: tuple[int, ...]
-    mean: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,6 @@ class Site:
     @property
     def ranks(self) -> int:
         return len(self.sizes)
-
-    @property
-    def mean(self) -> bool:
-        return self.shards[0].mean
 
     @property
     def own(self) -> int:
@@ -98,8 +94,8 @@ def shard_of(value: Value) -> Shard | None:
             return Shard(start.operands[0], start.attrs["group"], tuple(sizes))
     if is_call(op, UNSHARD):
         assert op is not None
-        local, sizes, group, mean = call_args(op)[0]
-        return Shard(local, group, tuple(sizes.items if isinstance(sizes, ListAttr) else sizes), mean)
+        local, sizes, group, scale = call_args(op)[0]
+        return Shard(local, group, tuple(sizes.items if isinstance(sizes, ListAttr) else sizes), float(scale))
     return None
 
 
@@ -130,7 +126,7 @@ def _gathered(before: Op, share: Value, shard: Shard, type: TensorType, like: Op
     graph = before.parent
     assert graph is not None
     if is_call(like, UNSHARD):
-        args = (share, list(shard.sizes), shard.group, shard.mean)
+        args = (share, list(shard.sizes), shard.group, shard.scale)
         return graph.insert_before(before, call_op(UNSHARD, args, {}, [type])).result
     old = like.operands[0].op
     assert old is not None
@@ -154,7 +150,7 @@ def read_site(op: Op) -> Site | None:
     if missing is not None:
         raise Stays(f"{missing!r} is whole on every rank, other weights of the layer are shards")
     shards: Sequence[Shard] = [s for s in found if s is not None]
-    if len({(s.group, s.sizes, s.mean) for s in shards}) > 1:
+    if len({(s.group, s.sizes, s.scale) for s in shards}) > 1:
         raise Stays("the layer's weights are sharded over different groups or in different parts")
     experts = op_def(op.name).attr(op, "experts")
     if sum(shards[0].sizes) != experts:

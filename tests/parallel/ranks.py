@@ -31,6 +31,7 @@ from moec.backends.registry import get_backend
 from moec.ir.comm_semantics import begin, running_in
 from moec.runtime.programs import program_graph
 from tests.compile.blocks import Block, Layers, tokens
+from tests.parallel.heads import Decoder, folded, trained
 from tests.parallel.layers import HISTOGRAMS, Layer
 from tests.parallel.test_forms import EXACT
 
@@ -232,6 +233,7 @@ def disagreements(rank: int, folder: Path) -> dict[str, Any]:
         "plan": _error(lambda: moec.parallelize(model(), None, "ep=2" if rank == 3 else "ep=4")),
         "weights": _error(lambda: moec.parallelize(other, None, "ep=4")),
         "divide": _error(lambda: moec.parallelize(model(), None, "ep=3")),
+        "heads": _error(lambda: moec.parallelize(Decoder(6, 6), None, "tp=4,ep=4")),
         "size": _error(lambda: kernel(Layer(2, 4), 0, "flat", "aten").forward(_first(Layer(2, 4)))),
         "unbound": _error(lambda: groups.find("epp")),
     }
@@ -270,7 +272,7 @@ def killed(rank: int, folder: Path) -> dict[str, Any] | None:
 
 
 CASES: tuple[Callable[[int, Path], Any], ...] = (
-    aten, cpu, door, replicas, eager, cast, checkpoint, memory, disagreements, hang, killed,
+    aten, cpu, door, replicas, eager, cast, checkpoint, folded, trained, memory, disagreements, hang, killed,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 import moec
 from moec.ir.parallel_semantics import chunk_sizes, owners
 from moec.parallel import ParallelError, Plan, layout_of
+from moec.parallel.attention import split_heads
 from moec.parallel.experts import expert_parameters
 from moec.parallel.formula import expected_bytes, layer_bytes
 from moec.parallel.planner import ModelFacts, foldings
 from tests.compile.blocks import Block, Layers
+from tests.parallel.heads import Decoder
 from tests.support.models import build
 
 FACTS = ModelFacts(
@@ -43,6 +46,8 @@ def test_a_plan_from_text() -> None:
         ("ep=4,form=hierarchical", "needs several nodes with several ranks each"),
         ("ep=4,nodes=3", "4 ranks are not spread evenly over 3 nodes"),
         ("ep=4,sums=way", "the form 'flat' has no ranks on the way"),
+        ("tp=2,ep=3", "of tp=2 and ep=3 one must be a multiple of the other"),
+        ("tp=2,ep=4,tokens=equal", "ranks that split heads share out their tokens"),
         ("ep=4,payload=int4", "payload cannot be 'int4'"),
     ],
 )
@@ -63,6 +68,8 @@ def test_several_ranks_need_torch_distributed() -> None:
     with pytest.raises(ParallelError, match="ep=4 needs as many ranks, there is one") as error:
         moec.parallelize(Layers(Block()), None, "ep=4")
     assert "torchrun" in str(error.value)
+    with pytest.raises(ParallelError, match="tp=2 needs as many ranks, there is one"):
+        moec.parallelize(Layers(Block()), None, "tp=2")
 
 
 def test_which_parameters_are_experts() -> None:
@@ -94,7 +101,45 @@ def test_foldings_are_legal_and_all_of_them() -> None:
     }
     assert keys == want and len(found) == len(want)
     assert [f.forward_sent for f in found] == sorted(f.forward_sent for f in found)
-    assert {f.runs for f in found if f.tp == f.etp == 1} == {True}
+    assert all(f.runs == (f.etp == 1 and FACTS.kv_heads % f.tp == 0) for f in found)
+    assert all(Plan.parse(f.plan).tp == f.tp and Plan.parse(f.plan).ep == f.ep for f in found if f.runs)
+
+
+def test_what_of_attention_is_split() -> None:
+    mixtral = split_heads(build("mixtral", layers=1), 2)
+    assert mixtral.modules == ("model.layers.0.self_attn",) and mixtral.outputs == ("model.layers.0.self_attn.o_proj",)
+    names = {n.removeprefix("model.layers.0.self_attn."): dim for n, dim in mixtral.dims.items()}
+    assert names == {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "o_proj.weight": 1}
+    assert not mixtral.inside
+    sinks = split_heads(build("gpt_oss", layers=1), 2)
+    assert sinks.dims["model.layers.0.self_attn.sinks"] == 0
+    assert "model.layers.0.self_attn.o_proj.bias" not in sinks.dims.keys() | sinks.inside  # added after the sum
+    latent = split_heads(build("deepseek_v3", layers=1), 2)
+    assert {n.split(".")[-2] for n in latent.dims} >= {"q_b_proj", "kv_b_proj", "o_proj"}
+    assert {n.split(".")[-2] for n in latent.inside} >= {"kv_a_proj_with_mqa", "kv_a_layernorm"}
+
+
+def _bent(**parts: nn.Module) -> Decoder:
+    model = Decoder(layers=1)
+    for name, part in parts.items():
+        setattr(model.layers[0]["self_attn"], name, part)  # type: ignore[index]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "says"),
+    [
+        (lambda: Decoder(6, 6), 4, "tp=4 does not divide the 6 heads"),
+        (lambda: Decoder(4, 2), 4, "tp=4 does not divide the 2 key-value heads"),
+        (lambda: Layers(Block()), 2, "config does not say num_attention_heads"),
+        (lambda: _bent(qkv=nn.Linear(16, 48)), 2, "not known how to split layers.0.self_attn.qkv"),
+        (lambda: _bent(o_proj=nn.Identity()), 2, "the projections of layers.0.self_attn cannot be found"),
+        (lambda: _bent(q_norm=nn.RMSNorm(16)), 2, "layers.0.self_attn.q_norm sees all heads at once"),
+    ],
+)
+def test_attention_that_cannot_be_split(model: Callable[[], nn.Module], tp: int, says: str) -> None:
+    with pytest.raises(ParallelError, match=says):
+        split_heads(model(), tp)
 
 
 def test_bytes_of_foldings() -> None:

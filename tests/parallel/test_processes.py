@@ -13,8 +13,9 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
 from moec.backends.registry import get_backend
-from moec.parallel.formula import layer_bytes
-from tests.compile.blocks import Layers, tokens
+from moec.parallel.formula import layer_bytes, tensor_parallel_bytes
+from tests.compile.blocks import HIDDEN, Layers, tokens
+from tests.parallel.heads import LAYERS, SEQUENCES, TP, Decoder, sequence
 from tests.parallel.layers import one_process
 from tests.parallel.ranks import (
     ATEN_CASES,
@@ -166,6 +167,68 @@ def test_saved_on_four_ranks_loaded_on_two(ranks: list[dict[str, Any]]) -> None:
     close(results[1]["out"], m(tokens(5)).detach())
 
 
+def _decoded(m: Decoder, groups: int, mean: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """One process: results of every group's tokens, and gradients."""
+    outs = [m(sequence(g)) for g in range(groups)]
+    torch.stack([out.square().sum() for out in outs]).sum().div(groups if mean else 1).backward()
+    return [o.detach() for o in outs], {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+
+
+def test_ranks_that_split_heads_train_as_one_process(ranks: list[dict[str, Any]]) -> None:
+    m = Decoder()
+    outs, grads = _decoded(m, RANKS // TP, mean=True)
+    norm = torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+    results = found(ranks, "trained")
+    for rank, result in enumerate(results):
+        assert result["fused"] == [True, True]
+        close(result["out"], outs[rank // TP])
+        close(result["norm"], norm)
+        assert result["grads"].keys() == dict(m.named_parameters()).keys()
+    # clipping has scaled the gradients of one process, in place
+    factor = min(1.0, 1.0 / (norm.item() + 1e-6))
+    for result in results:
+        for name, want in grads.items():
+            assert want.abs().max() > 0, f"{name} has no gradient: the test is blind"
+            close(result["grads"][name] * factor, want)
+    torch.optim.SGD(m.parameters(), lr=0.1).step()
+    for rank, result in enumerate(results):
+        close(result["more"], m(sequence(rank // TP, 2)).detach())
+        for name, p in m.named_parameters():
+            close(result["saved"][name], p.detach())
+    for result in results[:2]:
+        assert all(torch.equal(result["loaded"][n], saved) for n, saved in results[0]["saved"].items())
+
+
+def test_ranks_that_split_heads_hold_their_share(ranks: list[dict[str, Any]]) -> None:
+    for result in found(ranks, "trained"):
+        for name, share in result["shares"].items():
+            own = name.rpartition(".")[0].rpartition(".")[2]
+            if own == "mlp" and "router" not in name:
+                assert share == 1 / RANKS, name
+            elif own in ("q_proj", "k_proj", "v_proj") or name.endswith("o_proj.weight"):
+                assert share == 1 / TP, name
+            else:
+                assert share == 1, name
+
+
+def test_bytes_of_split_heads(ranks: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found(ranks, "trained")):
+        due = tensor_parallel_bytes(SEQUENCES[rank // TP], TP, rank % TP, HIDDEN * 4)
+        reduced, gathered = due["reduce_scatter"], due["attention"] + due["experts"]
+        # Block chooses inside, so no weights of choices come in; every sum of the forward has its pair
+        for sent, times in ((result["sent"], LAYERS), (result["both"], 2 * LAYERS)):
+            of_tp = {kind: count for (kind, group), count in sent.items() if group.startswith("tp")}
+            assert of_tp == {"reduce_scatter": times * reduced, "all_gather": times * gathered}, f"rank {rank}"
+
+
+def test_more_ranks_to_heads_than_to_experts(ranks: list[dict[str, Any]]) -> None:
+    outs, grads = _decoded(Decoder(4, 4), 1, mean=False)
+    for result in found(ranks, "folded"):
+        close(result["out"], outs[0])
+        for name, want in grads.items():
+            close(result["grads"][name], want)
+
+
 def test_memory_is_the_shared_part_and_a_share(ranks: list[dict[str, Any]]) -> None:
     experts, shared = 8 * (1024 * 256 + 256 * 1024) * 4, 512 * 512 * 4
     for rank, result in enumerate(found(ranks, "memory")):
@@ -182,6 +245,7 @@ def test_memory_is_the_shared_part_and_a_share(ranks: list[dict[str, Any]]) -> N
         ("plan", "ParallelError", ["differ in their mesh and plan: plan is", "ep=2", "on rank 3", "on the others"]),
         ("weights", "ParallelError", ["differ in their replicated weights: layers.1.router is", "on rank 2"]),
         ("divide", "ParallelError", ["ep=3 does not divide the mesh's 4 ranks", "[1, 2, 4]"]),
+        ("heads", "ParallelError", ["tp=4 does not divide the 6 heads of attention", "choose tp among [1, 2, 3, 6]"]),
         ("size", "CommError", ["over group 'ep': the graph was made for 2 ranks, the group has 4"]),
         ("unbound", "CommError", ["no process group is bound to 'epp'; did you mean 'ep'"]),
     ],
