@@ -7,13 +7,74 @@ no statistics of the weights should be read from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 _BLOCK = 8_388_617  # elements, a prime a little above 2**23
 _STD = 0.02  # the initializer range of most language models
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Values of a parameter that are not in memory: what one block gives, read in a circle from ``offset`` on."""
+
+    shape: tuple[int, ...]
+    block: Tensor
+    offset: int
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The values in order, as parts of the block; nothing is copied."""
+        left, at = math.prod(self.shape), self.offset
+        while left:
+            piece = self.block[at : at + left]
+            yield piece
+            left -= piece.numel()
+            at = (at + piece.numel()) % self.block.numel()
+
+    def tensor(self) -> Tensor:
+        """The values in memory of their own."""
+        made = torch.empty(self.shape, dtype=self.block.dtype)
+        return self.copy_to(made)
+
+    def copy_to(self, to: Tensor) -> Tensor:
+        """Overwrite ``to``, of the same shape; returns it."""
+        if not to.is_contiguous():
+            return to.copy_(self.tensor())
+        flat, done = to.view(-1), 0
+        for piece in self.pieces():
+            flat[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
+        return to
+
+
+def made_up(model: torch.nn.Module, *, std: float = _STD, seed: int = 0) -> Iterator[tuple[str, Parameter, MadeUp]]:
+    """Every parameter with its values: matrices and vectors are noise, norms one, biases zero.
+
+    Args:
+        model: Its parameters' shapes and types count.
+        std: Standard deviation of the noise.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.empty(_BLOCK).normal_(0.0, std, generator=generator)
+    blocks: dict[torch.dtype, Tensor] = {}
+    offset = 0
+    for name, parameter in model.named_parameters():
+        leaf, shape, dtype = name.rpartition(".")[2], tuple(parameter.shape), parameter.dtype
+        small = parameter.dim() <= 1 and max(1, parameter.numel())
+        if small and "norm" in name.lower():
+            yield name, parameter, MadeUp(shape, torch.full((small,), 0.0 if "bias" in leaf else 1.0, dtype=dtype), 0)
+        elif small and "bias" in leaf:
+            yield name, parameter, MadeUp(shape, torch.zeros(small, dtype=dtype), 0)
+        elif parameter.is_floating_point():
+            yield name, parameter, MadeUp(shape, blocks.setdefault(dtype, block.to(dtype)), offset)
+            offset = (offset + parameter.numel()) % _BLOCK
 
 
 def fill_random(
@@ -23,7 +84,7 @@ def fill_random(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> torch.nn.Module:
-    """Overwrites every parameter in place: matrices and vectors with noise, norms with one, biases with zero.
+    """Overwrites every parameter in place with ``made_up`` values.
 
     Args:
         model: A model whose memory is allocated; its values do not matter. Buffers are left alone.
@@ -34,20 +95,9 @@ def fill_random(
     Returns:
         ``model``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.empty(_BLOCK).normal_(0.0, std, generator=generator)
-    blocks: dict[torch.dtype, torch.Tensor] = {}
-    offset = 0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            leaf = name.rpartition(".")[2]
-            if parameter.dim() <= 1 and "norm" in name.lower():
-                parameter.fill_(0.0 if "bias" in leaf else 1.0)
-            elif parameter.dim() <= 1 and "bias" in leaf:
-                parameter.zero_()
-            elif parameter.is_floating_point():
-                typed = blocks.setdefault(parameter.dtype, block.to(parameter.dtype))
-                offset = _lay(parameter, typed, offset)
+        for name, parameter, values in made_up(model, std=std, seed=seed):
+            values.copy_to(parameter)
             if progress is not None:
                 progress(name, parameter.numel())
     return model
@@ -70,18 +120,3 @@ def random_transformer(
         model = auto.from_config(config, dtype=dtype)
     model.tie_weights()
     return fill_random(model, progress=progress)
-
-
-def _lay(parameter: torch.Tensor, block: torch.Tensor, offset: int) -> int:
-    """Copies ``block`` over ``parameter`` in a circle from ``offset`` on; returns where the next one starts."""
-    in_place = parameter.is_contiguous()
-    flat = parameter.view(-1) if in_place else torch.empty(parameter.numel(), dtype=block.dtype)
-    done = 0
-    while done < flat.numel():
-        count = min(flat.numel() - done, block.numel() - offset)
-        flat[done : done + count].copy_(block[offset : offset + count])
-        done += count
-        offset = (offset + count) % block.numel()
-    if not in_place:
-        parameter.copy_(flat.view(parameter.shape))
-    return offset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import IO
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from moec.aot.checkpoint import Stored
 from moec.aot.code import Constant
 from moec.aot.errors import AotError
+from moec.aot.source import State
 from moec.artifact.weights import DTYPES
+from moec.random_weights import MadeUp
 
-_CHUNK = 16 << 20
+_CHUNK = 4 << 20
 ALIGN = 64
 """Bytes: of a constant's begin in the blob."""
 
@@ -22,7 +24,7 @@ ALIGN = 64
 def write_blob(
     to: IO[bytes],
     constants: Sequence[Constant],
-    state: Mapping[str, Tensor],
+    state: State,
     places: Mapping[str, Sequence[Stored]] = MappingProxyType({}),
 ) -> None:
     """Write the constants in their order; a chunk of one is in memory besides the tensors of ``state``.
@@ -46,7 +48,7 @@ def write_blob(
         if tuple(value.shape) != constant.shape:
             raise AotError(f"{constant.name!r} is {list(value.shape)}, the code takes {list(constant.shape)}")
         written = 0
-        for piece in _bytes(value.detach(), constant):
+        for piece in _bytes(value, constant):
             to.write(piece)
             written += len(piece)
         to.write(bytes(constant.size - written))
@@ -72,12 +74,25 @@ def _copy(to: IO[bytes], constant: Constant, places: Sequence[Stored]) -> None:
     to.write(bytes(constant.size - total))
 
 
-def _bytes(value: Tensor, constant: Constant) -> list[memoryview]:
+def _bytes(value: Tensor | MadeUp, constant: Constant) -> Iterator[memoryview]:
     dtype = DTYPES[constant.dtype]
+    if isinstance(value, MadeUp):
+        rows = torch.empty(constant.shape, device="meta").stride()
+        if value.block.dtype == dtype and rows == constant.stride:
+            for part in value.pieces():
+                yield from _pieces(part)
+            return
+        value = value.tensor()
     if not value.numel():
-        return []
+        return
+    value = value.detach()
     if value.dtype != dtype or tuple(value.stride()) != constant.stride:
         value = torch.empty_strided(constant.shape, constant.stride, dtype=dtype).copy_(value)
     last = sum((n - 1) * s for n, s in zip(constant.shape, constant.stride, strict=True))
-    flat = value.as_strided((last + 1,), (1,)).view(torch.uint8)
-    return [flat[at : at + _CHUNK].numpy().data for at in range(0, flat.numel(), _CHUNK)]
+    yield from _pieces(value.as_strided((last + 1,), (1,)))
+
+
+def _pieces(flat: Tensor) -> Iterator[memoryview]:
+    raw = flat.view(torch.uint8)
+    for at in range(0, raw.numel(), _CHUNK):
+        yield raw[at : at + _CHUNK].numpy().data

@@ -16,8 +16,10 @@ from moec.aot.checkpoint import Checkpoint
 from moec.aot.dynamic import Ranges, shapes
 from moec.aot.errors import AotError
 from moec.ir.errors import MoecError
+from moec.random_weights import MadeUp
 
-State = Mapping[str, Tensor]
+State = Mapping[str, Tensor | MadeUp]
+"""Weights by name."""
 
 
 class Tokens(nn.Module):

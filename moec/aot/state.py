@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from moec.aot.errors import AotError
-from moec.aot.source import Source
-
-State = Mapping[str, Tensor]
+from moec.aot.source import Source, State
 
 
 def state_of(source: Source, places: Collection[str], programs: Sequence[ExportedProgram]) -> State:
-    """Tensors by name; those that ``source`` brings take the place of what was traced.
+    """Values by name; those that ``source`` brings take the place of what was traced.
 
     Args:
         source: The model.
@@ -40,7 +38,7 @@ def state_of(source: Source, places: Collection[str], programs: Sequence[Exporte
             f"{source.text} brings no weight {missing[0]!r}", hint="does the checkpoint fit its config.json?"
         )
     for name in known:
-        if brought[name].shape != traced[name].shape:
+        if tuple(brought[name].shape) != tuple(traced[name].shape):
             shapes = f"{list(brought[name].shape)}, the model has {list(traced[name].shape)}"
             raise AotError(f"the weight {name!r} of {source.text} is {shapes}")
     return {**traced, **{name: brought[name] for name in known}}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from moec import __version__
+from moec.aot.behind import Behind
 from moec.aot.beside import FileTable, put_tensor
 from moec.aot.blob import write_blob
 from moec.aot.checkpoint import Stored
@@ -21,9 +22,8 @@ from moec.aot.code import Code, Constant
 from moec.aot.errors import AotError
 from moec.aot.hashed import Hashed
 from moec.aot.licences import licences_of
-from moec.aot.source import Source
+from moec.aot.source import Source, State
 from moec.aot.spec import entry_spec
-from moec.aot.state import State
 from moec.artifact import manifest as m
 from moec.artifact.archive import MANIFEST, aligned_member
 from moec.artifact.weights import members_hash, remember
@@ -68,7 +68,7 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             made = Path(folder) / "artifact"
-            with zipfile.ZipFile(made, "w") as archive:
+            with Behind(made) as file, zipfile.ZipFile(file, "w") as archive:
                 manifest = _write_members(archive, parts, FileTable(path.parent, told), told)
                 with aligned_member(archive, MANIFEST) as member:
                     member.write(manifest.to_json().encode())
@@ -171,7 +171,7 @@ def _layout(
     return made
 
 
-def _values(parts: Parts) -> dict[str, Tensor]:
+def _values(parts: Parts) -> State:
     values = dict(parts.state)
     for name, entry in parts.entries.items():
         values |= {f"{name}/{k}": v for k, v in entry.program.constants.items() if isinstance(v, Tensor)}

@@ -76,9 +76,11 @@ def _hugging_face(
 
     def weights() -> State:
         if random_weights:
-            from moec.random_weights import fill_random
+            from moec.random_weights import made_up
 
-            return _prefixed(fill_random(model).state_dict())
+            values = {id(parameter): value for _, parameter, value in made_up(model)}
+            state = model.state_dict(keep_vars=True)
+            return _prefixed({name: values.get(id(kept), kept) for name, kept in state.items()})
         return _prefixed(hugging_face.stored_model(folder, config, element, trust_remote_code).state_dict())
 
     wrapped = Tokens(for_experts(model.eval()))

@@ -33,6 +33,14 @@ class Writing(Layer):
         return x.add_(self.inner(x))
 
 
+class Overwriting(Layer):
+    """Writes into its input, and gives something of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(self.inner(x))
+        return x.relu()
+
+
 class Viewing(Layer):
     """Gives a view of its input besides."""
 
@@ -137,10 +145,11 @@ def test_two_kinds_of_layers_are_two_ops() -> None:
         lambda: [Layer() for _ in range(FEWEST - 1)],
         lambda: [Unlike(i) for i in range(FEWEST)],
         lambda: [Writing() for _ in range(FEWEST)],
+        lambda: [Overwriting() for _ in range(FEWEST)],
         lambda: [Viewing() for _ in range(FEWEST)],
         lambda: [Splitting() for _ in range(FEWEST)],
     ],
-    ids=["few", "unlike", "writing", "views", "parts"],
+    ids=["few", "unlike", "writing", "overwriting", "views", "parts"],
 )
 def test_what_stays(layers: Callable[[], list[nn.Module]]) -> None:
     program, _ = exported(Stack(layers()))
