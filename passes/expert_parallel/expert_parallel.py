@@ -11,6 +11,7 @@ Contract:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -32,7 +33,7 @@ Form = tuple[str, type[Route], dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Spread(Pass):
+class Spread(Pass, ABC):
     """What the two passes have in common."""
 
     degree: int = 0
@@ -41,13 +42,13 @@ class Spread(Pass):
         if self.degree < 0:
             raise ValueError("degree is a number of ranks, or 0 for what the shards say")
 
+    @abstractmethod
     def form_of(self, site: Site) -> Form:
         """The form for one layer.
 
         Raises:
             Stays: The form does not fit the layer's ranks.
         """
-        raise NotImplementedError
 
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         spread, hoisted = 0, False
