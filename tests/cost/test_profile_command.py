@@ -146,7 +146,7 @@ def test_weights_are_larger_than_any_cache(monkeypatch: pytest.MonkeyPatch) -> N
     files = {"index0": "48K", "index2": "1024K", "index3": "384M", "index9": "odd"}
     found = [SimpleNamespace(read_text=lambda t=text: t + "\n") for text in files.values()]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: found)
-    assert probes.beyond_caches(1 << 20) == 4 * 384 << 20
+    assert probes.beyond_caches(1 << 20) == 2 * 384 << 20
     assert probes.beyond_caches(1 << 40) == 2 << 30
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
     assert probes.beyond_caches(1 << 20) == 1 << 20
