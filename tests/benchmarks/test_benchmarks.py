@@ -168,6 +168,7 @@ def test_model(mode: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @needs_cpu
+@pytest.mark.slow
 def test_warm_start() -> None:
     words = ["--shapes", "64:32:4:2", "--repeats", "1", "--skip", "models"]
     found = json.loads(run("warm_start.py", *words).stdout.splitlines()[-1])

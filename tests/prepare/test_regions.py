@@ -74,7 +74,7 @@ def test_one_body_a_kind_of_layer_and_the_same_bits(family: str) -> None:
 
 def test_what_the_backend_must_compile_does_not_grow_with_depth() -> None:
     counts = []
-    for layers in (4, 24):
+    for layers in (3, 9):
         model = build("qwen3_moe", layers=layers)
         prepare(model, regions=True)
         torch._dynamo.reset()

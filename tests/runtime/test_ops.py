@@ -245,7 +245,7 @@ def test_counters_tell_what_ran() -> None:
     assert counters.snapshot().by_name == {}
 
 
-COMPILERS = ["aot_eager", "inductor"]
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
