@@ -1,12 +1,14 @@
 """Compiling a source to a shared library, once for each content.
 
 The library's name is a hash over the source, the headers, the compiler's version and its flags. It is compiled under
-another name and renamed when it is whole, so that a killed build leaves nothing that looks finished, and two processes
-that build the same one both succeed.
+another name and renamed when it is whole, so that a killed build leaves nothing that looks finished. Of processes that
+want the same one, as ranks do, one builds and the others wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -98,10 +101,23 @@ def build(source: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
     path = library_path(source, isa, extra)
     if path.exists():
         return path
-    with _LOCK:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _LOCK, _turn(path.with_suffix(".lock")):
         if not path.exists():
             _compile(source, isa, extra, path)
     return path
+
+
+@contextlib.contextmanager
+def _turn(lock: Path) -> Iterator[None]:
+    """Wait for other processes that hold ``lock``; one that is killed lets go of it."""
+    with lock.open("w") as held:
+        with contextlib.suppress(OSError):  # a file system without locks: then both build, which is as right
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _compile(source: str, isa: Isa, extra: tuple[str, ...], path: Path) -> None:
@@ -111,7 +127,6 @@ def _compile(source: str, isa: Isa, extra: tuple[str, ...], path: Path) -> None:
             "the cpu backend needs a C++ compiler and found neither g++ nor c++",
             hint="install g++ (or set CXX), or use the backend 'aten'",
         )
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     started = time.monotonic()
     timer = threading.Timer(SLOW_SECONDS, lambda: LOG.warning("still compiling a kernel for %s ...", isa.name))
     timer.start()

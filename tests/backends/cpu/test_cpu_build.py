@@ -86,12 +86,19 @@ print(build.build(sys.argv[1], LEVELS["avx2"]), flush=True)
 """
 
 
-def test_two_processes_build_the_same_kernel(tmp_path: Path) -> None:
+def test_of_two_processes_one_builds_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiler notes what it is asked, and is slow enough for the other process to come while it works.
+    counting = tmp_path / "counting-g++"
+    counting.write_text('#!/bin/sh\necho "$*" >> "$SEEN"\ncase "$*" in *" -c "*) sleep 1;; esac\nexec g++ "$@"\n')
+    counting.chmod(0o700)
+    monkeypatch.setenv("CXX", str(counting))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     command = [sys.executable, "-c", PROGRAM, SOURCE]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [p.communicate(timeout=120)[0].strip() for p in both]
     assert [p.returncode for p in both] == [0, 0]
     assert told[0] == told[1]
+    assert sum(" -c " in line for line in (tmp_path / "seen").read_text().splitlines()) == 1
     assert files(tmp_path) == [Path(told[0]).name]
 
 
