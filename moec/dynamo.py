@@ -110,8 +110,11 @@ def _inner(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(list_mode_options(mode)) if mode and mode != "default" else None
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # It orders a graph by sizes, which differ by rank, and collectives must come in one order on all ranks.
+        patches["reorder_for_peak_memory"] = False
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
 
 
 def moec_backend(
