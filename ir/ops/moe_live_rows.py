@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import OpDef, OperandDef, register_op
-from moec.ir.types import PlanType
+from moec.ir.opdef import OperandDef, register_op
+from moec.ir.plan_rows import OfSlots
 
 
 @register_op
-class LiveRows(OpDef):
+class LiveRows(OfSlots):
     """The rows of a plan that have an expert: those of no expert, which come last, are left out.
 
     ``%r = moe.live_rows %rows, %plan : bf16[R, 4096]``
@@ -20,12 +20,8 @@ class LiveRows(OpDef):
     name = "moe.live_rows"
     operands = (
         OperandDef("rows", doc="[T*k, N] rows in the plan's order"),
-        OperandDef("plan", doc="from moe.dispatch"),
+        OfSlots.PLAN,
     )
-
-    def verify(self, op: Op) -> None:
-        if not isinstance(op.operands[1].type, PlanType):
-            self.fail(op, "plan must come from moe.dispatch")
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         return [inputs[0][: sum(inputs[1].counts)]]

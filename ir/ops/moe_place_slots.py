@@ -6,24 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import OpDef, OperandDef, register_op
+from moec.ir.opdef import OperandDef, register_op
 from moec.ir.parallel_semantics import place_slots
-from moec.ir.types import PlanType
+from moec.ir.plan_rows import OfSlots
 
 
 @register_op
-class PlaceSlots(OpDef):
+class PlaceSlots(OfSlots):
     """Puts one value of every slot at its place (token, k-th choice); slots of no expert get 0.
 
     ``%dw = moe.place_slots %values, %plan : f32[T, 2]``
     """
 
     name = "moe.place_slots"
-    operands = (OperandDef("values", doc="[S, 1] in the plan's order"), OperandDef("plan", doc="from moe.dispatch"))
-
-    def verify(self, op: Op) -> None:
-        if not isinstance(op.operands[1].type, PlanType):
-            self.fail(op, "plan must come from moe.dispatch or moe.reach")
+    operands = (OperandDef("values", doc="[S, 1] in the plan's order"), OfSlots.PLAN)
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         return [place_slots(inputs[0], inputs[1])]

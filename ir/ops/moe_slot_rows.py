@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import OpDef, OperandDef, register_op
+from moec.ir.opdef import OperandDef, register_op
 from moec.ir.parallel_semantics import slot_rows
-from moec.ir.types import PlanType
+from moec.ir.plan_rows import OfSlots
 
 
 @register_op
-class SlotRows(OpDef):
+class SlotRows(OfSlots):
     """The rows of slots that have an expert, in the order (token, k-th choice).
 
     ``%r = moe.slot_rows %o, %plan : bf16[S, 4096]``
@@ -20,11 +20,7 @@ class SlotRows(OpDef):
     """
 
     name = "moe.slot_rows"
-    operands = (OperandDef("rows", doc="[R, N] rows grouped by expert"), OperandDef("plan", doc="from moe.dispatch"))
-
-    def verify(self, op: Op) -> None:
-        if not isinstance(op.operands[1].type, PlanType):
-            self.fail(op, "plan must come from moe.dispatch")
+    operands = (OperandDef("rows", doc="[R, N] rows grouped by expert"), OfSlots.PLAN)
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         return [slot_rows(inputs[0], inputs[1])]
