@@ -6,6 +6,7 @@ ways: a token's row and its result's gradient go out, expert rows and rows of th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import sympy
@@ -109,7 +110,7 @@ class Writer:
         return slots, tokens
 
 
-class Route:
+class Route(ABC):
     """A form of expert parallelism, written into one region. Making it writes what comes first.
 
     Attributes:
@@ -124,20 +125,20 @@ class Route:
     ids: Value
     plan: Value
 
-    def __init__(self, w: Writer, x: Value, ids: Value) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, w: Writer, x: Value, ids: Value) -> None: ...
 
+    @abstractmethod
     def go(self, tokens: Value) -> Value:
         """Another tensor with a row per token, at the experts: [T, N] to [R, N]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_slots(self, values: Value) -> Value:
         """A value per slot, at the experts: [T, k] to [R, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, rows: Value) -> Value:
         """Rows of the experts, at home in the order of ``plan``: [R, N] to [S, N]."""
-        raise NotImplementedError
 
     def combine(self, rows: Value, weights: Value, result: TensorType) -> Value:
         """The layer's result from rows of the experts: [R, N] to [T, N]."""
