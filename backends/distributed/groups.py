@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,15 @@ def bind(name: str, process_group: Any) -> Group:
     return group
 
 
-def free_name(axis: str, ranks: Sequence[int], taken: Callable[[str], bool]) -> str:
-    """``axis``, or ``axis_2``, ``axis_3``, ... where that is bound to other ranks or taken; alike on all its ranks."""
+def taken_names(ranks: Sequence[int]) -> set[str]:
+    """Names that this process has bound to others than ``ranks``."""
+    return {name for name, group in _GROUPS.items() if group.ranks != tuple(ranks) and _alive(group)}
 
-    def free(name: str) -> bool:
-        old = _GROUPS.get(name)
-        return not taken(name) and (old is None or old.ranks == tuple(ranks) or not _alive(old))
 
-    return next(n for n in itertools.chain([axis], (f"{axis}_{i}" for i in itertools.count(2))) if free(n))
+def free_name(axis: str, taken: Collection[str]) -> str:
+    """``axis``, or ``axis_2``, ``axis_3``, ... where that is taken."""
+    names = itertools.chain([axis], (f"{axis}_{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _alive(group: Group) -> bool:

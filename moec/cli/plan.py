@@ -62,6 +62,6 @@ def _show(found: list[Folding], count: int) -> None:
     for f in found:
         table.add_row(
             f"dp {f.dp} x tp {f.tp}", f"edp {f.edp} x ep {f.ep} x etp {f.etp}", size_text(f.memory), f.form,
-            size_text(f.forward_sent), size_text(f.gradient_sent), f.plan if f.runs else "is not carried out yet",
+            size_text(f.forward_sent), size_text(f.gradient_sent), f.reason or f.plan,
         )  # fmt: skip
     out().print(table)

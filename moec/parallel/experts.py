@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from typing import TypeGuard
 
 import torch
 
@@ -24,7 +25,7 @@ def expert_parameters(model: torch.nn.Module, patterns: tuple[str, ...] | None =
         patterns: Shell patterns of dotted names (``"*.gate_up"``), instead of the rule.
 
     Raises:
-        ParallelError: A pattern matches nothing, or nothing is found.
+        ParallelError: A pattern matches nothing; or without patterns, experts are a list of modules.
     """
     if patterns is not None:
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -35,11 +36,26 @@ def expert_parameters(model: torch.nn.Module, patterns: tuple[str, ...] | None =
     found: dict[str, int] = {}
     interface = followers(model)
     for name, module in model.named_modules():
+        if _is_list(name, module):
+            raise ParallelError(
+                f"{name} is a list of {len(module)} experts, each a module of its own; stacked experts are dealt out",
+                hint=f"hold each projection of all experts in one parameter [{len(module)}, out, in], "
+                "as transformers' models do; or name what is to be dealt out: experts=['*.gate_up', '*.down']",
+            )
         count = _stacked(module, name in interface)
         for own, p in module._parameters.items():
             if count and p is not None and _is_share(own, p, count, name in interface):
                 found[f"{name}.{own}" if name else own] = count
     return found
+
+
+def _is_list(name: str, module: torch.nn.Module) -> TypeGuard[torch.nn.ModuleList]:
+    """True for modules that are alike and are called experts, but not shared ones: those run on every token."""
+    own = name.rpartition(".")[2]
+    if not isinstance(module, torch.nn.ModuleList) or "expert" not in own or "shared" in own or len(module) < 2:
+        return False
+    shapes = [[(n, p.shape) for n, p in each.named_parameters()] for each in module]
+    return any(len(shape) == 2 for _, shape in shapes[0]) and all(s == shapes[0] for s in shapes)
 
 
 def _stacked(module: torch.nn.Module, follows: bool) -> int:

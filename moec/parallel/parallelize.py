@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, follows_another, put_in_force
+from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, follow_another, put_in_force
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
@@ -129,13 +129,15 @@ def _spread(
     same = next(
         ranks[i : i + plan.tp] for i in range(0, len(ranks), plan.tp) if dist.get_rank() in ranks[i : i + plan.tp]
     )
-    group = groups.free_name(AXES[1], mine, lambda name: follows_another(name, plan))
-    tp_name = groups.free_name("tp", same, lambda name: False)
     seconds = faults.limit().total_seconds()
-    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean), "groups": f"{group}, {tp_name}"}
+    told = {"mesh": str(mesh.mesh.tolist()), "plan": str(plan), "mean": str(mean)}
     told |= {n: f"{p.dtype} {list(p.shape)}" for n, p in model.named_parameters()}
     told |= {f"experts of {n}": str(e) for n, e in found.items()}
-    compare("mesh and plan", told, ranks, seconds)
+    # One name on all ranks, even if some of them have bound it in a mesh without the others.
+    taken = {f"ep {n}" for n in groups.taken_names(mine) | follow_another(plan)}
+    taken |= {f"tp {n}" for n in groups.taken_names(same)}
+    taken = compare("mesh and plan", told, ranks, seconds, taken)
+    group, tp_name = (groups.free_name(a, {n[3:] for n in taken if n.startswith(a)}) for a in (AXES[1], "tp"))
 
     layout = fold(plan, mesh, group, mean, tp_name)
     _bind(layout, groups.bind)

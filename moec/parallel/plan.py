@@ -69,6 +69,11 @@ class Plan:
         known = [f.name for f in fields(Plan)]
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, equals, value = (p.strip() for p in part.partition("="))
+            if key == "etp":
+                raise ParallelError(
+                    f"plan {text!r}: moec does not carry out etp, which splits each expert over ranks",
+                    hint="leave etp out, and give ep more ranks: up to as many as there are experts",
+                )
             if key not in known or not equals:
                 near = nearest(key, known)
                 raise ParallelError(f"plan {text!r}: {part!r} is no setting; {near}", hint="as in 'ep=4'")
@@ -138,9 +143,9 @@ def put_in_force(group: str, plan: Plan, rank: int) -> None:
     _IN_FORCE[group] = plan, rank
 
 
-def follows_another(group: str, plan: Plan) -> bool:
-    """True if experts that lie over ``group`` follow another plan already."""
-    return group in _IN_FORCE and _IN_FORCE[group][0] != plan
+def follow_another(plan: Plan) -> set[str]:
+    """Groups over which experts lie that follow another plan."""
+    return {group for group, (other, _) in _IN_FORCE.items() if other != plan}
 
 
 def passes_for(group: str) -> list[Pass]:

@@ -114,6 +114,7 @@ class Folding:
         expert_sent: Bytes sent for experts in one forward.
         gradient_sent: Bytes sent for gradients of replicas in one training step.
         whole_heads: Every rank of ``tp`` has key-value heads of its own.
+        nodes: Nodes that the ranks of ``ep`` are on.
     """
 
     dp: int
@@ -127,17 +128,27 @@ class Folding:
     expert_sent: int
     gradient_sent: int
     whole_heads: bool = True
+    nodes: int = 1
+
+    @property
+    def reason(self) -> str:
+        """Why ``moec.parallelize`` does not carry it out; empty where it does."""
+        if self.etp > 1:
+            return "not carried out: etp"
+        if not self.whole_heads:
+            return "not carried out: key-value heads shared by ranks"
+        return "" if self.tp % self.ep == 0 or self.ep % self.tp == 0 else "not carried out: ep and tp overlap in part"
 
     @property
     def runs(self) -> bool:
         """``moec.parallelize`` carries it out."""
-        inside = self.tp % self.ep == 0 or self.ep % self.tp == 0
-        return self.etp == 1 and self.whole_heads and inside
+        return not self.reason
 
     @property
     def plan(self) -> str:
         """What to give ``moec.parallelize``."""
         parts = [f"tp={self.tp}"] * (self.tp > 1) + [f"ep={self.ep}"]
+        parts += [f"nodes={self.nodes}"] * (self.form == "hierarchical")
         return ",".join(parts + [f"form={self.form}"] * (self.form not in ("none", "flat")))
 
     @property
@@ -200,7 +211,13 @@ def _folding(m: ModelFacts, ranks: int, tp: int, ep: int, etp: int, tokens: int,
         expert_sent=round(m.layers * (dispatched + split + scattered)),
         gradient_sent=round(gradients),
         whole_heads=m.kv_heads % tp == 0,
+        nodes=_nodes(ep, nodes, ranks),
     )  # fmt: skip
+
+
+def _nodes(ep: int, nodes: int, ranks: int) -> int:
+    """Nodes that ranks sharing experts are on."""
+    return max(1, ep * nodes // ranks)
 
 
 def _forms(m: ModelFacts, ep: int, nodes: int, ranks: int, tokens: int, row: int) -> Iterator[tuple[str, float]]:
@@ -210,6 +227,6 @@ def _forms(m: ModelFacts, ep: int, nodes: int, ranks: int, tokens: int, row: int
         return
     yield "flat", expected_bytes(tokens, m.top_k, ep, row)
     yield "gather", expected_bytes(tokens, m.top_k, ep, row, "gather")
-    here = max(1, ep * nodes // ranks)  # nodes that the ranks sharing experts are on
+    here = _nodes(ep, nodes, ranks)
     if 1 < here < ep:
         yield "hierarchical", expected_bytes(tokens, m.top_k, ep, row, "hierarchical", here)

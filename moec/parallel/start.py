@@ -21,7 +21,9 @@ _turns: Counter[tuple[int, ...]] = Counter()
 """How often this process has compared notes with each set of ranks."""
 
 
-def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: float) -> None:
+def compare(
+    what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: float, aside: Iterable[str] = ()
+) -> set[str]:
     """Hold what this rank says against what all others of ``ranks`` say.
 
     Args:
@@ -29,6 +31,10 @@ def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: f
         mine: Facts by name.
         ranks: Global ranks that take part.
         seconds: How long to wait for them.
+        aside: Words in which ranks may differ.
+
+    Returns:
+        The words of all of them.
 
     Raises:
         ParallelError: A rank does not come within the time, or says something else; it is named, and the fact.
@@ -42,13 +48,14 @@ def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: f
         return f"moec/start/{with_whom}/{turn}/{what}/{rank}"
 
     store.set(_last(me), f"its {what} with the ranks {ranks}")
-    store.set(key(me), json.dumps(dict(mine)))
-    others = {me: dict(mine)}
+    store.set(key(me), json.dumps([dict(mine), sorted(aside)]))
+    others, words = {me: dict(mine)}, set(aside)
     for r in ranks:
         try:
             if r != me:
                 store.wait([key(r)], timedelta(seconds=seconds))
-                others[r] = json.loads(store.get(key(r)))
+                others[r], more = json.loads(store.get(key(r)))
+                words.update(more)
         except (RuntimeError, dist.DistError) as error:
             raise ParallelError(
                 f"rank {r} has not come to compare its {what} with the ranks {ranks} within {seconds:g} s{_instead(r)}",
@@ -58,6 +65,7 @@ def compare(what: str, mine: Mapping[str, str], ranks: Iterable[int], seconds: f
         values = {r: others[r].get(name, "nothing") for r in ranks}
         if len(set(values.values())) > 1:
             raise ParallelError(f"the ranks differ in their {what}: {_told(name, values)}", hint=_HINTS.get(what))
+    return words
 
 
 def _last(rank: int) -> str:

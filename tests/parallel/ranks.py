@@ -29,6 +29,7 @@ from moec.backends.distributed import faults, groups, traffic
 from moec.backends.distributed.world import WORLD
 from moec.backends.registry import get_backend
 from moec.ir.comm_semantics import begin, running_in
+from moec.parallel import layout_of
 from moec.runtime.programs import program_graph
 from tests.compile.blocks import Block, Layers, tokens
 from tests.parallel.heads import Decoder, folded, trained
@@ -183,6 +184,31 @@ def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def inductor(rank: int, folder: Path) -> dict[str, Any] | None:
+    """Two of the ranks train a step with Inductor around the experts."""
+    pair = DeviceMesh("cpu", [0, 1])
+    if rank > 1:
+        return None
+    m = moec.parallelize(model(), pair, "ep=2")
+    run = _compile(m, inner="inductor")
+    x = part(rank)
+    with torch.no_grad():
+        out = run(x)
+    run(x).square().sum().backward()
+    return {"out": out, "grads": whole(m, gradients=True)}
+
+
+def named(rank: int, folder: Path) -> dict[str, Any]:
+    """Two ranks bind a name in a mesh of their own; then all have to agree on another."""
+    pair = DeviceMesh("cpu", [0, 1])
+    if rank < 2:
+        moec.parallelize(model(), pair, "ep=2,form=gather")
+    m = moec.parallelize(model(), None, "ep=4,form=gather")
+    layout = layout_of(m)
+    assert layout is not None
+    return {"group": layout.group, "out": m(part(rank)).detach()}
+
+
 class Wide(nn.Module):
     """A layer of 8 experts of 2 MB and a shared matrix of 1 MB."""
 
@@ -272,7 +298,8 @@ def killed(rank: int, folder: Path) -> dict[str, Any] | None:
 
 
 CASES: tuple[Callable[[int, Path], Any], ...] = (
-    aten, cpu, door, replicas, eager, cast, checkpoint, folded, trained, memory, disagreements, hang, killed,
+    aten, cpu, door, replicas, eager, cast, checkpoint, inductor, named, folded, trained, memory, disagreements, hang,
+    killed,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_a_plan_from_text() -> None:
         ("tp=2,ep=3", "of tp=2 and ep=3 one must be a multiple of the other"),
         ("tp=2,ep=4,tokens=equal", "ranks that split heads share out their tokens"),
         ("ep=4,payload=int4", "payload cannot be 'int4'"),
+        ("ep=2,etp=2", "moec does not carry out etp, which splits each expert over ranks"),
     ],
 )
 def test_what_is_no_plan(text: str, says: str) -> None:
@@ -82,6 +84,24 @@ def test_which_parameters_are_experts() -> None:
         expert_parameters(Layers(Block()), ("*.up",))
 
 
+class Listed(nn.Module):
+    """Experts as modules; ``same`` says whether they are of one width."""
+
+    def __init__(self, same: bool = True, name: str = "experts") -> None:
+        super().__init__()
+        setattr(self, name, nn.ModuleList(nn.Linear(4, 8 if same else 8 + i) for i in range(3)))
+
+
+def test_a_list_of_experts_is_told_of() -> None:
+    model = nn.Sequential(Block(), Listed())
+    with pytest.raises(ParallelError, match=r"1\.experts is a list of 3 experts, each a module of its own") as error:
+        expert_parameters(model)
+    assert "one parameter [3, out, in]" in str(error.value)
+    assert expert_parameters(model, ("0.down",)) == {"0.down": 4}  # named by hand, the list stays on every rank
+    for other in (Listed(same=False), Listed(name="shared_experts"), Listed(name="layers")):
+        assert expert_parameters(nn.Sequential(Block(), other)).keys() == {"0.gate_up", "0.down"}
+
+
 def test_experts_are_dealt_out_as_torch_chunks() -> None:
     for total in range(1, 12):
         for parts in range(1, 8):
@@ -103,6 +123,18 @@ def test_foldings_are_legal_and_all_of_them() -> None:
     assert [f.forward_sent for f in found] == sorted(f.forward_sent for f in found)
     assert all(f.runs == (f.etp == 1 and FACTS.kv_heads % f.tp == 0) for f in found)
     assert all(Plan.parse(f.plan).tp == f.tp and Plan.parse(f.plan).ep == f.ep for f in found if f.runs)
+
+
+def test_plans_of_foldings_say_their_nodes() -> None:
+    by = {(f.tp, f.ep, f.etp): f for f in foldings(FACTS, 16, nodes=4)}
+    assert (by[1, 8, 1].nodes, by[1, 4, 1].nodes, by[1, 2, 1].nodes) == (2, 1, 1)
+    plan = Plan.parse(replace(by[1, 8, 1], form="hierarchical").plan)
+    assert plan == Plan(ep=8, nodes=2, form="hierarchical")
+
+
+def test_foldings_that_are_not_carried_out_say_why() -> None:
+    reasons = {f.reason for f in foldings(FACTS, 4)}
+    assert reasons == {"", "not carried out: etp", "not carried out: key-value heads shared by ranks"}
 
 
 def test_what_of_attention_is_split() -> None:
@@ -154,8 +186,6 @@ def test_bytes_of_foldings() -> None:
 
 
 def test_uneven_experts_and_odd_ranks() -> None:
-    from dataclasses import replace
-
     found = foldings(replace(FACTS, experts=5, heads=3, kv_heads=3, inner=6), 3)
     assert {(f.tp, f.ep, f.etp) for f in found} == {(tp, *e) for tp in (1, 3) for e in [(1, 1), (1, 3), (3, 1)]}
     most = next(f for f in found if f.ep == 3 and f.tp == 1)

@@ -167,6 +167,24 @@ def test_saved_on_four_ranks_loaded_on_two(ranks: list[dict[str, Any]]) -> None:
     close(results[1]["out"], m(tokens(5)).detach())
 
 
+def test_inductor_around_experts(ranks: list[dict[str, Any]]) -> None:
+    m, x = model(), torch.cat([part(0), part(1)])
+    out = m(x)
+    out.square().sum().div(2).backward()
+    for rank, result in enumerate(found(ranks, "inductor", 2)):
+        close(result["out"], rows(out.detach(), rank))
+        for name, p in m.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0
+            close(result["grads"][name], p.grad)
+
+
+def test_ranks_agree_on_names_after_a_mesh_of_some(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    results = found(ranks, "named")
+    assert len({result["group"] for result in results}) == 1
+    for rank, result in enumerate(results):
+        close(result["out"], rows(alone["out"], rank))
+
+
 def _decoded(m: Decoder, groups: int, mean: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """One process: results of every group's tokens, and gradients."""
     outs = [m(sequence(g)) for g in range(groups)]
