@@ -18,7 +18,7 @@ def _main(rank: int, folder: str, ranks: int) -> None:
     store = dist.FileStore(f"{folder}/store{ranks}", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=90))
     try:
-        found = expert_parallel.main(Path(folder), inner="eager", backends=["aten"])
+        found = expert_parallel.main(Path(folder), **expert_parallel.QUICK)
     except Exception:  # noqa: BLE001  (the failure is the result: the test shows it)
         found = {"error": {"text": traceback.format_exc()}}
     torch.save(found, Path(folder) / f"{rank}.pt")
