@@ -184,6 +184,8 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
     for op in ops:
         if op.name == "moe.route":
             report.router = route_text(op)
+            if report.reason is None and op not in claims and (refused := claims.reasons(op)):
+                report.router += f", run by PyTorch ({'; '.join(refused)})"
         elif op.name in ("moe.experts", SPREAD):
             report.recognised = True
             fill_experts(report, op)

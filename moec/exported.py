@@ -18,7 +18,7 @@ from moec.emit import to_exported
 from moec.ir.core import Graph, Op
 from moec.lowering import block_name, lowering, shared_name
 from moec.options import CompileOptions
-from moec.passes.base import PassContext
+from moec.passes.base import PassContext, Remark
 from moec.pipeline import run_pipeline
 from moec.report import BlockReport, Report
 from moec.session import publish
@@ -60,9 +60,13 @@ def report_of(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Re
         ctx: The pipeline's context, with its remarks.
         raised: The graph's text before anything was fused.
     """
-    report = Report(graphs=1, remarks=[str(r) for r in ctx.remarks if r.kind == "missed"])
+    missed = [r for r in ctx.remarks if r.kind == "missed"]
+    unseen = {(r.module, r.source): r for r in reversed(missed) if r.pass_name == "raise-moe" and r.module}
+    report = Report(graphs=1, remarks=[str(r) for r in missed if r not in unseen.values()])
     shared: list[tuple[int, Op]] = []  # with how many blocks stand before it
     for op in graph.ops:
+        if (found := unseen.pop((op.loc.module, op.loc.source), None)) is not None:
+            _add_unseen(report, found)
         if is_shared(op):
             shared.append((len(report.layers), op))
         elif op.name == "moe.experts":
@@ -76,6 +80,16 @@ def report_of(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Re
     if not report.layers:
         report.remarks.append("no MoE block was found in the program")
     return report
+
+
+def _add_unseen(report: Report, remark: Remark) -> None:
+    """Add a block that was not raised, or what is said of another part of one that is there."""
+    name = block_name(remark.module, len(report.layers))
+    known = next((b for b in report.layers if b.name == name), None)
+    if known is None:
+        report.layers.append(BlockReport(name, reason=remark.message, source=remark.source or None))
+    else:
+        known.remarks.append(remark.message)
 
 
 def _block(op: Op, name: str, claims: Claims, raised: str) -> BlockReport:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
-from moec.ir.core import Graph
+from moec.ir.core import Graph, Location
 from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.parallel.plan import passes_for
@@ -39,13 +40,15 @@ def _for_shards(graph: Graph) -> list[Pass]:
     return [p for group in groups for p in passes_for(group)]
 
 
-def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tuple[PassContext, str]:
+def run_pipeline(
+    graph: Graph, options: CompileOptions, cut_as: str = "", left: Collection[tuple[str, Location]] = ()
+) -> tuple[PassContext, str]:
     """Run ``options.passes`` on ``graph`` in place.
 
     Args:
         graph: The graph.
         options: The caller's options.
-        cut_as: As in :class:`~moec.passes.base.PassContext`.
+        cut_as, left: As in :class:`~moec.passes.base.PassContext`.
 
     Returns:
         The context with all remarks, and the graph's text as raised, before anything was fused.
@@ -54,7 +57,7 @@ def run_pipeline(graph: Graph, options: CompileOptions, cut_as: str = "") -> tup
         MoecError: A pass failed; the graph is as it was before that pass.
     """
     costs = op_costs(options.target)
-    ctx = PassContext(target=options.target_description, cost_model=costs, cut_as=cut_as)
+    ctx = PassContext(target=options.target_description, cost_model=costs, cut_as=cut_as, left=left)
     raised = _AfterRaise()
     instruments: list[Instrument] = [raised]
     if options.print_ir_after_all:

@@ -7,11 +7,11 @@ timing, printing, fuel and crash reports belong to the manager (:mod:`moec.passe
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from moec.ir.core import Graph, Op
+from moec.ir.core import Graph, Location, Op
 from moec.ir.errors import MoecError
 
 REMARK_KINDS = ("applied", "missed", "note")
@@ -126,6 +126,8 @@ class PassContext:
         options: Further options by name, as the caller gave them.
         cut_as: What the graph was cut out of its model as (:data:`BLOCK`, :data:`SHARED_EXPERT`); "" for a whole
             program.
+        left: What stays as it is because nobody could run what it would become: the name of the pass that would change
+            it, and the location that the op it becomes would have.
         remarks: All remarks so far, in order.
         fuel: Budget of rewrites; the manager sets it.
     """
@@ -135,6 +137,7 @@ class PassContext:
     profile: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     cut_as: str = ""
+    left: Collection[tuple[str, Location]] = ()
     remarks: list[Remark] = field(default_factory=list)
     fuel: Fuel = field(default_factory=Fuel)
 
@@ -153,6 +156,13 @@ class PassContext:
         )
         self.remarks.append(made)
         return made
+
+    def leaves(self, pass_name: str, op: Op) -> bool:
+        """Whether ``op`` is where something stays as it is; a remark then says so."""
+        if (pass_name, op.loc) not in self.left:
+            return False
+        self.remark("missed", pass_name, "it stays as it is: no backend takes what it would become", op)
+        return True
 
     def take_fuel(self, pass_name: str, what: str, op: Op | None = None) -> bool:
         """Ask leave for one rewrite (see :meth:`Fuel.take`)."""

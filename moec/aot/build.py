@@ -6,28 +6,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 
-from moec.aot.addresses import with_addresses
 from moec.aot.code import compile_code
 from moec.aot.dynamic import Ranges
 from moec.aot.errors import AotError, NoBlockError
 from moec.aot.generation import export_pair, generation_facts
 from moec.aot.layers import layer_object
 from moec.aot.lowering import Embedding
+from moec.aot.optimize import optimize
 from moec.aot.source import Source, Tokens, export
 from moec.aot.state import state_of
 from moec.aot.write import EntryParts, Parts, write_artifact
 from moec.backends.cpu.aot import archive
-from moec.capture import from_exported
-from moec.emit import to_exported
-from moec.exported import report_of
-from moec.ir.core import Graph, Op
 from moec.options import CompileOptions
-from moec.pipeline import run_pipeline
 from moec.report import Report
 from moec.session import publish
 
@@ -68,16 +61,6 @@ class Built:
     cached: bool
     report: Report
     kernels: int
-
-
-@dataclass
-class Optimized:
-    """One entry before it is compiled to code."""
-
-    program: ExportedProgram
-    before: str
-    after: str
-    raised: str
 
 
 class Stages:
@@ -123,7 +106,8 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     beside = options.weights == "beside"
     embedding = Embedding(options.compile.target, {n for n, p in places.items() if len(p) > 1 and beside})
     report = Report()
-    optimized = {name: optimize(p, embedding, options.compile, report, stages) for name, p in programs.items()}
+    stages.begin("passes")
+    optimized = {name: optimize(p, embedding, options.compile, report, stages.detail) for name, p in programs.items()}
     for entry in optimized.values():
         embedding.share_layers(entry.program)
     if isinstance(source.module, Tokens):
@@ -165,70 +149,3 @@ def _exported(source: Source, options: AotOptions) -> tuple[dict[str, ExportedPr
         return {"model": export(source, options.dynamic)}, {}
     programs, length = export_pair(source, options.dynamic)
     return programs, generation_facts(source, length)
-
-
-def optimize(
-    program: ExportedProgram, embedding: Embedding, options: CompileOptions, report: Report, stages: Stages
-) -> Optimized:
-    """Run the passes, and put embedded code where MoE ops are.
-
-    A program of which an op has no embedded code comes back as it was: it is plain ATen, which runs with torch alone.
-    """
-    stages.begin("passes")
-    check_ops(program)
-    graph = from_exported(program)
-    before = str(graph)
-    ctx, raised = run_pipeline(graph, options)
-    made = report_of(graph, embedding.claims(graph, options), ctx, raised)
-    report.layers += made.layers
-    report.remarks += made.remarks
-    report.graphs += 1
-    if refused := embedding.refusals(graph):
-        report.remarks += [f"{text}; the model runs as PyTorch would run it" for text in refused]
-        for block in report.layers:
-            block.fused, block.reason = False, refused[0]
-        return Optimized(program, before, before, raised)
-    after = str(graph)
-    return Optimized(_emitted(graph, program, embedding, stages), before, after, raised)
-
-
-def check_ops(program: ExportedProgram) -> None:
-    """Refuse ops that somebody's Python code brings: torch alone cannot run them.
-
-    Raises:
-        AotError: There is one; it is named.
-    """
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            op = node.target
-            if isinstance(op, torch._ops.OpOverload) and op.namespace not in OWN_NAMESPACES:
-                raise AotError(
-                    f"the program calls {op.namespace}::{op._opname}, which torch alone does not have",
-                    source=_line(node),
-                    hint="an artifact runs without the code that defines it; export the model without that op",
-                )
-
-
-def _line(node: torch.fx.Node) -> str | None:
-    """The last line of the user's code that made a node."""
-    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    return lines[-1].strip() if lines else None
-
-
-OWN_NAMESPACES = ("aten", "prims", "prim", "quantized", "_quantized")
-"""Of ops that every torch has."""
-
-
-def _emitted(graph: Graph, program: ExportedProgram, embedding: Embedding, stages: Stages) -> ExportedProgram:
-    lifted = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
-    lower = embedding.lower_op(lifted)
-    done = 0
-
-    def told(op: Op, fx: torch.fx.Graph, args: list[Any]) -> Any:
-        nonlocal done
-        if op.name == "moe.experts":
-            done += 1
-            stages.detail(f"layer {done}")
-        return lower(op, fx, args)
-
-    return with_addresses(to_exported(graph, program, lower_op=told), embedding.addressed)

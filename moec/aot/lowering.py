@@ -11,13 +11,14 @@ from torch.export import ExportedProgram
 
 from moec.aot.ops import torch_op
 from moec.aot.regions import Region, share_layers
+from moec.aot.strides import outputs_as_rows, recorded_weights
 from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
 from moec.backends.cpu.expression import UnsupportedError
-from moec.backends.partition import Claims, claim
-from moec.emit import LowerOp
+from moec.backends.partition import Claims, Refusal
+from moec.backends.registry import get_backend
+from moec.emit import LowerOp, emit_into
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
-from moec.options import CompileOptions
 from moec.runtime.programs import program_graph
 
 Node = torch.fx.Node
@@ -52,21 +53,25 @@ class Embedding:
         parts: dict[str, Embedded | Region] = {**self.programs, **self.regions}
         return {self._ops[name]: [part.declaration] for name, part in parts.items()}
 
-    def refusals(self, graph: Graph) -> list[str]:
-        """Why ops of the moe dialect have no embedded code; empty where all have."""
-        found = []
+    def claims(self, graph: Graph) -> Claims:
+        """Which ops of the moe dialect have embedded code, and why others have none.
+
+        A router that is a region needs none: it goes into the program as the calls that it is made of.
+        """
+        claims, cpu = Claims(), get_backend("cpu")
         for op in graph.walk():
-            if op.dialect != "moe":
+            if op.dialect != "moe" or _is_region(op):
                 continue
             try:
                 self._embed(op, True, True)
+                weights = recorded_weights(op) if op.name == "moe.experts" else None
+                if weights is not None:
+                    outputs_as_rows(op, weights)
             except UnsupportedError as reason:
-                found.append(f"{op.loc.module or op.name}: {reason}")
-        return found
-
-    def claims(self, graph: Graph, options: CompileOptions) -> Claims:
-        """The cpu backend's answer for every op, as a report shows it."""
-        return claim(graph, ("cpu",), options.target)
+                claims.refusals.append(Refusal(op, cpu.name, str(reason)))
+            else:
+                claims[op] = cpu
+        return claims
 
     def lower_op(self, names: Mapping[str, str]) -> LowerOp:
         """The ``lower_op`` of ``moec.emit`` for every op that has embedded code.
@@ -108,21 +113,24 @@ class Embedding:
         up, down = (args[sum(op.groups[:g])] for g in (3, 4))
         get = op_def(op.name).attr
         names = [self._names.get(a.name, "") for a in (up, down)]
-        addressed = addressable(op) and all(n in self.one_by_one for n in names)
+        alone = all(u.name == op.name for i in (3, 4) for u in op.operands[sum(op.groups[:i])].users)
+        addressed = alone and addressable(op) and all(n in self.one_by_one for n in names)
         if addressed:
             experts = get(op, "experts")
             self.addressed |= {names[0]: experts * (1 if get(op, "layout") == "single" else 2), names[1]: experts}
-        forms = _nk(up, get(op, "up_form")), _nk(down, get(op, "down_form"))
+        small = sum(op.groups[3:5])
+        forms = outputs_as_rows(op, [a.meta["val"] for a in args[3 : 3 + small]])
         embedded = self._embed(program, *forms, addressed)
         x, ids, weights = (_contiguous(graph, a) for a in args[:3])
         if ids.meta["val"].dtype != torch.int64:
             ids = _call(graph, torch.ops.aten._to_copy.default, ids, dtype=torch.int64)
         params = list(args[3:])
-        small = sum(op.groups[3:5])
         params[small:] = [_contiguous(graph, a) for a in params[small:]]
         return [graph.call_function(self._enter(program, embedded), (x, ids, weights, params))]
 
     def _route(self, op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any]:
+        if _is_region(op):
+            return emit_into(op.regions[0], graph, args)
         program = _canonical(op)
         embedded = self._embed(program, True, True)
         used = [_contiguous(graph, a) for a in args[: embedded.schema.count("Tensor") - 2]]
@@ -135,14 +143,9 @@ def _canonical(op: Op) -> Op:
     return next(o for o in program_graph(op).ops if o.name == op.name)
 
 
-def _nk(weight: Node, form: str) -> bool:
-    """Whether the rows of a weight in memory are outputs; its form says so of its shape."""
-    strides = weight.meta["val"].stride()
-    sizes = weight.meta["val"].shape
-    along = strides[-1] == 1 or sizes[-1] == 1
-    if not along and strides[-2] != 1:
-        raise UnsupportedError(f"a weight has no contiguous side: its strides are {tuple(strides)}")
-    return along == (form == "nk")
+def _is_region(op: Op) -> bool:
+    """Whether a router is made of torch's own calls."""
+    return op.name == "moe.route" and bool(op.regions)
 
 
 def _contiguous(graph: torch.fx.Graph, node: Node) -> Node:

@@ -218,6 +218,8 @@ class FuseRouting(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         stats = {"attributes": 0, "regions": 0}
         for weights, ids, user in _routed(graph):
+            if ctx.leaves(self.name, user):
+                continue
             if ids.op is None:
                 ctx.remark("note", self.name, "the expert ids come from outside the block", user)
                 continue

@@ -47,6 +47,8 @@ def raise_loops(graph: Graph, ctx: PassContext, name: str) -> int:
     for find, read in ((find_chains, _read_gathers), (find_dense_chains, read_dense)):
         for chain in find(graph):
             op = chain.steps[-1].op
+            if ctx.leaves(name, op):
+                continue
             try:
                 loop = read(graph, chain)
             except Refusal as refusal:

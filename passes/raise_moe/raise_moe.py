@@ -150,6 +150,8 @@ class RaiseMoe(Pass):
             if not ups:
                 continue
             told |= {down.op, *(u.op for u in ups)}
+            if ctx.leaves(self.name, down.op):
+                continue
             try:
                 found = _read(down, ups)
             except Refusal as refusal:

@@ -123,6 +123,8 @@ class RaiseSharedExperts(Pass):
             pairs = list(beside_blocks(graph))
         raised = 0
         for down, ups in pairs:
+            if ctx.leaves(self.name, down.op):
+                continue
             try:
                 expert = read_shared(down, ups)
             except Refusal as refusal:
