@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,13 +146,9 @@ def _layers(graph: torch.fx.Graph) -> list[list[Node]]:
         name = _layer_name(node)
         if name is not None:
             ends.setdefault(name, [at, at])[1] = at
-    spans = sorted(ends.values())
-    apart = [
-        (first, last)
-        for i, (first, last) in enumerate(spans)
-        if (not i or spans[i - 1][1] < first) and (i + 1 == len(spans) or last < spans[i + 1][0])
-    ]
-    return [nodes[first : last + 1] for first, last in apart]
+    spans = [*sorted(ends.values()), [len(nodes), len(nodes)]]
+    # Of layers whose nodes are mixed, those that end before the next one begins: no node is in two of them.
+    return [nodes[first : last + 1] for (first, last), (after, _) in pairwise(spans) if last < after]
 
 
 def _layer_name(node: Node) -> str | None:
