@@ -17,4 +17,5 @@ def aot_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEC_CACHE_DIR", str(cache))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        patch.setenv("MOEC_CXXFLAGS", "-O1")  # half the time of a build; tests/backends runs kernels as they are built
         yield cache

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import moec
 from moec.artifact.archive import ALIGN, MANIFEST, Archive, aligned_member
 from moec.artifact.errors import ArtifactError
+from moec.artifact.manifest import TensorSpec
 from moec.artifact.weights import Mapped, check_all
 from moec.cli.app import main
+from moec.cli.run import RunError, _arrays
 from tests.aot.artifacts import PACKAGE, forged
 
 Change = Callable[[dict[str, Any]], object]
@@ -195,3 +198,9 @@ def test_aligned_members_are_readable_by_any_zip_tool(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.testzip() is None
         assert {n: archive.read(n) for n in archive.namelist()} == {"a": b"1", "b/c": b"22", "empty": b""}
+
+
+def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(RunError, match=r"cannot be read as \.npz"):
+        _arrays(tmp_path / "in.npz", (TensorSpec("x", "f32", (1,)),))

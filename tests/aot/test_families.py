@@ -12,6 +12,7 @@ import torch
 import moec
 from moec.artifact.archive import Archive
 from tests.aot.artifacts import PACKAGE, TOLERANCE, compiled, cpp_example, expected, run_alone, run_cpp, torch_alone
+from tests.aot.commands import check_commands
 from tests.support.models import SHARED_EXPERTS
 
 LAYERS = {"mixtral": 2, "qwen3_moe": 4, "deepseek_v3": 1, "gpt_oss": 1}
@@ -21,7 +22,7 @@ LAYERS = {"mixtral": 2, "qwen3_moe": 4, "deepseek_v3": 1, "gpt_oss": 1}
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("name", LAYERS)
-def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
+def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.moec"
     model, built = compiled(name, path, LAYERS[name])
     assert [b.fused for b in built.report.layers] == [True] * LAYERS[name]
@@ -42,6 +43,7 @@ def test_equal_to_eager_with_torch_alone(name: str, tmp_path: Path) -> None:
     if name == "mixtral":
         _lesser_instructions(python, package, cases, tmp_path)
         _ranges(loaded)
+        check_commands(path, model, tmp_path, capsys)
         _changed_weights(path, tmp_path)
 
 

@@ -1,9 +1,8 @@
-"""``moec run``, ``inspect`` and ``bench`` on a real artifact."""
+"""``moec run``, ``inspect`` and ``bench`` on a real artifact, for a test that has one: making one takes long."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,21 @@ import torch
 
 from moec.cli.app import main
 from moec.ir.parser import parse_graph
-from tests.aot.artifacts import TOLERANCE, compiled
+from tests.aot.artifacts import TOLERANCE
 from tests.support import models
 
 
-@pytest.fixture
-def moec(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*args: str, code: int = 0) -> str:
+def check_commands(artifact: Path, model: torch.nn.Module, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the commands on an artifact of a small Mixtral of two layers; ``model`` is that in eager form."""
+    path, arrays, made = str(artifact), str(folder / "in.npz"), str(folder / "out.npz")
+
+    def moec(*args: str, code: int = 0) -> str:
         with pytest.raises(SystemExit) as stop:
             main(args)
         captured = capsys.readouterr()
         assert (stop.value.code or 0) == code, captured.err
         return captured.err if code else captured.out
 
-    return run
-
-
-@pytest.mark.slow
-def test_commands(tmp_path: Path, moec: Callable[..., str]) -> None:
-    path, arrays, made = (str(tmp_path / name) for name in ("a.moec", "in.npz", "out.npz"))
-    model, _ = compiled("mixtral", Path(path))  # the same code as in test_families: from the cache
     tokens = models.inputs("mixtral", 2, 5)["input_ids"]
     with torch.no_grad():
         want = model(tokens)
@@ -58,12 +52,3 @@ def test_commands(tmp_path: Path, moec: Callable[..., str]) -> None:
     assert found["load_s"] > 0 and all(row["seconds"] > 0 for row in found["rows"])
     assert "tokens/s" in moec("bench", path, "--repeats", "1")
     assert "seq is 65" in moec("bench", path, "--sizes", "65", code=2)
-
-
-def test_npz_with_objects_is_not_unpickled(tmp_path: Path, moec: Callable[..., str]) -> None:
-    from moec.artifact.manifest import TensorSpec
-    from moec.cli.run import RunError, _arrays
-
-    np.savez(tmp_path / "in.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(RunError, match=r"cannot be read as \.npz"):
-        _arrays(tmp_path / "in.npz", (TensorSpec("x", "f32", (1,)),))
