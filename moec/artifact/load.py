@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moec.artifact.archive import Archive, aligned_member, hashed_copy
 from moec.artifact.errors import ArtifactError, InputError
+from moec.artifact.generate import Prompts, generate
 from moec.artifact.manifest import Blob, Entry, Manifest, TensorSpec
 from moec.artifact.weights import NAMES, Mapped, check_all
 from moec.cache import cache_dir
@@ -89,22 +90,21 @@ class LoadedArtifact:
             )
         return self.entries["model"](*args, **kwargs)
 
-    def generate(self, tokens: Tensor, count: int) -> Tensor:
+    def generate(self, prompts: Prompts, count: int, mask: Tensor | None = None) -> Tensor:
         """Greedy continuation.
 
         Args:
-            tokens: i64 [1, prompt].
-            count: How many tokens to add.
+            prompts: i64 [batch, prompt], or rows of different lengths.
+            count: How many tokens to add at most.
+            mask: [batch, prompt], zero where a row of a tensor begins with padding.
 
         Returns:
-            i64 [1, prompt + count].
+            i64 [batch, prompt + added]: shorter prompts have padding before them, rows that ended have some behind.
 
         Raises:
-            InputError: The artifact has no decode entry, or its cache is too short.
+            InputError: The artifact has no decode entry, was compiled for fewer rows, or its cache is too short.
         """
-        from moec.artifact.generate import generate
-
-        return generate(self, tokens, count)
+        return generate(self, prompts, count, mask)
 
 
 def load(path: str | Path, *, check: bool = True) -> LoadedArtifact:

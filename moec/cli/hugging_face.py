@@ -12,6 +12,8 @@ from moec.cli.model import ModelError
 from moec.ir.errors import nearest
 from moec.random_weights import random_transformer
 
+GENERATION = "generation_config.json"
+
 
 def _transformers() -> Any:
     try:
@@ -132,6 +134,9 @@ def outline(config: Any, dtype: torch.dtype, file: Path, trusted: bool = False) 
     try:
         with no_init_weights():
             model = auto.from_config(config, dtype=dtype, **options)
+        if (file.parent / GENERATION).is_file():  # where a checkpoint says which tokens end a text
+            settings = _transformers().GenerationConfig.from_pretrained(file.parent, local_files_only=True)
+            model.generation_config = settings
     except Exception as e:
         raise ModelError(f"{file}: the model cannot be built: {_first_line(e)}") from e
     model.tie_weights()

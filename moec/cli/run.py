@@ -24,49 +24,55 @@ class RunError(MoecError):
 
 def run(
     artifact: Annotated[Path, typer.Argument(metavar="FILE.moec")],
-    tokens: Annotated[str | None, typer.Option(help="Token ids with commas between: one sequence.")] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(help="Token ids with commas between: one sequence. Once for every sequence.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--input", help="An .npz with an array for every input.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Add so many tokens, each the most likely one.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the outputs to this .npz.")] = None,
 ) -> None:
     """Run an artifact."""
+    import torch
+
+    from moec.artifact.generate import continued
     from moec.artifact.load import load
 
-    if (tokens is None) == (file is None):
+    if bool(tokens) == (file is not None):
         raise RunError("moec run takes either --tokens or --input")
-    if generate is not None and tokens is None:
+    if generate is not None and not tokens:
         raise RunError("--generate continues --tokens")
-    given = _tokens(tokens) if tokens is not None else None
+    prompts = [_tokens(text) for text in tokens or ()]
+    if generate is None and len(set(map(len, prompts))) > 1:
+        raise RunError(
+            "sequences of one call have the same length", hint="--generate takes prompts of different lengths"
+        )
     loaded = load(artifact)
-    if generate is not None and given is not None:
-        emit(",".join(str(int(t)) for t in loaded.generate(given, generate)[0]))
+    if generate is not None:
+        for row in continued(loaded, prompts, generate):
+            emit(",".join(map(str, row)))
         return
-    if given is not None:
-        inputs = [given]
-        made = loaded(given)
+    if prompts:
+        made = loaded(torch.tensor(prompts))
     else:
         assert file is not None
         entry = loaded.entries.get("model")
         if entry is None:
             raise RunError(f"{artifact} was compiled for generating", hint="use --tokens and --generate")
-        inputs = _arrays(file, entry.spec.inputs)
-        made = entry(*inputs)
+        made = entry(*_arrays(file, entry.spec.inputs))
     outputs = {f"output{i}": o for i, o in enumerate(made if isinstance(made, tuple) else (made,))}
     if output is not None:
         _save(output, outputs)
     for name, value in outputs.items():
         emit(_line(name, value))
-    if given is not None and (first := next(iter(outputs.values()))).dim() == 3:
-        emit(f"next token: {int(first[0, -1].argmax())}")
+    if prompts and (first := next(iter(outputs.values()))).dim() == 3:
+        emit(f"next token: {', '.join(str(int(t)) for t in first[:, -1].argmax(-1))}")
 
 
-def _tokens(text: str) -> Tensor:
-    import torch
-
+def _tokens(text: str) -> list[int]:
     words = [w.strip() for w in text.split(",")]
     if not all(w.isdecimal() for w in words):
         raise RunError(f"--tokens cannot be {text!r}", hint="write numbers from 0 up: 1,2,3")
-    return torch.tensor([[int(w) for w in words]])
+    return [int(w) for w in words]
 
 
 def _arrays(path: Path, specs: tuple[TensorSpec, ...]) -> list[Tensor]:
