@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from moec.aot.checkpoint import Stored
 from moec.aot.code import Constant
 from moec.aot.errors import AotError
 from moec.aot.source import State
+from moec.artifact.packing import Stream
 from moec.artifact.weights import DTYPES
 from moec.random_weights import MadeUp
 
@@ -22,7 +22,7 @@ ALIGN = 64
 
 
 def write_blob(
-    to: IO[bytes],
+    to: Stream,
     constants: Sequence[Constant],
     state: State,
     places: Mapping[str, Sequence[Stored]] = MappingProxyType({}),
@@ -54,7 +54,7 @@ def write_blob(
         to.write(bytes(constant.size - written))
 
 
-def _copy(to: IO[bytes], constant: Constant, places: Sequence[Stored]) -> None:
+def _copy(to: Stream, constant: Constant, places: Sequence[Stored]) -> None:
     """Copy a constant from the files it lies in, expert by expert."""
     experts = constant.shape[0] if len(places) > 1 else 1
     parts = len(places) // experts

@@ -18,14 +18,13 @@ from typing import IO, TYPE_CHECKING
 
 from moec.artifact.errors import ArtifactError
 from moec.artifact.manifest import Manifest, read_manifest
+from moec.artifact.packing import ALIGN
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 MANIFEST = "manifest.json"
 MOST_MANIFEST_BYTES = 256 << 20
-ALIGN = 4096
-"""Bytes: members begin at a page, so that tensors in them are aligned wherever they are mapped."""
 _CHUNK = 4 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
