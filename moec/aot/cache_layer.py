@@ -14,13 +14,13 @@ class CallersLayer(StaticLayer):
 
     Args:
         keys, values: ``[batch, heads, length, width]``.
-        position: i64 [], how many tokens they hold. It stays as it is: a layer that counted would write into memory
-            that is not its own, and every layer would have to be compiled by itself.
+        position: i64 [], how many tokens they hold. It stays as it is, so that besides the caller's keys and values no
+            layer writes into memory that is not its own; of a copy of its own, so that layers' nodes are alike.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__(keys.shape[2])
-        self.keys, self.values, self.cumulative_length = keys, values, position
+        self.keys, self.values, self.cumulative_length = keys, values, position.clone()
         self.device, self.is_initialized = keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
