@@ -79,6 +79,7 @@ def test_interleaved_rows_have_no_addresses() -> None:
 
 
 @needs_tools
+@pytest.mark.slow
 def test_objects_show_their_entry_alone() -> None:
     """Weak symbols of two instruction sets under one name would be merged, and AVX-512 run everywhere."""
     programs = [embed_experts(op(LAYER), "cpu", True, True), embed_route(op(ROUTER), "cpu")]

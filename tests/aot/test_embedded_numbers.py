@@ -41,7 +41,10 @@ ROUTERS = {
 }  # fmt: skip
 HERE = [name for name, isa in LEVELS.items() if isa.needs <= cpu_flags()]
 TOKENS = (0, 1, 33)
-pytestmark = pytest.mark.skipif(not HERE or shutil.which("g++") is None, reason="no x86-64 with AVX2, or no g++")
+pytestmark = [
+    pytest.mark.skipif(not HERE or shutil.which("g++") is None, reason="no x86-64 with AVX2, or no g++"),
+    pytest.mark.slow,  # kernels of all levels are built
+]
 
 
 @dataclass
