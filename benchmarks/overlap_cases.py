@@ -1,0 +1,61 @@
+"""Layers drawn at random for the search of schedules: latency, bandwidth, GEMM curves and histograms."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from moec.cost.curve import LayerCurve
+from moec.cost.links import Link
+from moec.passes.overlap.cuts import Layer
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
+
+
+def log_uniform(rng: random.Random, low: float, high: float) -> float:
+    """A number between the two, as likely to be in one decade as in another."""
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def draw_curve(rng: random.Random) -> LayerCurve:
+    """Reading weights, then multiply-adds by whole tiles; how far the two overlap differs."""
+    reading, row = log_uniform(rng, 1e-6, 1e-4), log_uniform(rng, 1e-8, 1e-5)
+    tile, power = rng.choice((1, 6, 16, 64, 128)), rng.choice((1.0, 1.5, 4.0))
+    points: list[tuple[float, float]] = []
+    for rows in sorted({*ROWS, *(n * tile + more for n in range(1, 9) for more in (0, 1))}):
+        compute = -(-rows // tile) * tile * row
+        points.append((float(rows), (reading**power + compute**power) ** (1 / power)))
+    return LayerCurve(log_uniform(rng, 1e-6, 1e-4), tuple(points))
+
+
+def draw_rows(rng: random.Random, ranks: int, experts: int, tokens: int, top_k: int) -> list[list[float]]:
+    """Rows from every rank for every expert: Zipf's popularity, and ranks whose tokens differ."""
+    skew, differ = rng.choice((0.0, rng.uniform(0, 1.2))), rng.choice((0.0, rng.uniform(0, 1)))
+    popular = [(place + 1) ** -skew for place in range(experts)]
+    rng.shuffle(popular)
+    rows = []
+    for _ in range(ranks):
+        mine = [p * math.exp(differ * rng.gauss(0, 1)) for p in popular]
+        rows.append([tokens * top_k * p / sum(mine) for p in mine])
+    return rows
+
+
+def draw_layer(rng: random.Random) -> Layer:
+    """One layer whose experts take 0.25 to 4 times as long as its links do, both as one piece."""
+    ranks, own = rng.choice((2, 2, 4, 8)), rng.choice((1, 2, 3, 4, 8, 16, 32))
+    sizes = (own,) * ranks
+    if own > 1 and rng.random() < 0.2:
+        sizes = (*sizes[:-1], own - 1)
+    tokens, top_k = round(log_uniform(rng, 16, 8192)), rng.choice((1, 2, 4, 8))
+    rows, curve = draw_rows(rng, ranks, sum(sizes), tokens, top_k), draw_curve(rng)
+    edges = [sum(sizes[:r]) for r in range(ranks + 1)]
+    loads = [[sum(row[e] for row in rows) for e in range(edges[r], edges[r + 1])] for r in range(ranks)]
+    compute = max(map(curve.seconds, loads))
+    sent = [sum(row) - sum(row[edges[r] : edges[r + 1]]) for r, row in enumerate(rows)]
+    came = [sum(loads[r]) - sum(rows[r][edges[r] : edges[r + 1]]) for r in range(ranks)]
+    wire = compute / log_uniform(rng, 0.25, 4) / 2
+    latency = wire * log_uniform(rng, 1e-4, 0.5)
+    back = rng.choice((1.0, 1.0, 2.0))  # rows may go out in half of the bytes that they come home in
+    link = Link(latency, max(*sent, *came) * (1 + back) / 2 / (wire - latency))
+    messages = rng.choice(((1, 1), (1, 1), (3, 2)))  # a forward, or a backward
+    return Layer(rows, sizes, curve, link, 1.0, back, *messages)

@@ -1,0 +1,41 @@
+"""What planning asks of a cost model and of a routing profile. Passes know neither; they know these shapes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from moec.ir.core import Op
+
+
+class Transport(Protocol):
+    """Links between the ranks of a group (``moec.cost.links.Link``)."""
+
+    def seconds(self, bytes: float, messages: int = 1) -> float:
+        """Time of ``bytes`` of the busiest rank, in ``messages`` collectives one after the other."""
+
+
+class ExpertTimes(Protocol):
+    """A rank's experts (``moec.cost.curve.LayerCurve``)."""
+
+    def seconds(self, loads: Iterable[float]) -> float:
+        """Time of one call whose experts have ``loads`` rows; 0.0 without any row."""
+
+
+@runtime_checkable
+class OverlapCosts(Protocol):
+    """What ``ctx.cost_model`` must answer for schedules to be chosen."""
+
+    def expert_times(self, op: Op, backward: bool = False) -> ExpertTimes | None:
+        """Of the experts of one rank of a ``moe.parallel_experts``; None where the model does not know them."""
+
+    def transport(self, group: str, ranks: int) -> Transport | None:
+        """Of the links of a group; None where nobody said what they are."""
+
+
+@runtime_checkable
+class RoutingLoads(Protocol):
+    """What ``ctx.profile`` must answer."""
+
+    def rows(self, module: str, ranks: int, experts: int) -> Sequence[Sequence[float]] | None:
+        """Rows of a step that every rank sends to every expert, [N][E], for a layer by its module's path."""

@@ -1,0 +1,149 @@
+"""Who chooses the chunks: the cost model alone, or the rules of other systems, for comparison.
+
+All of them are judged by the same times (:mod:`moec.passes.overlap.timeline`), so that they differ in what they choose
+and in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moec.passes.overlap.cuts import ByExperts, ByTokens, Layer
+from moec.passes.overlap.search import MOST, best_sizes
+from moec.passes.overlap.timeline import Chunk, exposed_floor, makespan
+
+CUTS: dict[str, type[ByExperts] | type[ByTokens]] = {"experts": ByExperts, "tokens": ByTokens}
+POLICIES = ("auto", "none", "two", "tutel", "fsmoe")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What was chosen for one layer in one direction.
+
+    Attributes:
+        along: ``"experts"`` or ``"tokens"``.
+        sizes: Units of every chunk that travels.
+        local_first: The rows that a rank keeps are a chunk of their own, before all others.
+        chunks: What every chunk costs, the one of own rows first.
+        seconds: Predicted time, from the first row that leaves to the last that is home.
+    """
+
+    along: str
+    sizes: tuple[int, ...]
+    local_first: bool
+    chunks: tuple[Chunk, ...]
+    seconds: float
+
+    @property
+    def cut(self) -> bool:
+        """Whether there is more than one chunk."""
+        return len(self.chunks) > 1
+
+    @property
+    def floor(self) -> float:
+        """Seconds of communication that no order of the same chunks hides."""
+        return exposed_floor(self.chunks)
+
+
+def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
+    """The rows that stay on their rank as a chunk, and the layer without them."""
+    keep, send, at = [], [[*row] for row in layer.rows], 0
+    for rank, size in enumerate(layer.sizes):
+        keep.append(layer.experts.seconds(layer.rows[rank][at : at + size]))
+        send[rank][at : at + size] = [0.0] * size
+        at += size
+    return Chunk(0.0, tuple(keep), 0.0), replace(layer, rows=send)
+
+
+def schedule(layer: Layer, along: str, sizes: Sequence[int], local_first: bool = False, units: int = 0) -> Schedule:
+    """The schedule of given chunks."""
+    first: tuple[Chunk, ...] = ()
+    if local_first:
+        own, layer = own_rows(layer)
+        first = (own,)
+    cut = CUTS[along](layer, units or sum(sizes))
+    chunks = (*first, *cut.chunks(sizes))
+    return Schedule(along, tuple(sizes), local_first, chunks, makespan(chunks))
+
+
+def uncut(layer: Layer) -> Schedule:
+    """Everything at once."""
+    return schedule(layer, "experts", (1,))
+
+
+def auto(layer: Layer, allowed: Collection[str] = ("experts", "tokens", "local"), most: int = MOST) -> Schedule:
+    """The best schedule that the cost model knows.
+
+    Args:
+        layer: The layer.
+        allowed: What it may be cut along, and ``"local"`` where a rank's own rows may come first.
+        most: Chunks at most.
+    """
+    found = [uncut(layer)]
+    own, rest = own_rows(layer)
+    for along in (a for a in CUTS if a in allowed):
+        cut = CUTS[along](layer)
+        found.append(schedule(layer, along, best_sizes(cut, most=most)))
+        if "local" in allowed and most > 1:
+            sizes = best_sizes(CUTS[along](rest), (own,), most - 1)
+            found.append(schedule(layer, along, sizes, local_first=True))
+    found += equal(layer, range(2, most + 1)) if "tokens" in allowed else []
+    return min(found, key=lambda s: (s.seconds, len(s.chunks)))
+
+
+def equal(layer: Layer, degrees: Collection[int]) -> Iterator[Schedule]:
+    """Chunks of equally many tokens."""
+    return (schedule(layer, "tokens", (1,) * d) for d in degrees)
+
+
+def two(layer: Layer) -> Schedule:
+    """Exactly two equal chunks of tokens, without a cost model (torchtitan's ``ep_chunk_pass``)."""
+    return next(equal(layer, (2,)))
+
+
+def tutel(layer: Layer) -> Schedule:
+    """The best of 1, 2, 4 and 8 equal chunks, as if measured (Tutel, arXiv:2206.03382, section 3.4)."""
+    return min(equal(layer, (1, 2, 4, 8)), key=lambda s: s.seconds)
+
+
+def fsmoe(layer: Layer) -> Schedule:
+    """The degree of FSMoE's formulas (arXiv:2501.10714, section 4): balanced loads, and times that are lines.
+
+    With degree d, n bytes and α + β n a collective, the GEMMs taking α' d + β' in all:
+    either links bind, ``2 d α + 2 β n`` if ``2 (d - 1) (α + β n / d) ≥ α' d + β'``, or experts do,
+    ``2 (α + β n / d) + α' d + β'``.
+    """
+    ranks = len(layer.sizes)
+    total = sum(map(sum, layer.rows))
+    moved = total / ranks * (ranks - 1) / ranks
+    nothing = layer.links.seconds(0.0, layer.there_messages + layer.back_messages)
+    alpha = nothing / 2
+    n_beta = (layer.links.seconds(moved * (layer.there_bytes + layer.back_bytes)) - layer.links.seconds(0.0)) / 2
+    own = max(layer.sizes)
+    fixed, slope = _line(layer.experts.seconds, total / ranks / own, own)
+
+    def seconds(d: int) -> float:
+        gemms = fixed * d + slope
+        if 2 * (d - 1) * (alpha + n_beta / d) >= gemms:
+            return 2 * d * alpha + 2 * n_beta
+        return 2 * (alpha + n_beta / d) + gemms
+
+    return next(equal(layer, (min((1, 2, 4, 8), key=seconds),)))
+
+
+def _line(seconds: Callable[[list[float]], float], rows: float, experts: int) -> tuple[float, float]:
+    """Time at no row, and what all ``rows`` of each expert add: least squares over whole, half, ... eighth of them."""
+    shares = (1.0, 0.5, 0.25, 0.125)
+    times = [seconds([rows * s] * experts) for s in shares]
+    mean_share, mean_time = sum(shares) / 4, sum(times) / 4
+    spread = sum((s - mean_share) ** 2 for s in shares)
+    slope = sum((s - mean_share) * (t - mean_time) for s, t in zip(shares, times, strict=True)) / spread
+    return max(0.0, mean_time - slope * mean_share), slope
+
+
+def choose(policy: str, layer: Layer, allowed: Collection[str]) -> Schedule:
+    """What a policy makes of a layer."""
+    if policy == "auto":
+        return auto(layer, allowed)
+    return {"none": uncut, "two": two, "tutel": tutel, "fsmoe": fsmoe}[policy](layer)

@@ -1,0 +1,122 @@
+"""Chosen chunks: against every way to cut, other systems' rules by hand, and layers that are best left whole."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from moec.cost.curve import LayerCurve
+from moec.cost.links import Link
+from moec.passes.overlap.cuts import ByExperts, ByTokens, Cut, Layer, expert_ranges
+from moec.passes.overlap.policies import auto, choose, fsmoe, own_rows, schedule, tutel, two, uncut
+from moec.passes.overlap.search import best_sizes
+from moec.passes.overlap.timeline import makespan
+
+CURVE = LayerCurve(0.5, ((1.0, 2.0), (8.0, 3.0), (64.0, 20.0)))
+LINE = LayerCurve(1.0, ((1.0, 0.1), (1000.0, 100.0)))
+
+
+def random_layer(seed: int, own: int = 6) -> Layer:
+    rng = random.Random(seed)
+    ranks = rng.choice((2, 3))
+    rows = [[rng.expovariate(0.1) for _ in range(ranks * own)] for _ in range(ranks)]
+    link = Link(rng.uniform(0, 3), rng.uniform(2, 20))
+    return Layer(rows, (own,) * ranks, CURVE, link, 1.0, rng.choice((1.0, 2.0)), rng.choice((1, 3)))
+
+
+def every_way(units: int, most: int) -> Iterable[tuple[int, ...]]:
+    for count in range(min(most, units)):
+        for inner in itertools.combinations(range(1, units), count):
+            edges = (0, *inner, units)
+            yield tuple(b - a for a, b in itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", [ByExperts, ByTokens])
+@pytest.mark.parametrize("own_first", [False, True])
+def test_no_other_sizes_end_sooner(seed: int, kind: type[Cut], own_first: bool) -> None:
+    layer = random_layer(seed)
+    own, rest = own_rows(layer)
+    first = [own] if own_first else []
+    cut = kind(rest if own_first else layer, 6)
+    found = best_sizes(cut, first, most=4)
+    assert sum(found) == 6
+    assert len(found) <= 4
+    best = min(makespan([*first, *cut.chunks(sizes)]) for sizes in every_way(6, 4))
+    assert makespan([*first, *cut.chunks(found)]) == pytest.approx(best)
+
+
+def test_what_chunks_of_experts_cost_by_hand() -> None:
+    rows = [[4.0, 6.0, 1.0, 2.0], [10.0, 20.0, 3.0, 5.0]]
+    layer = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), there_bytes=1.0, back_bytes=4.0, there_messages=3)
+    cut = ByExperts(layer)
+    assert cut.units == 2
+    # Rank 1 sends 10 rows for expert 0, rank 0 sends 1 for expert 2.
+    chunk = cut.chunk(0, 1)
+    assert (chunk.there, chunk.back) == (0.75 + 5.0, 0.25 + 20.0)
+    assert chunk.compute == (pytest.approx(1.0 + 1.4), pytest.approx(1.0 + 0.4))
+    assert cut.chunk(0, 2).there == 0.75 + 30.0 / 2
+    tokens = ByTokens(layer, 4).chunk(1, 2)
+    assert tokens.there == 0.75 + 30.0 / 4 / 2
+    assert tokens.compute == (pytest.approx(1.0 + 1.0), pytest.approx(1.0 + 0.275))
+
+
+def test_uneven_experts_are_dealt_out_evenly() -> None:
+    assert expert_ranges((5, 4, 0), 2) == [(0, 0, 0), (2, 2, 0), (5, 4, 0)]
+
+
+def test_rows_must_fit_the_experts() -> None:
+    with pytest.raises(ValueError, match="4 experts from 2 ranks"):
+        Layer([[1.0, 2.0]], (2, 2), LINE, Link(0, 1), 1, 1)
+
+
+def test_own_rows_and_the_others_are_all() -> None:
+    layer = random_layer(3)
+    own, rest = own_rows(layer)
+    assert own.there == own.back == 0.0
+    assert all(rest.rows[r][r * 6 + e] == 0.0 for r in range(len(rest.rows)) for e in range(6))
+    moved = ByTokens(layer, 1).chunk(0, 1).there
+    assert ByTokens(rest, 1).chunk(0, 1).there == moved, "own rows never travelled"
+
+
+def balanced(alpha: float, rate: float, curve: LayerCurve = LINE) -> Layer:
+    return Layer([[10.0] * 4] * 2, (2, 2), curve, Link(alpha, rate), 1.0, 1.0)
+
+
+def test_the_rules_of_others_by_hand() -> None:
+    layer = balanced(0.5, 20.0)  # 20 rows travel in 0.5 + 1; experts take 1 + 4
+    assert uncut(layer).seconds == pytest.approx(1.5 + 5.0 + 1.5)
+    assert two(layer).seconds == pytest.approx(1.0 + 2 * 3.0 + 1.0)
+    assert [len(s.chunks) for s in (uncut(layer), two(layer))] == [1, 2]
+    by_degree = {d: schedule(layer, "tokens", (1,) * d).seconds for d in (1, 2, 4, 8)}
+    assert tutel(layer).seconds == min(by_degree.values())
+    # FSMoE: experts bind with d = 1 (2·1.5 + 5) and 2 (2·1 + 6 = 8); links from 4 on (6·0.75 < 8, 14·0.625 < 12).
+    fitted = {1: 8.0, 2: 8.0, 4: 2 * 0.75 + 8.0, 8: 2 * 0.625 + 12.0}
+    assert len(fsmoe(layer).chunks) == min(fitted, key=lambda d: (fitted[d], d))
+
+
+def test_latency_that_costs_more_than_it_hides_leaves_a_layer_whole() -> None:
+    layer = balanced(50.0, 1e9)
+    chosen = auto(layer, ("experts", "tokens"))
+    assert not chosen.cut and chosen.seconds == uncut(layer).seconds
+    assert two(layer).seconds > chosen.seconds, "who does not ask pays for it"
+
+
+def test_only_what_is_allowed_is_used() -> None:
+    layer = balanced(0.01, 10.0)
+    assert auto(layer, ("experts",)).along == "experts"
+    assert not auto(layer, ("experts",)).local_first
+    one = Layer([[100.0, 100.0]] * 2, (1, 1), LINE, Link(0.01, 10.0), 1.0, 1.0)
+    assert not auto(one, ("experts",)).cut, "one expert a rank is one piece"
+    assert auto(one, ("experts", "tokens")).along == "tokens"
+    assert auto(one, ("experts", "local")).local_first
+
+
+@pytest.mark.parametrize("policy", ["none", "two", "tutel", "fsmoe"])
+def test_no_rule_does_better_than_the_model(policy: str) -> None:
+    for seed in range(6):
+        layer = random_layer(seed, own=3)
+        assert auto(layer).seconds <= choose(policy, layer, ()).seconds * (1 + 1e-9)
