@@ -41,25 +41,50 @@ def owners(ids: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.where((flat < 0) | (flat >= sum(sizes)), len(sizes), found)
 
 
-def loads(plan: Plan, sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows for every expert (i64[E]) and for every rank (i64[N])."""
+def renumber(ids: Tensor, order: Sequence[int]) -> Tensor:
+    """The place of every id in ``order``; ``len(order)`` for ids of no expert."""
+    places = torch.full((len(order) + 1,), len(order), dtype=ids.dtype)
+    places[list(order)] = torch.arange(len(order), dtype=ids.dtype)
+    live = (ids >= 0) & (ids < len(order))
+    return places.to(ids.device)[torch.where(live, ids, len(order)).to(torch.int64)]
+
+
+def split_rows(rows: Tensor, counts: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """Views of the rows of every chunk, whose sizes are sums of equal parts of ``counts`` (i64[K * N])."""
+    sizes = counts.view(chunks, -1).sum(1).tolist()
+    return rows[: sum(sizes)].split(sizes)
+
+
+def loads(plan: Plan, sizes: Sequence[int], device: torch.device, order: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Rows for every expert (i64[E]) and for every part of the plan's experts (i64[N]).
+
+    Args:
+        plan: The plan.
+        sizes: Experts of every part.
+        device: Of the counts.
+        order: The expert at every place, where the plan was made of places (:func:`renumber`).
+    """
     if len(plan.counts) != sum(sizes):
         raise MoecError(f"a plan for {len(plan.counts)} experts cannot go to ranks that hold {sum(sizes)}")
     at = edges(sizes)
     by_rank = [sum(plan.counts[a:b]) for a, b in pairwise(at)]
     by_expert = torch.tensor(plan.counts, dtype=torch.int64, device=device)
+    if order:
+        by_expert = torch.empty_like(by_expert).index_copy_(0, torch.tensor(order, device=device), by_expert)
     return by_expert, torch.tensor(by_rank, dtype=torch.int64, device=device)
 
 
-def arrivals(counts: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def arrivals(counts: Tensor, ranks: int, only: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Rows from every rank (i64[N]) and the own expert of every row that comes (i64[R, 1]).
 
     Args:
         counts: i64[N * E'], what every rank sends to each of this rank's E' experts.
         ranks: N.
+        only: First and past-last of the experts whose rows come; ids count from the first. All, where it is empty.
     """
     table = counts.view(ranks, -1)
-    ids = torch.arange(table.shape[1], device=counts.device).repeat(ranks).repeat_interleave(counts)
+    table = table[:, only[0] : only[1]] if only else table
+    ids = torch.arange(table.shape[1], device=counts.device).repeat(ranks).repeat_interleave(table.flatten())
     return table.sum(1), ids[:, None]
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 from torch import Tensor
 
 from moec.backends.base import Kernel
@@ -28,14 +29,26 @@ IN_ORDER = frozenset({"cpu"})
 """Backends whose kernels add a token's slots one by one."""
 
 
+def _any_rows(type: Type) -> Type:
+    """``type`` with a number of rows that is not known called R, so that chunks have the same program."""
+    if not isinstance(type, TensorType) or not type.rank or type.shape[0].is_Integer:
+        return type
+    return type.with_(shape=(sympy.Symbol("R", integer=True), *type.shape[1:]))
+
+
 def local_program(op: Op, result: Type) -> Graph:
     """A ``moe.experts`` (or the layer that a ``moe.experts_backward`` is of) as a program of its own."""
     skip = op.name == "moe.experts_backward"
     graph = Graph("program")
-    args = [graph.add_arg(v.type, f"a{i}") for i, v in enumerate(op.operands[skip:])]
+    args = [graph.add_arg(_any_rows(v.type), f"a{i}") for i, v in enumerate(op.operands[skip:])]
     attrs = {k: v for k, v in op.attrs.items() if k != "needs"}
     made = Op(
-        "moe.experts", args, [result], attrs=attrs, regions=[r.clone() for r in op.regions], groups=op.groups[skip:]
+        "moe.experts",
+        args,
+        [_any_rows(result)],
+        attrs=attrs,
+        regions=[r.clone() for r in op.regions],
+        groups=op.groups[skip:],
     )
     graph.append(made)
     graph.append(Op("return", made.results, groups=(1,)))
@@ -87,13 +100,22 @@ class ParallelKernel(Kernel):
         self.in_order = self.backend.name in IN_ORDER
         self._lock = threading.Lock()
         self._backwards: dict[tuple[bool, ...], Graph] = {}
-        (layer,) = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
-        self._local = self._load(layer, layer.result.type) if layer.attrs["experts"] else None
-        self._gradients: Kernel | None = None
+        self._kernels: dict[str, Kernel] = {}
+        self._kernel_of: dict[Op, Kernel] = {}
+        for inner in op.regions[0].ops:
+            if inner.name == "moe.experts" and inner.attrs["experts"]:
+                self._kernel(inner, inner.result.type)
 
-    def _load(self, op: Op, result: Type) -> Kernel:
-        program = local_program(op, result)
-        return self.backend.load(self.backend.lower(program, self.target))
+    def _kernel(self, op: Op, result: Type) -> Kernel:
+        """The kernel of some of this rank's experts; chunks that hold equally many share one."""
+        with self._lock:
+            if op not in self._kernel_of:
+                program = local_program(op, result)
+                key = str(program)
+                if key not in self._kernels:
+                    self._kernels[key] = self.backend.load(self.backend.lower(program, self.target))
+                self._kernel_of[op] = self._kernels[key]
+            return self._kernel_of[op]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         with running_in(WORLD):
@@ -128,17 +150,14 @@ class ParallelKernel(Kernel):
     def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
         result = op.result.type
         assert isinstance(result, TensorType)
-        if self._local is None or not len(inputs[0]):
+        if not len(inputs[0]):
             return [inputs[0].new_empty((0, int(result.shape[1])), dtype=torch_dtype(result.dtype.name))]
-        return self._local.forward(inputs)
+        return self._kernel(op, result).forward(inputs)
 
     def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
         grad, *inputs = inputs
         needs = op.attrs["needs"]
         if not len(grad):
             return [t.new_zeros(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
-        with self._lock:
-            if self._gradients is None:
-                self._gradients = self._load(op, op.operands[0].type)
-        found = self._gradients.backward([grad], inputs, needs)
+        found = self._kernel(op, op.operands[0].type).backward([grad], inputs, needs)
         return [g for g in found if g is not None]

@@ -1,0 +1,169 @@
+"""The pass ``overlap``.
+
+Contract:
+1. A layer whose experts lie on several ranks runs in chunks: while the experts of one compute, the rows of the next
+   travel there and those of the last travel home. Forward and backward are cut each for itself.
+2. How many chunks, how large, and along what, is what the cost model says ends soonest; a layer is left whole where
+   nothing does better. Without a cost model, links or loads the pass says so and does nothing, unless it is told the
+   number of chunks.
+3. Bits stay: backwards are cut along experts alone, so that each gradient is made of the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+from moec.passes.base import Pass, PassClass, PassContext, PassResult
+from moec.passes.overlap.by_experts import Whole, cut_by_experts
+from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
+from moec.passes.overlap.cuts import Layer, expert_ranges
+from moec.passes.overlap.order import EXPERTS, reorder
+from moec.passes.overlap.policies import Schedule, choose, uncut
+from moec.passes.overlap.search import MOST
+from moec.passes.overlap.traffic import traffic
+from moec.passes.registry import register_pass
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Along what a program is cut, the units of every chunk, and what to say of it."""
+
+    along: str
+    sizes: tuple[int, ...]
+    why: str
+
+
+@register_pass
+@dataclass(frozen=True)
+class Overlap(Pass):
+    """Hides the all-to-alls of expert parallelism behind the experts: chunks that are sent while others compute.
+
+    Runs after ``expert-parallel``. Times come from the cost model, rows from the routing profile.
+
+    Attributes:
+        policy: Who chooses. ``auto``: the cost model, freely. The others are for comparison: ``none``; ``two`` equal
+            chunks of tokens (torchtitan); ``tutel``, the best of 1, 2, 4 or 8 such chunks; ``fsmoe``, the one of these
+            that FSMoE's formulas name (arXiv:2501.10714). Backwards are cut along experts where these would cut tokens.
+        chunks: So many equal chunks, and nobody is asked; 0 for the policy.
+        along: What these are cut along; a backward is cut along experts always.
+        tokens: Tokens of a rank in a step, spread evenly over the experts, where there is no profile; 0 for none.
+    """
+
+    name: ClassVar[str] = "overlap"
+    pass_class: ClassVar[PassClass] = PassClass.BITWISE
+    summary: ClassVar[str] = "rows travel while experts compute, in chunks that the cost model chooses"
+
+    policy: Literal["auto", "none", "two", "tutel", "fsmoe"] = "auto"
+    chunks: int = 0
+    along: Literal["experts", "tokens"] = "experts"
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chunks <= MOST:
+            raise ValueError(f"chunks is a number up to {MOST}, or 0 for what the policy chooses")
+        if self.tokens < 0:
+            raise ValueError("tokens is a number of tokens, or 0 where nobody knows")
+
+    def run(self, graph: Graph, ctx: PassContext) -> PassResult:
+        cut = 0
+        for op in [op for op in graph.ops if op.name == "moe.parallel_experts"]:
+            for place, direction in enumerate(DIRECTIONS):
+                try:
+                    chosen = self._choose(op, place, ctx)
+                    made = _cut(op, place, chosen)
+                except Whole as reason:
+                    ctx.remark("missed", self.name, f"the {direction} stays whole: {reason}", op)
+                    continue
+                what = f"the {direction} in {len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}{chosen.why}"
+                if not ctx.take_fuel(self.name, what, op):
+                    return PassResult(cut > 0, {"cut": cut})
+                ctx.remark("applied", self.name, what, op)
+                reorder(made)
+                op.regions[place] = made
+                made.parent_op = op
+                cut += 1
+        return PassResult(cut > 0, {"cut": cut})
+
+    def _choose(self, op: Op, place: int, ctx: PassContext) -> _Chosen:
+        """What to do with one direction.
+
+        Raises:
+            Whole: Nothing; with the reason.
+        """
+        region = op.regions[place]
+        if sum(o.name in EXPERTS for o in region.ops) > 1:
+            raise Whole("it is cut already")
+        if self.chunks:
+            along = "experts" if place else self.along
+            own = max(op_def(op.name).attr(op, "sizes"))
+            count = min(self.chunks, own) if along == "experts" else self.chunks
+            if count < 2:
+                raise Whole("one chunk is the whole")
+            return _Chosen(along, (1,) * count, "")
+        layer = self._layer(op, place, ctx)
+        found = choose(self.policy, layer, ("experts",) if place else ("experts", "tokens"))
+        return self._judged(found, layer, place)
+
+    def _judged(self, found: Schedule, layer: Layer, place: int) -> _Chosen:
+        whole = uncut(layer)
+        if not found.cut:
+            raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks take less")
+        why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
+        if place and found.along == "tokens":
+            count = min(len(found.sizes), max(layer.sizes))
+            if count < 2:
+                raise Whole("a rank's only expert is not cut")
+            return _Chosen("experts", (1,) * count, "")
+        return _Chosen(found.along, found.sizes, why)
+
+    def _layer(self, op: Op, place: int, ctx: PassContext) -> Layer:
+        """The layer as the cost model sees it.
+
+        Raises:
+            Whole: Something is not known.
+        """
+        attr = op_def(op.name).attr
+        sizes, experts, group = attr(op, "sizes"), attr(op, "experts"), attr(op, "group")
+        sent = traffic(op.regions[place])
+        if sent is None:
+            raise Whole(f"what the form {attr(op, 'form')!r} sends is not predicted; ask for a number of chunks")
+        if not isinstance(ctx.cost_model, OverlapCosts):
+            raise Whole("there is no cost model; ask for a number of chunks")
+        links, times = ctx.cost_model.transport(group, len(sizes)), ctx.cost_model.expert_times(op, bool(place))
+        if links is None:
+            raise Whole(f"nobody measured the links of group {group!r}; ask for a number of chunks")
+        if times is None:
+            raise Whole("the cost model does not know its experts; ask for a number of chunks")
+        rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
+        if rows is None:
+            if not self.tokens:
+                raise Whole("there is no routing profile; the option tokens says how many a step has")
+            ids = op.operands[1].type
+            assert isinstance(ids, TensorType)
+            rows = [[self.tokens * int(ids.shape[1]) / experts] * experts] * len(sizes)
+        return Layer(
+            rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages
+        )
+
+
+def _cut(op: Op, place: int, chosen: _Chosen) -> Graph:
+    sizes = op_def(op.name).attr(op, "sizes")
+    if chosen.along == "tokens":
+        return cut_by_tokens(op.regions[place], chosen.sizes)
+    at, edges = 0, expert_ranges(sizes, sum(chosen.sizes))
+    ends = [edges[0]]
+    for size in chosen.sizes:
+        at += size
+        ends.append(edges[at])
+    return cut_by_experts(op.regions[place], sizes, ends)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,151 @@
+"""Layers in chunks on ranks that are threads: the bits of the whole layer, the same bytes, an order that holds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moec.backends.reference import run_graph
+from moec.backends.reference.world import LocalWorld, run_world
+from moec.ir.core import Graph, Op
+from moec.ir.types import TensorType, dtype
+from moec.ir.verifier import verify
+from moec.passes.overlap.by_experts import cut_by_experts
+from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.order import EXPERTS, in_turn, is_start, needs, on_demand, reorder
+from tests.parallel.layers import HISTOGRAMS, Layer
+from tests.parallel.test_forms import REORDERED, backward, close, forward, graphs
+
+WHOLE = "expert-parallel"
+NARROW = "expert-parallel,quantize-dispatch"
+FORMS = {
+    "flat": "expert-parallel",
+    "gather": "expert-parallel{form=gather}",
+    "hierarchical": "expert-parallel{form=hierarchical,nodes=<nodes>,rank=<rank>}",
+    "sums": "expert-parallel-sums",
+}
+
+
+def experts_of(layer: Layer, pipeline: str, direction: int, rank: int = 0) -> int:
+    """How many times a rank runs experts."""
+    region = graphs(layer, pipeline)[rank].ops[0].regions[direction]
+    return sum(op.name in EXPERTS for op in region.ops)
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("before", [WHOLE, NARROW])
+def test_chunks_of_experts_have_the_bits_of_the_whole(before: str, histogram: str) -> None:
+    layer = Layer(experts=11, top_k=3)
+    tokens = layer.tokens(histogram)
+    grads = layer.gradients(tokens)
+    want, want_worlds = forward(layer, before, tokens)
+    want_grads = backward(layer, before, tokens, grads)
+    for chunks in (2, 3):
+        after = f"{before},overlap{{chunks={chunks}}}"
+        assert experts_of(layer, after, 0) == experts_of(layer, after, 1) == chunks
+        got, worlds = forward(layer, after, tokens)
+        assert torch.equal(got, want)
+        assert [w.sent for w in worlds] == [w.sent for w in want_worlds], "no byte more travels"
+        for g, w in zip(backward(layer, after, tokens, grads), want_grads, strict=True):
+            assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+def test_chunks_of_tokens_give_what_the_whole_gives(form: str, histogram: str) -> None:
+    layer = Layer(nodes=2)
+    tokens = layer.tokens(histogram)
+    after = f"{FORMS[form]},overlap{{chunks=3,along=tokens}}"
+    assert experts_of(layer, after, 0) == 3
+    close(forward(layer, after, tokens)[0], forward(layer, FORMS[form], tokens)[0], REORDERED)
+
+
+def run_cut(layer: Layer, edges: list[tuple[int, ...]], place: int, inputs: list[list[Tensor]]) -> list[list[Tensor]]:
+    regions = []
+    for graph in graphs(layer, WHOLE):
+        region = cut_by_experts(graph.ops[0].regions[place], layer.sizes, edges)
+        reorder(region)
+        verify(region)
+        regions.append(region)
+    outs, _ = run_world(layer.ranks, layer.groups, lambda r: run_graph(regions[r], inputs[r]))
+    return outs
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(HISTOGRAMS), st.integers(2, 4), st.integers(1, 9))
+def test_any_edges_have_the_bits_of_the_whole(seed: int, histogram: str, ranks: int, experts: int) -> None:
+    rng = random.Random(seed)
+    layer = Layer(ranks, experts, min(2, experts), hidden=4, inner=4)
+    chunks = rng.randint(1, 5)
+    inner = [sorted(rng.randint(0, s) for _ in range(chunks - 1)) for s in sorted(set(layer.sizes))]
+    by_size = dict(zip(sorted(set(layer.sizes)), inner, strict=True))  # equal ranks are cut alike
+    columns = [(0, *by_size[s], s) for s in layer.sizes]
+    edges = list(zip(*columns, strict=True))
+    tokens, weights = layer.tokens(histogram, seed), layer.weights(seed)
+    inputs = [[*tokens[r], *layer.share(r, weights)] for r in range(ranks)]
+    regions = [graph.ops[0].regions for graph in graphs(layer, WHOLE)]
+    want, _ = run_world(ranks, layer.groups, lambda r: run_graph(regions[r][0], inputs[r]))
+    for got, w in zip(run_cut(layer, edges, 0, inputs), want, strict=True):
+        assert torch.equal(got[0], w[0])
+    grads = layer.gradients(tokens, seed)
+    inputs = [[grads[r], *inputs[r]] for r in range(ranks)]
+    want, _ = run_world(ranks, layer.groups, lambda r: run_graph(regions[r][1], inputs[r]))
+    for got, w in zip(run_cut(layer, edges, 1, inputs), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, w, strict=True))
+
+
+def test_unequal_shares_of_tokens() -> None:
+    layer = Layer()
+    tokens, weights = layer.tokens("spread"), layer.weights()
+    inputs = [[*tokens[r], *layer.share(r, weights)] for r in range(layer.ranks)]
+    regions = [cut_by_tokens(graph.ops[0].regions[0], (1, 5, 2)) for graph in graphs(layer, WHOLE)]
+    for region in regions:
+        reorder(region)
+        verify(region)
+    worlds: list[LocalWorld]
+    outs, worlds = run_world(layer.ranks, layer.groups, lambda r: run_graph(regions[r], inputs[r]))
+    close(torch.cat([out[0] for out in outs]), forward(layer, WHOLE, tokens)[0], REORDERED)
+    assert worlds[0].sent["all_to_all", "ep"] > 0
+
+
+def test_everything_is_on_its_way_before_the_first_experts_and_comes_home_behind_the_last() -> None:
+    region = graphs(Layer(experts=12), "expert-parallel,overlap{chunks=3}")[0].ops[0].regions[0]
+    kinds = [op.name for op in region.ops if is_start(op) or op.name in (*EXPERTS, "comm.wait")]
+    start, wait, experts = "comm.all_to_all.start", "comm.wait", "moe.experts"
+    assert kinds == [start, wait, *[start] * 3, *[wait, experts, start] * 3, *[wait] * 3]
+
+
+def random_program(rng: random.Random) -> Graph:
+    """Starts, waits, experts and other ops in any order that dataflow allows."""
+    graph, t = Graph("any"), TensorType(dtype("f32"), ())
+    values = [graph.add_arg(t, "x")]
+    for _ in range(rng.randint(1, 25)):
+        name = rng.choice(("comm.all_to_all.start", "comm.wait", "moe.experts", "torch.call"))
+        operands = rng.sample(values, min(len(values), rng.randint(1, 3)))
+        op = Op(name, operands, [t], attrs={"target": "aten.cat.default"}, groups=(len(operands),))
+        graph.append(op)
+        values.append(op.result)
+    graph.append(Op("return", values[-3:], groups=(len(values[-3:]),)))
+    return graph
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9))
+def test_no_order_of_asking_breaks_a_dependency(seed: int) -> None:
+    rng = random.Random(seed)
+    graph = random_program(rng)
+    ops, before = list(graph.ops), needs(graph)
+    asked = rng.sample(ops, len(ops))
+    for order in (on_demand(asked), on_demand([*in_turn(graph), graph.terminator])):
+        place = {op: i for i, op in enumerate(order)}
+        assert all(place[maker] < i for op, i in place.items() for maker in before[op])
+        assert len(place) == len(order)
+    assert set(on_demand(asked)) == set(ops)
+    needed = before[graph.terminator]
+    reorder(graph)
+    assert graph.ops[-1].name == "return" and needed <= set(graph.ops), "what the result needs stays"
