@@ -3,8 +3,8 @@
     python benchmarks/overlap_search.py --cases 10000
 
 For layers drawn at random, the predicted step of the chosen schedule over that of the best: of all ways to cut experts
-or tokens (whole sixteenths) into up to eight chunks, with and without a chunk of the rank's own rows first. Every
-rank's own time counts. The rules of torchtitan, Tutel and FSMoE are judged by the same times.
+or tokens (whole sixteenths) into up to eight chunks, experts with and without a chunk of the rank's own rows first.
+Every rank's own time counts. The rules of torchtitan, Tutel and FSMoE are judged by the same times.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.passes.overlap.cuts import Cut, Layer
-from moec.passes.overlap.policies import CUTS, POLICIES, choose, equal, own_rows
+from moec.passes.overlap.cuts import ByExperts, Cut, Layer
+from moec.passes.overlap.policies import CUTS, EVERYTHING, POLICIES, choose, equal, own_rows
 from moec.passes.overlap.search import MOST
 from moec.passes.overlap.timeline import Chunk
 from overlap_cases import draw_layer
 
-ALLOWED = ("experts", "tokens", "local")
 Array = NDArray[Any]
 
 
@@ -42,7 +41,7 @@ def compositions(units: int, most: int) -> Array:
     return np.array(found)
 
 
-def best_of_all(cut: Cut, first: Sequence[Chunk], edges: Array) -> float:
+def best_of_all(cut: Cut, first: Chunk | None, edges: Array) -> float:
     """Seconds of the best way: every way's timeline at once."""
     units = cut.units
     ranks = len(cut.layer.sizes)
@@ -52,8 +51,9 @@ def best_of_all(cut: Cut, first: Sequence[Chunk], edges: Array) -> float:
         chunk = cut.chunk(a, b)
         there[a, b], back[a, b], compute[a, b] = chunk.there, chunk.back, chunk.compute
     a, b = edges[:, :-1], edges[:, 1:]
-    arrived = np.cumsum(there[a, b], axis=1)
-    busy = np.zeros((len(edges), ranks)) + sum((np.array(c.compute) for c in first), np.zeros(ranks))
+    counting = first.there if first else 0.0
+    arrived = counting + np.cumsum(there[a, b], axis=1)
+    busy = np.zeros((len(edges), ranks)) + (counting + np.array(first.compute) if first else 0.0)
     done = np.zeros(a.shape)
     for i in range(a.shape[1]):
         busy = np.maximum(busy, arrived[:, i, None]) + compute[a[:, i], b[:, i]]
@@ -64,15 +64,16 @@ def best_of_all(cut: Cut, first: Sequence[Chunk], edges: Array) -> float:
     return float(links.min())
 
 
-def exhaustive(layer: Layer, allowed: Sequence[str] = ALLOWED, most: int = MOST) -> float:
+def exhaustive(layer: Layer, allowed: Sequence[str] = EVERYTHING, most: int = MOST) -> float:
     """Seconds of the best schedule that there is; equal parts of tokens need not be whole sixteenths."""
     own, rest = own_rows(layer)
     best = [s.seconds for s in equal(layer, range(1, most + 1))] if "tokens" in allowed else []
     for along in (a for a in CUTS if a in allowed):
         whole = CUTS[along](layer)
-        best.append(best_of_all(whole, (), _edges(whole.units, most)))
-        if "local" in allowed:
-            best.append(best_of_all(CUTS[along](rest), (own,), _edges(whole.units, most - 1)))
+        best.append(best_of_all(whole, None, _edges(whole.units, most)))
+    if "own" in allowed:
+        cut = ByExperts(rest)
+        best.append(best_of_all(cut, own, _edges(cut.units, most - 1)))
     return min(best)
 
 
@@ -101,7 +102,7 @@ def compare(cases: Iterable[int]) -> Found:
         layer = draw_layer(random.Random(case))
         for policy in POLICIES:
             before = time.perf_counter()
-            found.by[policy].append(choose(policy, layer, ALLOWED).seconds)
+            found.by[policy].append(choose(policy, layer, EVERYTHING).seconds)
             if policy == "auto":
                 found.planning.append(time.perf_counter() - before)
         found.best.append(exhaustive(layer))

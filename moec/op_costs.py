@@ -13,16 +13,22 @@ from functools import lru_cache
 from moec.backends.base import Advice, Adviser
 from moec.backends.cpu.isa import LEVELS, isa_of
 from moec.cost import LayerShape, LayerTime, MachineProfile, library_is_faster, machine_for, predict, threads_for
+from moec.cost.curve import LayerCurve, measured_curve
+from moec.cost.links import Link
 from moec.cost.machine import ITEM_BYTES
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
+from moec.parallel.costs import costs_of
 from moec.targets import parse_target
+
+BACKWARD_WORK = 8 / 3
+"""Work of a layer's backward over its forward's: the up GEMM again, and two GEMMs for each one of the forward."""
 
 
 @dataclass(frozen=True)
 class OpCosts:
-    """Predicted times of ``moe.experts`` on the cpu backend.
+    """Predicted times of ``moe.experts`` on the cpu backend, alone and spread over ranks.
 
     Attributes:
         machine: The profile of the target's processor, measured or assumed.
@@ -42,6 +48,21 @@ class OpCosts:
         """
         shape = layer_shape(op)
         return None if shape is None else predict(shape, load, self.machine, threads, self.isa)
+
+    def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
+        """Times of one rank's experts of a ``moe.parallel_experts``; None where the model does not know them."""
+        layer = next((inner for inner in op.regions[0].ops if inner.name == "moe.experts"), None)
+        shape = None if layer is None else layer_shape(layer)
+        agreed = costs_of(op.attrs["group"])
+        if shape is None or agreed is None:
+            return None
+        curve = measured_curve(shape, agreed.machine, agreed.threads, agreed.isa)
+        return curve.times(BACKWARD_WORK) if backward else curve
+
+    def transport(self, group: str, ranks: int) -> Link | None:
+        """The links of a group, as its ranks measured them together."""
+        agreed = costs_of(group)
+        return None if agreed is None else agreed.link
 
     def advise(self, op: Op) -> Adviser | None:
         """What a call of ``op`` should do, by its tokens; None for an op that the model does not know."""

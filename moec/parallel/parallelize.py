@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moec.cost.machine import MachineProfile
 from moec.parallel.plan import AXES, Layout, ParallelError, Plan, check_mesh, fold, follow_another, put_in_force
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
@@ -106,6 +107,7 @@ def _spread(
     from moec.backends.distributed import faults, groups
     from moec.parallel.attention import count_local_heads, split_heads
     from moec.parallel.classes import Fold, show_whole
+    from moec.parallel.costs import agree
     from moec.parallel.experts import expert_parameters
     from moec.parallel.fill import fill
     from moec.parallel.load import Reader
@@ -142,6 +144,8 @@ def _spread(
     layout = fold(plan, mesh, group, mean, tp_name)
     _bind(layout, groups.bind)
     faults.start_heart()
+    if plan.overlap != "none" and plan.ep > 1:
+        agree(group, layout.ep_group, mesh.device_type, _own_costs)
     reader = None if path is None else Reader(path, model)
     roles = roles_of(model, layout, found, attention)
 
@@ -195,6 +199,14 @@ def _spread(
             show_whole(module, own, how)
     _LAYOUTS[model] = layout
     return model
+
+
+def _own_costs() -> tuple[MachineProfile, str] | None:
+    """This rank's processor as the cost model knows it."""
+    from moec.op_costs import op_costs
+
+    costs = op_costs("cpu")
+    return None if costs is None else (costs.machine, costs.isa)
 
 
 def _device_type(model: nn.Module) -> str:

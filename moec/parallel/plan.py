@@ -30,6 +30,7 @@ CHOICES = {
     "sums": ("home", "way"),
     "payload": ("whole", "int8", "fp8"),
     "tokens": ("any", "equal"),
+    "overlap": ("none", "auto", "two", "tutel", "fsmoe"),
 }
 """Settings that are words, and the words."""
 
@@ -48,6 +49,8 @@ class Plan:
         tokens: ``equal`` promises that all ranks have equally many tokens in every step, so that a router with groups
             of equal load needs no counts exchanged.
         tp: Ranks that split attention's heads; they have the same tokens.
+        overlap: Who chooses the chunks in which rows travel while experts compute (the pass ``overlap``).
+        step: Tokens of a rank in a step, which that choice is made for; 0 where a routing profile says it.
     """
 
     ep: int = 1
@@ -57,6 +60,8 @@ class Plan:
     payload: str = "whole"
     tokens: str = "any"
     tp: int = 1
+    overlap: str = "none"
+    step: int = 0
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -121,6 +126,7 @@ class Plan:
     def passes(self, rank: int) -> list[Pass]:
         """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
         from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
+        from moec.passes.overlap import Overlap
         from moec.passes.quantize_dispatch import QuantizeDispatch
 
         made: list[Pass] = []
@@ -132,6 +138,9 @@ class Plan:
             made.append(ExpertParallel(self.ep, shape, self.nodes, rank, self.tokens == "equal"))
         if self.payload != "whole":
             made.append(QuantizeDispatch("i8" if self.payload == "int8" else "f8e4m3fn"))
+        if self.overlap != "none":
+            policy: Any = self.overlap
+            made.append(Overlap(policy, tokens=self.step, rank=rank))
         return made
 
 

@@ -5,6 +5,9 @@ that one dispatch sorts the rows by chunk and a chunk is a piece of them. From t
 each of these becomes one value a chunk, by the dataflow: rows that are narrowed, sent, waited for, computed and sent
 home. Counts travel once, and rows are put together again where tokens take them.
 
+A rank's own rows may be a chunk before all others: they need no links, and their experts run while the first rows of
+the others travel. Own experts then run twice, with other rows.
+
 Each row meets the weights that it met before, each expert has the rows it had before in the same order, and a token
 adds its rows in the same order: no bit changes.
 """
@@ -12,6 +15,7 @@ adds its rows in the same order: no bit changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import sympy
@@ -36,34 +40,73 @@ class Whole(Exception):
     """The program is not cut; ``str`` is the reason."""
 
 
-def new_order(sizes: Sequence[int], edges: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """All experts: chunk after chunk, in a chunk rank after rank.
+Range = tuple[int, int]
+"""First and past-last of a rank's experts, counted from its first."""
 
-    Args:
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which experts are in every chunk.
+
+    Attributes:
         sizes: Experts of every rank.
         edges: Where every chunk begins among every rank's own experts, and the end: [K + 1][N].
+        own_first: The rank that the program is for, where its own rows are a chunk before these; else -1.
     """
-    first = [0, *accumulate(sizes)]
-    return tuple(
-        first[rank] + own
-        for chunk in range(len(edges) - 1)
-        for rank in range(len(sizes))
-        for own in range(edges[chunk][rank], edges[chunk + 1][rank])
-    )
+
+    sizes: tuple[int, ...]
+    edges: Sequence[Sequence[int]]
+    own_first: int = -1
+
+    @property
+    def count(self) -> int:
+        """Chunks, that of own rows among them."""
+        return len(self.edges) - 1 + (self.own_first >= 0)
+
+    def to(self, chunk: int, rank: int) -> Range:
+        """The experts of ``rank`` that rows of the chunk are sent to."""
+        if self.own_first < 0:
+            return self.edges[chunk][rank], self.edges[chunk + 1][rank]
+        if chunk == 0:
+            return (0, self.sizes[rank]) if rank == self.own_first else (0, 0)
+        return (0, 0) if rank == self.own_first else (self.edges[chunk - 1][rank], self.edges[chunk][rank])
+
+    def at(self, chunk: int, rank: int) -> Range:
+        """The experts of ``rank`` that run for the chunk."""
+        if self.own_first >= 0 and chunk == 0:
+            return 0, self.sizes[rank]
+        chunk -= self.own_first >= 0
+        return self.edges[chunk][rank], self.edges[chunk + 1][rank]
+
+    def parts(self) -> tuple[int, ...]:
+        """How many experts of every rank rows are sent to, chunk after chunk: [K * N]."""
+        pairs = (self.to(c, r) for c in range(self.count) for r in range(len(self.sizes)))
+        return tuple(last - first for first, last in pairs)
+
+    def order(self) -> tuple[int, ...]:
+        """All experts: chunk after chunk, in a chunk rank after rank."""
+        first = [0, *accumulate(self.sizes)]
+        return tuple(
+            first[rank] + own
+            for chunk in range(self.count)
+            for rank in range(len(self.sizes))
+            for own in range(*self.to(chunk, rank))
+        )
 
 
 class _Cutter:
     """Writes the cut program."""
 
-    def __init__(self, region: Graph, sizes: Sequence[int], edges: Sequence[Sequence[int]]) -> None:
-        self.region, self.sizes, self.edges = region, tuple(sizes), edges
-        self.chunks = len(edges) - 1
+    def __init__(self, region: Graph, plan: Chunks) -> None:
+        self.region, self.plan, self.sizes = region, plan, plan.sizes
+        self.chunks = plan.count
         self.graph = Graph(region.name, attrs=dict(region.attrs), meta=dict(region.meta))
         self.b = Builder(self.graph)
         self.whole: dict[Value, Value] = {a: self.graph.add_arg(a.type, a.name) for a in region.args}
         self.parts: dict[Value, list[Value]] = {}
         self.sorted: set[Value] = set()  # values in the plan's order that were not split yet
         self.counts: Value | None = None
+        self.own_counts: Value | None = None
         self.dispatch = self._only("moe.dispatch")
         self.layer = next((op for op in region.ops if op.name in EXPERTS), None)
 
@@ -74,9 +117,9 @@ class _Cutter:
         return found[0]
 
     def run(self) -> Graph:
-        own = self._own()
-        if own != self.edges[-1][self._rank_like(own)]:
-            raise Whole("its ranges of experts are those of other ranks")
+        own, here = self._own(), self.plan.own_first
+        if here >= 0 and self.sizes[here] != own:
+            raise Whole(f"rank {here} holds {self.sizes[here]} experts, the program is for {own}")
         for op in self.region.ops:
             self.b.loc = op.loc
             self._write(op)
@@ -92,9 +135,12 @@ class _Cutter:
             raise Whole(f"no rank of {self.sizes} holds {own} experts")
         return self.sizes.index(own)
 
-    def _range(self, chunk: int) -> tuple[int, int]:
-        rank = self._rank_like(self._own())
-        return self.edges[chunk][rank], self.edges[chunk + 1][rank]
+    def _range(self, chunk: int) -> Range:
+        return self.plan.at(chunk, self._rank_like(self._own()))
+
+    def _stays(self, chunk: int) -> bool:
+        """Whether the chunk is of own rows."""
+        return chunk == 0 and self.plan.own_first >= 0
 
     def _write(self, op: Op) -> None:
         if op is self.dispatch:
@@ -126,19 +172,17 @@ class _Cutter:
         if op_def(op.name).attr(op, "experts") != sum(self.sizes):
             raise Whole("its rows are sorted by something else than all experts")
         x, ids = (self.whole[v] for v in op.operands)
-        places = self.b.op("moe.renumber", ids, attrs={"order": new_order(self.sizes, self.edges)}).result
+        places = self.b.op("moe.renumber", ids, attrs={"order": self.plan.order()}).result
         self._clone(op, {0: x, 1: places})
         self.sorted.add(op.results[0])
 
     def _loads(self, op: Op) -> None:
         if self.whole.get(op.operands[1]) is not self.whole[self.dispatch.results[1]] or self.counts is not None:
             raise Whole("other rows than those of its tokens are counted")
-        ranks = range(len(self.sizes))
-        parts = tuple(self.edges[c + 1][r] - self.edges[c][r] for c in range(self.chunks) for r in ranks)
-        attrs = {"sizes": parts, "order": new_order(self.sizes, self.edges)}
+        attrs = {"sizes": self.plan.parts(), "order": self.plan.order()}
         rows, plan = (self.whole[v] for v in op.operands)
         by_expert, self.counts = self.b.op("moe.loads", rows, plan, attrs=attrs).results
-        self.whole[op.results[0]] = by_expert
+        self.whole[op.results[0]] = by_expert if self.plan.own_first < 0 else self._sent(by_expert)
         like = tensor_type(op.results[1])
         count = len(self.sizes)
         self.parts[op.results[1]] = [
@@ -146,11 +190,30 @@ class _Cutter:
             for c in range(self.chunks)
         ]
 
+    def _sent(self, by_expert: Value) -> Value:
+        """The counts that ranks tell each other: of own experts, whose rows stay, none."""
+        here = self.plan.own_first
+        first, last = sum(self.sizes[:here]), sum(self.sizes[: here + 1])
+        pieces = [self._slice(by_expert, *edges) for edges in ((0, first), (first, last), (last, sum(self.sizes)))]
+        self.own_counts = pieces[1]
+        like = tensor_type(pieces[1])
+        pieces[1] = self.b.call("aten.zeros_like.default", [pieces[1]], result_types=[like]).result
+        return self.b.call("aten.cat.default", [pieces], result_types=[by_expert.type]).result
+
+    def _slice(self, value: Value, first: int, last: int) -> Value:
+        t = tensor_type(value)
+        some = t.with_(shape=(sympy.Integer(last - first), *t.shape[1:]))
+        return self.b.call("aten.slice.Tensor", [value, 0, first, last], result_types=[some]).result
+
     def _arrivals(self, op: Op) -> None:
         by_rank, ids = [], []
         for chunk in range(self.chunks):
+            counts, attrs = self.whole[op.operands[0]], {**op.attrs, "only": self._range(chunk)}
+            if self._stays(chunk):
+                assert self.own_counts is not None
+                counts, attrs = self.own_counts, {"ranks": 1}
             made = self.b.op(
-                op.name, self.whole[op.operands[0]], attrs={**op.attrs, "only": self._range(chunk)},
+                op.name, counts, attrs=attrs,
                 result_types=[op.results[0].type, self._type(op.results[1].type, chunk)],
             ).results  # fmt: skip
             by_rank.append(made[0])
@@ -162,6 +225,7 @@ class _Cutter:
         if not isinstance(type, TensorType) or not type.rank:
             return type
         rows = str(type.shape[0]) if type.shape[0].is_Symbol else "S"
+        rows = "L" if self._stays(chunk) else rows
         return type.with_(shape=(sympy.Symbol(f"{rows}{chunk}", integer=True), *type.shape[1:]))
 
     def _split(self, value: Value) -> list[Value]:
@@ -181,18 +245,23 @@ class _Cutter:
         return self._split(value)[chunk] if value in self.parts or value in self.sorted else self.whole[value]
 
     def _each(self, op: Op) -> None:
-        """A copy of ``op`` for every chunk."""
-        self._copies(op, lambda chunk: [self._part(v, chunk) for v in op.operands], op.attrs, op.results)
+        """A copy of ``op`` for every chunk; own rows are there without a copy of what brings them."""
+        staying = [0] if self.plan.own_first >= 0 and op.dialect == "comm" else []
+        here = [self._part(op.operands[0], chunk) for chunk in staying]
+        chunks = range(len(staying), self.chunks)
+        self._copies(op, lambda chunk: [self._part(v, chunk) for v in op.operands], op.results, chunks)
+        if staying:
+            self.parts[op.result] = here + self.parts[op.result]
 
     def _copies(
-        self, op: Op, operands: Callable[[int], list[Value]], attrs: dict[str, object], rows: Sequence[Value]
+        self, op: Op, operands: Callable[[int], list[Value]], rows: Sequence[Value], chunks: Sequence[int]
     ) -> list[Op]:
-        made = []
-        for chunk in range(self.chunks):
+        made: list[Op] = []
+        for chunk in chunks:
             types = [self._type(r.type, chunk) if r in rows else r.type for r in op.results]
             copy = Op(
-                op.name, operands(chunk), types, attrs=attrs, regions=[r.clone() for r in op.regions], groups=op.groups,
-                loc=op.loc,
+                op.name, operands(chunk), types, attrs=op.attrs, regions=[r.clone() for r in op.regions],
+                groups=op.groups, loc=op.loc,
             )  # fmt: skip
             made.append(self.b.insert(copy))
         for i, result in enumerate(op.results):
@@ -222,15 +291,15 @@ class _Cutter:
                 if i not in places:
                     found.append(self._part(value, chunk))
                     continue
-                t = tensor_type(value)
-                some = t.with_(shape=(sympy.Integer(last - first), *t.shape[1:]))
-                args = [self.whole[value], 0, first, last]
-                found.append(self.b.call("aten.slice.Tensor", args, result_types=[some]).result)
+                found.append(self._slice(self.whole[value], first, last))
             return found
 
         needed = [i for i, need in enumerate(needs or ()) if need]
-        weights = {r for r, i in zip(op.results, needed, strict=False) if i > 2}
-        made = self._copies(op, operands, op.attrs, [r for r in op.results if r not in weights])
+        weights = [r for r, i in zip(op.results, needed, strict=False) if i > 2]
+        if weights and self.plan.own_first >= 0:
+            raise Whole("gradients of own experts would be added up in another order")
+        rows = [r for r in op.results if r not in weights]
+        made = self._copies(op, operands, rows, range(self.chunks))
         for chunk, copy in enumerate(made):
             first, last = self._range(chunk)
             copy.attrs["experts"] = last - first
@@ -248,15 +317,14 @@ class _Cutter:
         return range(start, start + op.groups[at])
 
 
-def cut_by_experts(region: Graph, sizes: Sequence[int], edges: Sequence[Sequence[int]]) -> Graph:
+def cut_by_experts(region: Graph, chunks: Chunks) -> Graph:
     """The same program in chunks of experts.
 
     Args:
         region: A program of a ``moe.parallel_experts``.
-        sizes: Experts of every rank.
-        edges: Where every chunk begins among every rank's own experts, and the end: [K + 1][N].
+        chunks: Which experts are in every chunk. Own rows come first in a forward alone.
 
     Raises:
         Whole: The program's rows take another way than sorted, counted, sent, computed, sent home.
     """
-    return _Cutter(region, sizes, edges).run()
+    return _Cutter(region, chunks).run()

@@ -34,6 +34,8 @@ class Layer:
         back_bytes: Of a row on its way home.
         there_messages: Collectives on the way there.
         back_messages: Collectives on the way home.
+        count_messages: Collectives that say how many rows will come: once for chunks of experts, for every chunk of
+            tokens.
     """
 
     rows: Sequence[Sequence[float]]
@@ -44,6 +46,7 @@ class Layer:
     back_bytes: float
     there_messages: int = 1
     back_messages: int = 1
+    count_messages: int = 1
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.sizes) or any(len(r) != sum(self.sizes) for r in self.rows):
@@ -104,7 +107,7 @@ class ByExperts(Cut):
                     moved = sum(part)
                     out[source] += moved
                     came[rank] += moved
-        return _chunk(layer, max((*out, *came)), tuple(compute))
+        return _chunk(layer, max((*out, *came)), tuple(compute), counted=first == 0)
 
 
 class ByTokens(Cut):
@@ -125,12 +128,13 @@ class ByTokens(Cut):
     def _cost(self, first: int, last: int) -> Chunk:
         share = (last - first) / self.units
         compute = tuple(self.layer.experts.seconds(load * share for load in loads) for loads in self._loads)
-        return _chunk(self.layer, self._busiest * share, compute)
+        return _chunk(self.layer, self._busiest * share, compute, counted=True)
 
 
-def _chunk(layer: Layer, busiest: float, compute: tuple[float, ...]) -> Chunk:
+def _chunk(layer: Layer, busiest: float, compute: tuple[float, ...], counted: bool) -> Chunk:
     """The chunk whose busiest rank sends or gets so many rows. Ranks without any take part in the collectives too."""
-    if not busiest and not any(compute):
+    if not busiest and not any(compute) and not counted:
         return Chunk(0.0, compute, 0.0)
-    there = layer.links.seconds(busiest * layer.there_bytes, layer.there_messages)
+    messages = layer.there_messages + layer.count_messages * counted
+    there = layer.links.seconds(busiest * layer.there_bytes, messages)
     return Chunk(there, compute, layer.links.seconds(busiest * layer.back_bytes, layer.back_messages))

@@ -64,4 +64,6 @@ def on_demand(asked: Sequence[Op]) -> list[Op]:
 
 def reorder(graph: Graph) -> None:
     """Put the ops of a program without effects in this order; ops that nothing needs go."""
-    graph.ops = on_demand([*in_turn(graph), graph.terminator])
+    order = on_demand([*in_turn(graph), graph.terminator])
+    graph.erase_many(set(graph.ops) - set(order))
+    graph.ops = order

@@ -12,20 +12,19 @@ Contract:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
-from moec.ir.types import TensorType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
-from moec.passes.overlap.by_experts import Whole, cut_by_experts
+from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
-from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
-from moec.passes.overlap.cuts import Layer, expert_ranges
+from moec.passes.overlap.cuts import expert_ranges
 from moec.passes.overlap.order import EXPERTS, reorder
-from moec.passes.overlap.policies import Schedule, choose, uncut
+from moec.passes.overlap.plan import BACKWARD, plan, read_layer
+from moec.passes.overlap.policies import uncut
 from moec.passes.overlap.search import MOST
-from moec.passes.overlap.traffic import traffic
 from moec.passes.registry import register_pass
 
 DIRECTIONS = ("forward", "backward")
@@ -33,11 +32,12 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Along what a program is cut, the units of every chunk, and what to say of it."""
+    """Along what a program is cut, the units of every chunk, what to say, and the rank whose own rows go first."""
 
     along: str
     sizes: tuple[int, ...]
     why: str
+    own_first: int = -1
 
 
 @register_pass
@@ -54,6 +54,7 @@ class Overlap(Pass):
         chunks: So many equal chunks, and nobody is asked; 0 for the policy.
         along: What these are cut along; a backward is cut along experts always.
         tokens: Tokens of a rank in a step, spread evenly over the experts, where there is no profile; 0 for none.
+        rank: The rank that the graph is for, so that its own rows may come first; -1 where nobody says.
     """
 
     name: ClassVar[str] = "overlap"
@@ -64,6 +65,7 @@ class Overlap(Pass):
     chunks: int = 0
     along: Literal["experts", "tokens"] = "experts"
     tokens: int = 0
+    rank: int = -1
 
     def __post_init__(self) -> None:
         if not 0 <= self.chunks <= MOST:
@@ -81,7 +83,10 @@ class Overlap(Pass):
                 except Whole as reason:
                     ctx.remark("missed", self.name, f"the {direction} stays whole: {reason}", op)
                     continue
-                what = f"the {direction} in {len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}{chosen.why}"
+                own = "own rows first, then " if chosen.own_first >= 0 else ""
+                what = (
+                    f"the {direction} in {own}{len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}{chosen.why}"
+                )
                 if not ctx.take_fuel(self.name, what, op):
                     return PassResult(cut > 0, {"cut": cut})
                 ctx.remark("applied", self.name, what, op)
@@ -97,72 +102,30 @@ class Overlap(Pass):
         Raises:
             Whole: Nothing; with the reason.
         """
-        region = op.regions[place]
-        if sum(o.name in EXPERTS for o in region.ops) > 1:
+        if sum(o.name in EXPERTS for o in op.regions[place].ops) > 1:
             raise Whole("it is cut already")
         if self.chunks:
-            along = "experts" if place else self.along
+            along = "experts" if place == BACKWARD else self.along
             own = max(op_def(op.name).attr(op, "sizes"))
             count = min(self.chunks, own) if along == "experts" else self.chunks
             if count < 2:
                 raise Whole("one chunk is the whole")
             return _Chosen(along, (1,) * count, "")
-        layer = self._layer(op, place, ctx)
-        found = choose(self.policy, layer, ("experts",) if place else ("experts", "tokens"))
-        return self._judged(found, layer, place)
-
-    def _judged(self, found: Schedule, layer: Layer, place: int) -> _Chosen:
-        whole = uncut(layer)
+        layer = read_layer(op, place, ctx, self.tokens)
+        found, whole = plan(layer, place, self.policy, self.rank >= 0), uncut(layer)
         if not found.cut:
-            raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks take less")
+            raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks that may be cut take less")
         why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
-        if place and found.along == "tokens":
-            count = min(len(found.sizes), max(layer.sizes))
-            if count < 2:
-                raise Whole("a rank's only expert is not cut")
-            return _Chosen("experts", (1,) * count, "")
-        return _Chosen(found.along, found.sizes, why)
-
-    def _layer(self, op: Op, place: int, ctx: PassContext) -> Layer:
-        """The layer as the cost model sees it.
-
-        Raises:
-            Whole: Something is not known.
-        """
-        attr = op_def(op.name).attr
-        sizes, experts, group = attr(op, "sizes"), attr(op, "experts"), attr(op, "group")
-        sent = traffic(op.regions[place])
-        if sent is None:
-            raise Whole(f"what the form {attr(op, 'form')!r} sends is not predicted; ask for a number of chunks")
-        if not isinstance(ctx.cost_model, OverlapCosts):
-            raise Whole("there is no cost model; ask for a number of chunks")
-        links, times = ctx.cost_model.transport(group, len(sizes)), ctx.cost_model.expert_times(op, bool(place))
-        if links is None:
-            raise Whole(f"nobody measured the links of group {group!r}; ask for a number of chunks")
-        if times is None:
-            raise Whole("the cost model does not know its experts; ask for a number of chunks")
-        rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
-        if rows is None:
-            if not self.tokens:
-                raise Whole("there is no routing profile; the option tokens says how many a step has")
-            ids = op.operands[1].type
-            assert isinstance(ids, TensorType)
-            rows = [[self.tokens * int(ids.shape[1]) / experts] * experts] * len(sizes)
-        return Layer(
-            rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages
-        )
+        return _Chosen(found.along, found.sizes, why, self.rank if found.own_first else -1)
 
 
 def _cut(op: Op, place: int, chosen: _Chosen) -> Graph:
     sizes = op_def(op.name).attr(op, "sizes")
     if chosen.along == "tokens":
         return cut_by_tokens(op.regions[place], chosen.sizes)
-    at, edges = 0, expert_ranges(sizes, sum(chosen.sizes))
-    ends = [edges[0]]
-    for size in chosen.sizes:
-        at += size
-        ends.append(edges[at])
-    return cut_by_experts(op.regions[place], sizes, ends)
+    edges = expert_ranges(sizes, sum(chosen.sizes))
+    ends = [edges[at] for at in (0, *accumulate(chosen.sizes))]
+    return cut_by_experts(op.regions[place], Chunks(sizes, ends, chosen.own_first))
 
 
 def _ms(seconds: float) -> str:

@@ -14,6 +14,7 @@ from moec.passes.overlap.search import MOST, best_sizes
 from moec.passes.overlap.timeline import Chunk, exposed_floor, makespan
 
 CUTS: dict[str, type[ByExperts] | type[ByTokens]] = {"experts": ByExperts, "tokens": ByTokens}
+EVERYTHING = ("experts", "tokens", "own")
 POLICIES = ("auto", "none", "two", "tutel", "fsmoe")
 
 
@@ -24,14 +25,14 @@ class Schedule:
     Attributes:
         along: ``"experts"`` or ``"tokens"``.
         sizes: Units of every chunk that travels.
-        local_first: The rows that a rank keeps are a chunk of their own, before all others.
+        own_first: The rows that a rank keeps are a chunk of their own, before all others.
         chunks: What every chunk costs, the one of own rows first.
         seconds: Predicted time, from the first row that leaves to the last that is home.
     """
 
     along: str
     sizes: tuple[int, ...]
-    local_first: bool
+    own_first: bool
     chunks: tuple[Chunk, ...]
     seconds: float
 
@@ -47,24 +48,25 @@ class Schedule:
 
 
 def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
-    """The rows that stay on their rank as a chunk, and the layer without them."""
+    """The rows that stay on their rank as a chunk, and the layer without them. All are counted before either runs."""
     keep, send, at = [], [[*row] for row in layer.rows], 0
     for rank, size in enumerate(layer.sizes):
         keep.append(layer.experts.seconds(layer.rows[rank][at : at + size]))
         send[rank][at : at + size] = [0.0] * size
         at += size
-    return Chunk(0.0, tuple(keep), 0.0), replace(layer, rows=send)
+    counting = layer.links.seconds(0.0, layer.count_messages)
+    return Chunk(counting, tuple(keep), 0.0), replace(layer, rows=send, count_messages=0)
 
 
-def schedule(layer: Layer, along: str, sizes: Sequence[int], local_first: bool = False, units: int = 0) -> Schedule:
+def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = False, units: int = 0) -> Schedule:
     """The schedule of given chunks."""
     first: tuple[Chunk, ...] = ()
-    if local_first:
+    if own_first:
         own, layer = own_rows(layer)
         first = (own,)
     cut = CUTS[along](layer, units or sum(sizes))
     chunks = (*first, *cut.chunks(sizes))
-    return Schedule(along, tuple(sizes), local_first, chunks, makespan(chunks))
+    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks))
 
 
 def uncut(layer: Layer) -> Schedule:
@@ -72,22 +74,19 @@ def uncut(layer: Layer) -> Schedule:
     return schedule(layer, "experts", (1,))
 
 
-def auto(layer: Layer, allowed: Collection[str] = ("experts", "tokens", "local"), most: int = MOST) -> Schedule:
+def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) -> Schedule:
     """The best schedule that the cost model knows.
 
     Args:
         layer: The layer.
-        allowed: What it may be cut along, and ``"local"`` where a rank's own rows may come first.
+        allowed: What it may be cut along, and ``"own"`` where a rank's own rows may come before chunks of experts.
         most: Chunks at most.
     """
     found = [uncut(layer)]
     own, rest = own_rows(layer)
-    for along in (a for a in CUTS if a in allowed):
-        cut = CUTS[along](layer)
-        found.append(schedule(layer, along, best_sizes(cut, most=most)))
-        if "local" in allowed and most > 1:
-            sizes = best_sizes(CUTS[along](rest), (own,), most - 1)
-            found.append(schedule(layer, along, sizes, local_first=True))
+    found += [schedule(layer, a, best_sizes(CUTS[a](layer), most=most)) for a in CUTS if a in allowed]
+    if "own" in allowed and most > 1:
+        found.append(schedule(layer, "experts", best_sizes(ByExperts(rest), own, most - 1), own_first=True))
     found += equal(layer, range(2, most + 1)) if "tokens" in allowed else []
     return min(found, key=lambda s: (s.seconds, len(s.chunks)))
 

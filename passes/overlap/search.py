@@ -78,18 +78,19 @@ def _slowest(chunks: Sequence[Chunk]) -> list[int]:
     return kept
 
 
-def best_sizes(cut: Cut, first: Sequence[Chunk] = (), most: int = MOST) -> tuple[int, ...]:
+def best_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> tuple[int, ...]:
     """Units of every chunk, so that the step ends soonest.
 
     Args:
         cut: What is cut.
-        first: Chunks that do not travel and come before, whatever the others are (a rank's own rows).
+        first: A chunk that does not travel home and comes before, whatever the others are (a rank's own rows).
         most: Chunks at most.
     """
     units = cut.units
     table = {(a, b): cut.chunk(a, b) for a in range(units) for b in range(a + 1, units + 1)}
-    ranks = _slowest([*first, *table.values()])
-    start = _Label(0.0, tuple(sum(c.compute[r] for c in first) for r in ranks), 0.0, 0.0, ())
+    first = first or Chunk(0.0, (0.0,) * len(cut.layer.sizes), 0.0)
+    ranks = _slowest([first, *table.values()])
+    start = _Label(first.there, tuple(first.there + first.compute[r] for r in ranks), 0.0, first.there, ())
     best = _after(start, table[0, units], ranks, units)
     fronts: dict[int, list[_Label]] = {0: [start]}
     for _ in range(most):

@@ -15,8 +15,9 @@ from moec.backends.reference.world import LocalWorld, run_world
 from moec.ir.core import Graph, Op
 from moec.ir.types import TensorType, dtype
 from moec.ir.verifier import verify
-from moec.passes.overlap.by_experts import cut_by_experts
+from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.cuts import expert_ranges
 from moec.passes.overlap.order import EXPERTS, in_turn, is_start, needs, on_demand, reorder
 from tests.parallel.layers import HISTOGRAMS, Layer
 from tests.parallel.test_forms import REORDERED, backward, close, forward, graphs
@@ -68,7 +69,7 @@ def test_chunks_of_tokens_give_what_the_whole_gives(form: str, histogram: str) -
 def run_cut(layer: Layer, edges: list[tuple[int, ...]], place: int, inputs: list[list[Tensor]]) -> list[list[Tensor]]:
     regions = []
     for graph in graphs(layer, WHOLE):
-        region = cut_by_experts(graph.ops[0].regions[place], layer.sizes, edges)
+        region = cut_by_experts(graph.ops[0].regions[place], Chunks(layer.sizes, edges))
         reorder(region)
         verify(region)
         regions.append(region)
@@ -97,6 +98,29 @@ def test_any_edges_have_the_bits_of_the_whole(seed: int, histogram: str, ranks: 
     want, _ = run_world(ranks, layer.groups, lambda r: run_graph(regions[r][1], inputs[r]))
     for got, w in zip(run_cut(layer, edges, 1, inputs), want, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, w, strict=True))
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("before", [WHOLE, NARROW])
+def test_own_rows_first_give_what_the_whole_gives(before: str, histogram: str) -> None:
+    layer = Layer(experts=6, top_k=3)
+    tokens, weights = layer.tokens(histogram), layer.weights()
+    inputs = [[*tokens[r], *layer.share(r, weights)] for r in range(layer.ranks)]
+    edges = expert_ranges(layer.sizes, 2)
+    regions = []
+    for rank, graph in enumerate(graphs(layer, before)):
+        regions.append(cut_by_experts(graph.ops[0].regions[0], Chunks(layer.sizes, edges, rank)))
+        reorder(regions[-1])
+        verify(regions[-1])
+        with pytest.raises(Whole, match="another order"):
+            cut_by_experts(graph.ops[0].regions[1], Chunks(layer.sizes, edges, rank))
+        assert sum(op.name in EXPERTS for op in regions[-1].ops) == 3
+    outs, worlds = run_world(layer.ranks, layer.groups, lambda r: run_graph(regions[r], inputs[r]))
+    want, want_worlds = forward(layer, before, tokens)
+    close(torch.cat([out[0] for out in outs]), want, REORDERED)
+    assert [w.sent for w in worlds] == [w.sent for w in want_worlds]
+    order = [op.name for op in regions[0].ops if op.name in (*EXPERTS, "comm.wait")]
+    assert order[:3] == ["comm.wait", "moe.experts", "comm.wait"], "own experts run before any row has come"
 
 
 def test_unequal_shares_of_tokens() -> None:

@@ -17,6 +17,7 @@ from moec.parallel.attention import split_heads
 from moec.parallel.experts import expert_parameters
 from moec.parallel.formula import expected_bytes, layer_bytes
 from moec.parallel.planner import ModelFacts, foldings
+from moec.passes.overlap import Overlap
 from tests.compile.blocks import Block, Layers
 from tests.parallel.heads import Decoder
 from tests.support.models import build
@@ -34,6 +35,9 @@ def test_a_plan_from_text() -> None:
     assert (one.name, one.degree, one.rank, one.equal_tokens) == ("expert-parallel", 4, 1, True)  # type: ignore[attr-defined]
     names = [p.name for p in Plan.parse("ep=4,form=gather,sums=way,payload=fp8").passes(0)]
     assert names == ["expert-parallel-sums", "quantize-dispatch"]
+    *_, last = Plan.parse("ep=4,overlap=auto,step=512").passes(3)
+    assert last == Overlap("auto", tokens=512, rank=3)
+    assert all(p.name != "overlap" for p in Plan.parse("ep=4,step=512").passes(3))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_a_plan_from_text() -> None:
         ("ep=four", "ep must be a number from 1 up, not 'four'"),
         ("ep=0", "ep must be a number from 1 up"),
         ("ep=4,form=hierachical", "form cannot be 'hierachical'; did you mean 'hierarchical'"),
+        ("ep=4,overlap=three", "overlap cannot be 'three'"),
         ("ep=4,form=hierarchical", "needs several nodes with several ranks each"),
         ("ep=4,nodes=3", "4 ranks are not spread evenly over 3 nodes"),
         ("ep=4,sums=way", "the form 'flat' has no ranks on the way"),

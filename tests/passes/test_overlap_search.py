@@ -42,7 +42,7 @@ def test_no_other_sizes_end_sooner(seed: int, kind: type[Cut], own_first: bool) 
     own, rest = own_rows(layer)
     first = [own] if own_first else []
     cut = kind(rest if own_first else layer, 6)
-    found = best_sizes(cut, first, most=4)
+    found = best_sizes(cut, *first, most=4)
     assert sum(found) == 6
     assert len(found) <= 4
     best = min(makespan([*first, *cut.chunks(sizes)]) for sizes in every_way(6, 4))
@@ -51,16 +51,17 @@ def test_no_other_sizes_end_sooner(seed: int, kind: type[Cut], own_first: bool) 
 
 def test_what_chunks_of_experts_cost_by_hand() -> None:
     rows = [[4.0, 6.0, 1.0, 2.0], [10.0, 20.0, 3.0, 5.0]]
-    layer = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), there_bytes=1.0, back_bytes=4.0, there_messages=3)
+    layer = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), 1.0, 4.0, there_messages=3)
     cut = ByExperts(layer)
     assert cut.units == 2
     # Rank 1 sends 10 rows for expert 0, rank 0 sends 1 for expert 2.
     chunk = cut.chunk(0, 1)
-    assert (chunk.there, chunk.back) == (0.75 + 5.0, 0.25 + 20.0)
+    assert (chunk.there, chunk.back) == (1.0 + 5.0, 0.25 + 20.0), "rows are counted before they leave"
     assert chunk.compute == (pytest.approx(1.0 + 1.4), pytest.approx(1.0 + 0.4))
-    assert cut.chunk(0, 2).there == 0.75 + 30.0 / 2
+    assert cut.chunk(0, 2).there == 1.0 + 30.0 / 2
+    assert cut.chunk(1, 2).there == 0.75 + 20.0 / 2, "for chunks of experts once"
     tokens = ByTokens(layer, 4).chunk(1, 2)
-    assert tokens.there == 0.75 + 30.0 / 4 / 2
+    assert tokens.there == 1.0 + 30.0 / 4 / 2, "for chunks of tokens every time"
     assert tokens.compute == (pytest.approx(1.0 + 1.0), pytest.approx(1.0 + 0.275))
 
 
@@ -76,14 +77,15 @@ def test_rows_must_fit_the_experts() -> None:
 def test_own_rows_and_the_others_are_all() -> None:
     layer = random_layer(3)
     own, rest = own_rows(layer)
-    assert own.there == own.back == 0.0
+    assert own.back == 0.0
+    assert own.there == layer.links.seconds(0.0), "counts are told before anything runs"
     assert all(rest.rows[r][r * 6 + e] == 0.0 for r in range(len(rest.rows)) for e in range(6))
-    moved = ByTokens(layer, 1).chunk(0, 1).there
-    assert ByTokens(rest, 1).chunk(0, 1).there == moved, "own rows never travelled"
+    moved = ByTokens(layer, 1).chunk(0, 1).there - layer.links.seconds(0.0)
+    assert ByTokens(rest, 1).chunk(0, 1).there == pytest.approx(moved), "own rows never travelled"
 
 
 def balanced(alpha: float, rate: float, curve: LayerCurve = LINE) -> Layer:
-    return Layer([[10.0] * 4] * 2, (2, 2), curve, Link(alpha, rate), 1.0, 1.0)
+    return Layer([[10.0] * 4] * 2, (2, 2), curve, Link(alpha, rate), 1.0, 1.0, count_messages=0)
 
 
 def test_the_rules_of_others_by_hand() -> None:
@@ -108,11 +110,11 @@ def test_latency_that_costs_more_than_it_hides_leaves_a_layer_whole() -> None:
 def test_only_what_is_allowed_is_used() -> None:
     layer = balanced(0.01, 10.0)
     assert auto(layer, ("experts",)).along == "experts"
-    assert not auto(layer, ("experts",)).local_first
+    assert not auto(layer, ("experts",)).own_first
     one = Layer([[100.0, 100.0]] * 2, (1, 1), LINE, Link(0.01, 10.0), 1.0, 1.0)
     assert not auto(one, ("experts",)).cut, "one expert a rank is one piece"
     assert auto(one, ("experts", "tokens")).along == "tokens"
-    assert auto(one, ("experts", "local")).local_first
+    assert auto(one, ("experts", "own")).own_first
 
 
 @pytest.mark.parametrize("policy", ["none", "two", "tutel", "fsmoe"])

@@ -1,0 +1,101 @@
+"""What the ranks of a group plan with: one cost model for all, and links that they measured together.
+
+Ranks whose schedules differ would wait for each other for ever. So the first rank's profile of its processor counts for
+all of them, and times of links are those of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moec.cost.links import Link
+from moec.cost.machine import MachineProfile
+from moec.cost.store import from_json, to_json
+
+SMALL, LARGE = 1 << 12, 1 << 22
+"""Bytes that a rank sends each other rank, when links are measured."""
+_TURNS = 5
+
+
+@dataclass(frozen=True)
+class GroupCosts:
+    """What all ranks of a group plan with.
+
+    Attributes:
+        machine: The processor of the first of them.
+        isa: Instruction set of the kernels there.
+        threads: Threads of a rank there.
+        link: Between any two.
+    """
+
+    machine: MachineProfile
+    isa: str
+    threads: int
+    link: Link
+
+
+_COSTS: dict[str, GroupCosts] = {}
+
+
+def costs_of(group: str) -> GroupCosts | None:
+    """What the ranks of ``group`` agreed on; None where they did not."""
+    return _COSTS.get(group)
+
+
+def fit(small: float, large: float, ranks: int) -> Link:
+    """The links on which all-to-alls of :data:`SMALL` and of :data:`LARGE` bytes a rank take so many seconds."""
+    more = (LARGE - SMALL) * (ranks - 1)
+    rate = more / max(large - small, 1e-9)
+    return Link(max(0.0, small - SMALL * (ranks - 1) / rate), rate)
+
+
+def measure(process_group: Any, device: str) -> Link:
+    """Time all-to-alls of two sizes; all ranks of the group call this together. About a tenth of a second on gloo."""
+    ranks = dist.get_world_size(process_group)
+    slowest = []
+    for size in (SMALL, LARGE):
+        sent = torch.zeros(size * ranks, dtype=torch.uint8, device=device)
+        came = torch.empty_like(sent)
+        took = []
+        for _ in range(_TURNS + 1):
+            dist.barrier(group=process_group)
+            start = time.perf_counter()
+            dist.all_to_all_single(came, sent, group=process_group)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        mine = torch.tensor([statistics.median(took[1:])], dtype=torch.float64, device=device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=process_group)
+        slowest.append(float(mine))
+    return fit(slowest[0], slowest[1], ranks)
+
+
+def agree(
+    group: str, process_group: Any, device: str, own: Callable[[], tuple[MachineProfile, str] | None]
+) -> GroupCosts | None:
+    """Measure the links, and take the first rank's profile; all ranks of the group call this together.
+
+    Args:
+        group: What programs call it.
+        process_group: torch's handle.
+        device: Type of the device whose tensors travel.
+        own: This rank's processor and instruction set; None where the cost model knows neither.
+    """
+    link = measure(process_group, device)
+    first = dist.get_process_group_ranks(process_group)[0]
+    known = own() if dist.get_rank() == first else None
+    said: list[Any] = [None if known is None else (to_json(known[0]), known[1], torch.get_num_threads())]
+    dist.broadcast_object_list(said, src=first, group=process_group)
+    if said[0] is None:
+        _COSTS.pop(group, None)
+        return None
+    machine, isa, threads = said[0]
+    _COSTS[group] = GroupCosts(from_json(machine), isa, threads, link)
+    return _COSTS[group]

@@ -1,0 +1,63 @@
+"""From a layer in the graph to its schedule: what cost model and routing profile say of it, and what is chosen."""
+
+from __future__ import annotations
+
+from moec.ir.core import Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+from moec.passes.base import PassContext
+from moec.passes.overlap.by_experts import Whole
+from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
+from moec.passes.overlap.cuts import Layer
+from moec.passes.overlap.policies import Schedule, choose, schedule
+from moec.passes.overlap.traffic import traffic
+
+FORWARD, BACKWARD = 0, 1
+
+
+def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
+    """One direction of a ``moe.parallel_experts`` as the cost model sees it.
+
+    Args:
+        op: The layer.
+        place: :data:`FORWARD` or :data:`BACKWARD`.
+        ctx: Where the cost model and the profile are.
+        tokens: Tokens of a rank, spread evenly over the experts, where the profile does not know the layer.
+
+    Raises:
+        Whole: Something is not known; with what would help.
+    """
+    attr = op_def(op.name).attr
+    sizes, experts, group = attr(op, "sizes"), attr(op, "experts"), attr(op, "group")
+    sent = traffic(op.regions[place])
+    if sent is None:
+        raise Whole(f"what the form {attr(op, 'form')!r} sends is not predicted; ask for a number of chunks")
+    if not isinstance(ctx.cost_model, OverlapCosts):
+        raise Whole("there is no cost model; ask for a number of chunks")
+    links, times = ctx.cost_model.transport(group, len(sizes)), ctx.cost_model.expert_times(op, place == BACKWARD)
+    if links is None:
+        raise Whole(f"nobody measured the links of group {group!r}; ask for a number of chunks")
+    if times is None:
+        raise Whole("the cost model does not know its experts; ask for a number of chunks")
+    rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
+    if rows is None:
+        if not tokens:
+            raise Whole("there is no routing profile; the option tokens says how many a step has")
+        ids = op.operands[1].type
+        assert isinstance(ids, TensorType)
+        rows = [[tokens * int(ids.shape[1]) / experts] * experts] * len(sizes)
+    return Layer(rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages)
+
+
+def allowed(place: int, own_first: bool = False) -> tuple[str, ...]:
+    """What may be cut: of a backward experts alone, since gradients of weights would be added up in another order."""
+    forward = ("experts", "tokens", "own") if own_first else ("experts", "tokens")
+    return forward if place == FORWARD else ("experts",)
+
+
+def plan(layer: Layer, place: int, policy: str = "auto", own_first: bool = False) -> Schedule:
+    """The schedule of a policy, along what may be cut; with ``own_first`` a rank's own rows may come first."""
+    found = choose(policy, layer, allowed(place, own_first))
+    if found.along in allowed(place):
+        return found
+    return schedule(layer, "experts", (1,) * min(len(found.sizes), max(layer.sizes)))

@@ -1,0 +1,140 @@
+"""The delaying process group: what it brings is right, when it brings it is what the links say, and others compute."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("this build of torch has no gloo", allow_module_level=True)
+
+from moec.backends.base import program_op
+from moec.backends.distributed import groups
+from moec.cost.curve import LayerCurve
+from moec.cost.links import Link
+from moec.op_costs import op_costs
+from moec.parallel.costs import LARGE, SMALL, agree, costs_of, fit
+from moec.runtime.programs import program_graph
+from moec.testing import SleepingLayer, delayed_group
+from tests.parallel.layers import Layer
+from tests.support.processes import run_processes
+
+RANKS = 2
+DEADLINE = 120.0
+LINK = Link(alpha_s=0.02, bytes_per_s=1e6)
+QUICK = Link(alpha_s=0.01, bytes_per_s=2e8)
+CURVE = LayerCurve(0.01, ((1.0, 0.02), (100.0, 0.02)))
+
+
+def transfers(pg: Any, rank: int) -> dict[str, Any]:
+    """Two all-to-alls at once, of which the first is the larger, beside work that needs no links."""
+    big = torch.arange(20_000.0).view(-1, 4) + rank  # 80 000 bytes, half of them for the other rank
+    small = torch.full((2, 1), float(rank), dtype=torch.float64)
+    got_big, got_small = torch.empty_like(big), torch.empty_like(small)
+    dist.barrier()
+    start = time.monotonic()
+    first = dist.all_to_all_single(got_big, big, group=pg, async_op=True)
+    second = dist.all_to_all_single(got_small, small, group=pg, async_op=True)
+    started = time.monotonic() - start
+    at_once = first.is_completed()
+    first.wait()
+    one = time.monotonic() - start
+    second.wait()
+    both = time.monotonic() - start
+    halves = [torch.arange(20_000.0).view(2, -1, 4)[rank] + r for r in range(RANKS)]
+    right = torch.equal(got_big, torch.cat(halves)) and got_small.flatten().tolist() == [0.0, 1.0]
+    return {"started": started, "at_once": at_once, "one": one, "both": both, "right": right, "log": list(pg.log)}
+
+
+def layer(pg: Any, rank: int) -> dict[str, Any]:
+    """A layer of two chunks on sleeping experts, beside the same layer whole."""
+    groups.bind("ep", pg)
+    made = Layer(ranks=RANKS, experts=4)
+    tokens = made.tokens("spread")
+    inputs = [*tokens[rank], *made.share(rank, made.weights())]
+    found: dict[str, Any] = {}
+    for name, pipeline in (("whole", "expert-parallel"), ("cut", "expert-parallel,overlap{chunks=2}")):
+        op = made.spread(rank, pipeline).ops[0]
+        op.attrs["backend"] = "aten"
+        kernel = SleepingLayer(program_op(program_graph(op)), "cpu", CURVE)
+        dist.barrier()
+        start = time.monotonic()
+        (out,) = kernel.forward(inputs)
+        found[name] = {"out": out, "seconds": time.monotonic() - start, "computed": kernel.computed}
+        grads = kernel.backward([made.gradients(tokens)[rank]], inputs, [True, False, True, True, True])
+        found[name]["grads"] = [g for g in grads if g is not None]
+    return found
+
+
+def costs(pg: Any, rank: int) -> dict[str, Any]:
+    """Links that are measured together; a cost model of the first rank."""
+    own = op_costs("cpu:avx2")
+    assert own is not None
+    quick = delayed_group(QUICK)
+    agreed = agree("ep", quick, "cpu", lambda: (own.machine, own.isa))
+    nobody = agree("none", quick, "cpu", lambda: None)
+    quick.shutdown()
+    assert agreed is not None and costs_of("ep") is agreed
+    return {"link": agreed.link, "isa": agreed.isa, "threads": agreed.threads, "nobody": nobody}
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    pg = delayed_group(LINK)
+    found = {f.__name__: f(pg, rank) for f in (transfers, layer, costs)}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    pg.shutdown()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_processes(main, RANKS, tmp_path_factory.mktemp("delay"), DEADLINE)
+
+
+@pytest.mark.slow
+def test_rows_come_as_the_links_say_one_collective_after_the_other(ranks: list[dict[str, Any]]) -> None:
+    for found in (r["transfers"] for r in ranks):
+        assert found["right"]
+        assert found["started"] < 0.02 and not found["at_once"], "starting does not wait"
+        assert found["one"] >= LINK.seconds(40_000)
+        assert found["both"] >= LINK.seconds(40_000) + LINK.seconds(8)
+        first, second = found["log"]
+        assert (first.bytes, second.bytes) == (40_000, 8)
+        assert second.end - first.end == pytest.approx(LINK.seconds(8), abs=1e-9), "one link, one at a time"
+    ends = [[a.end for a in r["transfers"]["log"]] for r in ranks]
+    assert ends[0] == ends[1], "they end on all ranks together"
+
+
+@pytest.mark.slow
+def test_chunks_end_sooner_with_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    for found in (r["layer"] for r in ranks):
+        whole, cut = found["whole"], found["cut"]
+        assert torch.equal(whole["out"], cut["out"])
+        assert all(torch.equal(a, b) for a, b in zip(whole["grads"], cut["grads"], strict=True))
+        assert whole["computed"] >= CURVE.seconds([1, 1])
+        assert cut["computed"] >= 2 * CURVE.seconds([1])
+
+
+@pytest.mark.slow
+def test_ranks_plan_with_the_same_numbers(ranks: list[dict[str, Any]]) -> None:
+    first, second = (r["costs"] for r in ranks)
+    assert first == second
+    assert first["isa"] == "avx2" and first["nobody"] is None
+    assert first["link"].seconds(LARGE) >= QUICK.seconds(LARGE) * (1 - 1e-6)
+    assert first["link"].seconds(SMALL) >= QUICK.seconds(SMALL) * (1 - 1e-6)
+
+
+def test_two_times_make_a_link() -> None:
+    link = Link(1e-4, 1e9)
+    small, large = (link.seconds(3 * size) for size in (SMALL, LARGE))
+    found = fit(small, large, 4)
+    assert found.alpha_s == pytest.approx(1e-4) and found.bytes_per_s == pytest.approx(1e9)
+    assert fit(1e-3, 1e-3, 2).alpha_s <= 1e-3, "times that do not grow are no error"
