@@ -1,0 +1,277 @@
+"""The event-driven engine: what every rank does, in its order, on links that are shared.
+
+A rank has one stream for its ops, and one for each group that it communicates in (as torch.distributed has). Ops run in
+program order. ``Start`` puts the rank's part of a collective on the group's stream, where parts go one after the other;
+``Wait`` holds the ops up until that part is done. A message moves when both its ends have come so far, after the time
+that a collective takes to begin and the latency of its way. A part is done when all messages of its rank are. Links are
+shared max-min fairly (:mod:`moec.simulate.network`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moec.simulate.errors import SimulationError
+from moec.simulate.network import Network
+from moec.simulate.topology import Topology
+
+
+@dataclass(frozen=True)
+class Compute:
+    """An op of a rank: ``seconds`` of its compute stream."""
+
+    label: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """This rank's part of a collective begins, once its stream is free."""
+
+    collective: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The ops behind it need what the collective brings."""
+
+    collective: int
+
+
+Step = Compute | Start | Wait
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One message.
+
+    Attributes:
+        source, to: Ranks.
+        bytes: How long.
+        hops: Latencies before its last byte can follow its first, as a ring hands messages on.
+    """
+
+    source: int
+    to: int
+    bytes: float
+    hops: int = 1
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Messages that belong together.
+
+    Attributes:
+        label: What it carries.
+        group: Name of the group; its stream.
+        ranks: Who takes part.
+        flows: Its messages.
+        sent: Bytes that each rank sends to others as its program sees it, whatever way they take.
+    """
+
+    label: str
+    group: str
+    ranks: tuple[int, ...]
+    flows: tuple[Flow, ...]
+    sent: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a stream did between two moments, in seconds. ``kind`` is ``compute``, ``comm`` or ``wait``."""
+
+    rank: int
+    stream: str
+    kind: str
+    label: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Timeline:
+    """What happened.
+
+    Attributes:
+        seconds: When the last rank was done.
+        ends: When every rank was.
+        spans: What every stream did, in order of their beginnings.
+        network: The links' own account.
+    """
+
+    seconds: float
+    ends: list[float]
+    spans: list[Span]
+    network: Network
+
+    def total(self, rank: int, kind: str) -> float:
+        """Seconds that a rank spent in spans of a kind."""
+        return sum(s.end - s.begin for s in self.spans if s.rank == rank and s.kind == kind)
+
+
+class _Rank:
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps, self.at = steps, 0
+        self.waits: int | None = None
+        self.since = self.end = 0.0
+        self.queues: dict[str, list[int]] = defaultdict(list)  # parts of a stream, the first is under way
+        self.begun: dict[int, float] = {}
+        self.done: set[int] = set()
+
+
+class Engine:
+    """One run. Make one and call :meth:`run`."""
+
+    def __init__(
+        self,
+        programs: Sequence[Sequence[Step]],
+        collectives: Sequence[Collective],
+        topology: Topology,
+        grain: float | None = None,
+        watch: bool = False,
+    ) -> None:
+        self.topology, self.collectives = topology, collectives
+        self.ranks = [_Rank(steps) for steps in programs]
+        self.flows = [(c, f) for c, each in enumerate(collectives) for f in each.flows if f.bytes > 0]
+        ways = [topology.way(f.source, f.to) for _, f in self.flows]
+        self.alphas = [way.alpha_s * f.hops for way, (_, f) in zip(ways, self.flows, strict=True)]
+        bandwidth = [topology.graph.edges[e]["bytes_per_s"] for e in topology.links]
+        self.network = Network(bandwidth, [w.links for w in ways], [f.bytes for _, f in self.flows], grain, watch)
+        self.missing: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # messages of each part
+        self.of_part: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, (c, f) in enumerate(self.flows):
+            for rank in {f.source, f.to}:
+                self.missing[c][rank] += 1
+                self.of_part[c, rank].append(i)
+        self.spans: list[Span] = []
+        self.events: list[tuple[float, int, str, int, int]] = []
+        self.number = 0
+
+    def run(self) -> Timeline:
+        """Simulate.
+
+        Raises:
+            SimulationError: Ranks wait for each other without end.
+        """
+        for rank in range(len(self.ranks)):
+            self._go(rank, 0.0)
+        while True:
+            heap = self.events[0][0] if self.events else float("inf")
+            time = min(heap, self.network.next_end())
+            if time == float("inf"):
+                break
+            for flow in self.network.run_to(time):
+                self._arrived(flow)
+            starting: list[int] = []
+            while self.events and self.events[0][0] <= time:
+                _, _, what, a, b = heapq.heappop(self.events)
+                if what == "op":
+                    self._go(a, time)
+                elif what == "flow":
+                    starting.append(a)
+                else:
+                    self._finish(a, b, time)
+            if starting:
+                self.network.begin(starting)
+        self._check_all_done()
+        ends = [r.end for r in self.ranks]
+        spans = sorted(self.spans, key=lambda s: (s.begin, s.rank, s.stream))
+        return Timeline(max(ends, default=0.0), ends, spans, self.network)
+
+    def _at(self, time: float, what: str, a: int, b: int = 0) -> None:
+        self.number += 1
+        heapq.heappush(self.events, (time, self.number, what, a, b))
+
+    def _go(self, number: int, now: float) -> None:
+        """Run a rank's steps from where it stands to its next op or wait."""
+        rank = self.ranks[number]
+        rank.end = now
+        while rank.at < len(rank.steps):
+            step = rank.steps[rank.at]
+            if isinstance(step, Compute):
+                rank.at += 1
+                if step.seconds > 0:
+                    self.spans.append(Span(number, "ops", "compute", step.label, now, now + step.seconds))
+                    self._at(now + step.seconds, "op", number)
+                    return
+            elif isinstance(step, Start):
+                rank.at += 1
+                queue = rank.queues[self.collectives[step.collective].group]
+                queue.append(step.collective)
+                if len(queue) == 1:
+                    self._begin(number, step.collective, now)
+            elif step.collective in rank.done:
+                rank.at += 1
+            else:
+                rank.waits, rank.since = step.collective, now
+                return
+
+    def _begin(self, number: int, collective: int, now: float) -> None:
+        """A part reaches the head of its stream."""
+        self.ranks[number].begun[collective] = now
+        if not self.missing[collective][number]:
+            self._at(now + self.topology.device.start_s, "part", collective, number)
+        for i in self.of_part[collective, number]:
+            flow = self.flows[i][1]
+            other = flow.to if flow.source == number else flow.source
+            if collective in self.ranks[other].begun:
+                self._at(now + self.topology.device.start_s + self.alphas[i], "flow", i)
+
+    def _arrived(self, i: int) -> None:
+        collective, flow = self.flows[i]
+        for number in {flow.source, flow.to}:
+            self.missing[collective][number] -= 1
+            if not self.missing[collective][number]:
+                self._finish(collective, number, self.network.now)
+
+    def _finish(self, collective: int, number: int, now: float) -> None:
+        """A part is done: the next one of its stream begins, and who waits for it goes on."""
+        rank, about = self.ranks[number], self.collectives[collective]
+        rank.done.add(collective)
+        self.spans.append(Span(number, about.group, "comm", about.label, rank.begun[collective], now))
+        queue = rank.queues[about.group]
+        queue.pop(0)
+        if queue:
+            self._begin(number, queue[0], now)
+        if rank.waits == collective:
+            rank.waits = None
+            if now > rank.since:
+                self.spans.append(Span(number, "ops", "wait", about.label, rank.since, now))
+            self._go(number, now)
+
+    def _check_all_done(self) -> None:
+        stuck = {n: r.waits for n, r in enumerate(self.ranks) if r.waits is not None}
+        if stuck:
+            which = "; ".join(f"rank {n} for {self.collectives[c].label}" for n, c in list(stuck.items())[:4])
+            raise SimulationError(
+                f"{len(stuck)} ranks wait without end: {which}",
+                hint="all ranks of a group must begin the same collectives in the same order",
+            )
+
+
+def simulate(
+    programs: Sequence[Sequence[Step]],
+    collectives: Sequence[Collective],
+    topology: Topology,
+    *,
+    grain: float | None = None,
+    watch: bool = False,
+) -> Timeline:
+    """Run the programs of all ranks.
+
+    Args:
+        programs: The steps of every rank, rank 0 first.
+        collectives: What ``Start`` and ``Wait`` speak of.
+        topology: With at least so many ranks.
+        grain: See :mod:`moec.simulate.network`.
+        watch: Record what every link carries over time.
+
+    Raises:
+        SimulationError: Too many ranks for the topology, or ranks that wait for each other without end.
+    """
+    if len(programs) > topology.ranks:
+        topology.first(len(programs))  # raises, with what to do
+    return Engine(programs, collectives, topology, grain, watch).run()
