@@ -1,9 +1,24 @@
-"""A simulator of expert parallelism: runs what all ranks do on a machine that is not there."""
+"""A simulator of expert parallelism: runs the scheduled IR of all ranks on a machine that is not there."""
 
 from __future__ import annotations
 
 from moec.simulate.errors import SimulationError
 from moec.simulate.events import Timeline, simulate
+from moec.simulate.report import Report, make_report
+from moec.simulate.routing import Routing
 from moec.simulate.topology import Topology, known_topologies, load_topology
+from moec.simulate.trace import Trace, trace
 
-__all__ = ["SimulationError", "Timeline", "Topology", "known_topologies", "load_topology", "simulate"]
+__all__ = [
+    "Report",
+    "Routing",
+    "SimulationError",
+    "Timeline",
+    "Topology",
+    "Trace",
+    "known_topologies",
+    "load_topology",
+    "make_report",
+    "simulate",
+    "trace",
+]

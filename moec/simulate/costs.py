@@ -1,0 +1,121 @@
+"""How long an op keeps a rank's compute stream busy.
+
+Experts take what the layer's curve of rows says (:mod:`moec.cost.curve`). A product of matrices takes the longer of its
+multiply-adds and its bytes. Anything else takes its bytes, read and written once; views take nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.cost.curve import EFFICIENCY, LayerCurve, assumed_curve
+from moec.cost.layer import LayerShape
+from moec.cost.machine import ITEM_BYTES
+from moec.ir.core import Op
+from moec.ir.opdef import op_def
+from moec.simulate.topology import Device
+
+_VIEWS = frozenset(
+    {
+        *("view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
+        *("detach", "alias", "split", "chunk"),
+    }
+)
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"})
+_FREE = frozenset({"moe.slots", "moe.loads", "moe.count_tokens", "moe.own_ids", "return", "torch.get_attr"})
+
+
+class Costs:
+    """Times of ops on one kind of device; curves are made once for every layer."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._curves: dict[tuple[LayerShape, bool], LayerCurve] = {}
+
+    def seconds(self, op: Op, values: Sequence[Any], results: Sequence[Any]) -> float:
+        """Time of one op.
+
+        Args:
+            op: The op.
+            values: Its operands, with or without numbers.
+            results: What it gave.
+        """
+        if op.name == "moe.experts":
+            return self._experts(op, values[0], values[1], values)
+        if op.name == "moe.experts_backward":
+            return self._experts_backward(op, values)
+        if op.name in _FREE or not any(isinstance(r, Tensor) for r in results):
+            return 0.0
+        name = str(op.attrs.get("target", "")).split(".")[1:2] if op.name == "torch.call" else []
+        if name and name[0] in _VIEWS:
+            return 0.0
+        moved = sum(_bytes(v) for v in (*values, *results))
+        time = moved / self.device.target.memory_bandwidth
+        if name and name[0] in _PRODUCTS:
+            time = max(time, _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY))
+        return self.device.launch_s + time
+
+    def curve_of(self, shape: LayerShape, backward: bool = False) -> LayerCurve:
+        """Seconds of a layer's experts by their rows.
+
+        A backward is the up GEMM again, and for each GEMM one for the gradients of rows and one for those of weights.
+        """
+        if (shape, backward) not in self._curves:
+            curve = assumed_curve(shape, self.device.target)
+            again = shape.parts * shape.hidden / (shape.parts * shape.hidden + shape.width)
+            self._curves[shape, backward] = curve.times(2 + again) if backward else curve
+        return self._curves[shape, backward]
+
+    def _rate(self, dtype: torch.dtype) -> float:
+        return self.device.target.flops_per_s(_name(dtype))
+
+    def _experts(self, op: Op, x: Tensor, ids: Tensor, values: Sequence[Any]) -> float:
+        shape = expert_shape(op, x, ids.shape[1], values)
+        return self.curve_of(shape).seconds(rows_of_experts(ids, shape.experts))
+
+    def _experts_backward(self, op: Op, values: Sequence[Any]) -> float:
+        shape = expert_shape(op, values[1], values[2].shape[1], values)
+        return self.curve_of(shape, backward=True).seconds(rows_of_experts(values[2], shape.experts))
+
+
+def rows_of_experts(ids: Tensor, experts: int) -> list[int]:
+    """Rows of each expert; those of none do not count."""
+    flat = ids.flatten()
+    return torch.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts).tolist()
+
+
+def expert_shape(op: Op, x: Tensor, top_k: int, values: Sequence[Any]) -> LayerShape:
+    """The layer of a ``moe.experts`` or its backward, with its operands' sizes; types that are not known count as f32.
+
+    Experts of different widths count with their mean.
+    """
+    get = op_def(op.name).attr
+    place = [o.name for o in op_def(op.name).operands].index("down")
+    start = sum(op.groups[:place])
+    downs = [values[start + i] for i in range(op.groups[place])]
+    last = -1 if get(op, "down_form") == "nk" else -2
+    inner = round(sum(d.shape[last] for d in downs) / max(1, len(downs)))
+    width = int(downs[0].shape[-2 if last == -1 else -1])
+    parts = 1 if get(op, "layout") in ("single", "rows") else 2
+    dtype = _name(downs[0].dtype)
+    return LayerShape(
+        int(x.shape[1]), inner, width, get(op, "experts"), top_k, parts, dtype if dtype in ITEM_BYTES else "f32"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3fn"}.get(dtype, "f32")
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _flops(values: Sequence[Any], results: Sequence[Any]) -> float:
+    """Of a product: two for each element of the result and each that is summed over."""
+    factors = [v for v in values if isinstance(v, Tensor) and v.dim() >= 2]
+    return 2.0 * results[0].numel() * factors[0].shape[-1] if factors else 0.0
