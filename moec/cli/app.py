@@ -14,7 +14,22 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.cli import backends, bench, compile, coverage, demo, doctor, explain, inspect, opt, passes, plan, profile, run
+from moec.cli import (
+    backends,
+    bench,
+    compile,
+    coverage,
+    demo,
+    doctor,
+    explain,
+    inspect,
+    opt,
+    passes,
+    plan,
+    profile,
+    run,
+    simulate,
+)
 from moec.cli.console import show_error, show_internal
 from moec.ir.errors import MoecError
 
@@ -36,6 +51,7 @@ app.command("opt")(opt.opt)
 app.command("passes")(passes.passes)
 app.command("backends")(backends.backends)
 app.command("plan")(plan.plan)
+app.command("simulate")(simulate.simulate)
 app.command("profile")(profile.profile)
 app.command("coverage")(coverage.coverage)
 app.command("doctor")(doctor.doctor)

@@ -52,7 +52,7 @@ def opt(
     all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
     passes = parse_pipeline(pipeline)
     ctx = PassContext(target=parse_target(target), cost_model=op_costs(target))
-    text, filename = _read(source)
+    text, filename = read_source(source)
     graphs = parse(text, filename)
     for graph in graphs:
         verify(graph)
@@ -86,7 +86,12 @@ def opt(
         raise FileError(f"{output} cannot be written: {e.strerror or e}") from e
 
 
-def _read(source: str) -> tuple[str, str]:
+def read_source(source: str) -> tuple[str, str]:
+    """IR text of a file, or of stdin for ``-``, and its name.
+
+    Raises:
+        FileError: It cannot be read.
+    """
     if source == "-":
         try:
             return sys.stdin.buffer.read().decode("utf-8"), "<stdin>"

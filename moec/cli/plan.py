@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from moec.parallel.planner import Folding, ModelFacts
 
 
-def _facts(text: str, dtype: str | None) -> ModelFacts:
+def facts(text: str, dtype: str | None) -> ModelFacts:
+    """The sizes of a model, whose weights are never made.
+
+    Raises:
+        MoecError: It cannot be read, or has no stacked experts.
+    """
     from moec.cli import hugging_face
     from moec.cli.model import dtype_of, load_model, read_config
     from moec.parallel.planner import ModelFacts
@@ -46,7 +51,7 @@ def plan(
     """List how attention and experts can be folded over ranks, with bytes of weights and of messages per rank."""
     from moec.parallel.planner import foldings
 
-    found = foldings(_facts(model, dtype), ranks, tokens=tokens, nodes=nodes)
+    found = foldings(facts(model, dtype), ranks, tokens=tokens, nodes=nodes)
     if as_json:
         emit(json.dumps([{**asdict(f), "runs": f.runs} for f in found]))
         return

@@ -1,0 +1,162 @@
+"""``moec simulate``: how long a layer's program takes on a machine that is not here, and what is left exposed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from moec.cache import write_atomic
+from moec.cli.console import emit, err, out
+from moec.cli.opt import FileError, read_source
+from moec.sizes import size_text
+
+if TYPE_CHECKING:
+    from moec.ir.core import Graph
+    from moec.simulate.report import Report
+
+_MOST_RANKS = 16
+
+
+def simulate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN.moe|config.json",
+            help="IR text (one graph for all ranks, or one a rank; `-` reads stdin), or a Hugging Face config.json.",
+        ),
+    ],
+    topology: Annotated[str, typer.Option(help="The machine: a preset, or a .json file.")] = "8xh100",
+    plan: Annotated[str, typer.Option(help="As moec.parallelize takes it: 'ep=8,form=gather'.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank in a step.")] = 4096,
+    skew: Annotated[
+        str, typer.Option(help="Which experts tokens choose: balanced, uniform, zipf:1.2, or a histogram (.json).")
+    ] = "balanced",
+    pipeline: Annotated[str, typer.Option("-p", "--passes", help="Passes after the plan's, such as 'overlap'.")] = "",
+    size: Annotated[list[str] | None, typer.Option(help="What another symbol of the graph is: s0=128.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="Run the layers' backward programs too.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of choices that are drawn.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a config's model: f32, bf16 or f16; its own by default.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or Chrome here (JSON).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the timeline here (PNG; needs matplotlib).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    remarks: Annotated[bool, typer.Option("--remarks", help="Print what passes did or refused to stderr.")] = False,
+) -> None:
+    """Simulate a step of an expert-parallel layer: time, exposed communication, load and bytes of every rank."""
+    from moec.backends.registry import all_backends
+    from moec.calibration.picture import require_matplotlib
+    from moec.parallel.plan import Plan
+    from moec.passes.base import PassContext
+    from moec.passes.registry import all_passes, parse_pipeline
+    from moec.simulate.chrome import chrome_trace
+    from moec.simulate.events import simulate as run
+    from moec.simulate.job import check_fits, chosen_experts, group_ranks, make_job, token_symbols
+    from moec.simulate.picture import draw_timelines
+    from moec.simulate.planning import MachineCosts, RoutedRows
+    from moec.simulate.report import make_report
+    from moec.simulate.routing import Routing
+    from moec.simulate.topology import load_topology
+    from moec.simulate.trace import trace as traced
+
+    # Everything the user wrote is checked before anything runs.
+    all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
+    parse_pipeline(pipeline)
+    machine, routing, wanted = load_topology(topology), Routing.parse(skew, seed), Plan.parse(plan)
+    given = _sizes(size or [])
+    if picture is not None:
+        require_matplotlib()
+    graphs = _graphs(source, wanted, dtype)
+    ranks = wanted.ep if wanted.ep > 1 else group_ranks(graphs[0])
+    costs = MachineCosts(machine.first(ranks) if ranks else machine)
+    rows = RoutedRows(routing, tokens, chosen_experts(graphs[0]))
+    job = make_job(
+        graphs,
+        wanted,
+        lambda: parse_pipeline(pipeline),
+        lambda: PassContext(target=machine.device.target, cost_model=costs, profile=rows),
+    )
+    if remarks:
+        for remark in job.remarks:
+            print(remark, file=err().file)
+    check_fits(job, wanted, machine)
+    machine = machine.first(job.ranks)
+    sizes = [{**dict.fromkeys(token_symbols(g), tokens), **given} for g in job.graphs]
+    found = traced(job.graphs, job.groups, machine, routing, sizes=sizes, training=training)
+    timeline = run(found.programs, found.collectives, machine)
+    report = make_report(found, timeline)
+    title = f"{machine.name}, {job.ranks} ranks, {tokens} tokens each, {skew}"
+    if trace is not None:
+        _write(trace, chrome_trace(timeline, title))
+    if picture is not None:
+        draw_timelines({title: timeline}, picture)
+    if as_json:
+        emit(json.dumps(report.as_json()))
+        return
+    _show(report, title)
+
+
+def _graphs(source: str, plan: object, dtype: str | None) -> list[Graph]:
+    from moec.ir.parser import parse
+    from moec.ir.verifier import verify
+    from moec.parallel.plan import Plan
+    from moec.simulate.errors import SimulationError
+    from moec.simulate.layer import layer_graphs
+
+    assert isinstance(plan, Plan)
+    if source.endswith(".json") or Path(source).is_dir():
+        from moec.cli.plan import facts
+
+        if plan.ep == 1:
+            raise SimulationError("a config.json says nothing of ranks", hint="--plan ep=8")
+        return layer_graphs(facts(source, dtype), plan.ep)
+    text, name = read_source(source)
+    graphs = parse(text, name)
+    for graph in graphs:
+        verify(graph)
+    return graphs
+
+
+def _sizes(given: list[str]) -> dict[str, int]:
+    from moec.simulate.errors import SimulationError
+
+    found = {}
+    for part in given:
+        name, equals, value = part.partition("=")
+        if not (name and equals and value.isascii() and value.isdigit()):
+            raise SimulationError(f"--size {part}: a size is NAME=NUMBER", hint="--size s0=128")
+        found[name] = int(value)
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomic(path, text)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e.strerror or e}") from e
+
+
+def _show(report: Report, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("rank", "ops ms", "waiting ms", "comm ms", "hidden", "rows of experts", "sends"):
+        table.add_column(name, justify="right")
+    shown = sorted(range(len(report.ranks)), key=lambda r: -report.ranks[r].compute_s)[:_MOST_RANKS]
+    for rank in sorted(shown):
+        r = report.ranks[rank]
+        table.add_row(
+            str(rank), f"{r.compute_s * 1e3:.3f}", f"{r.exposed_s * 1e3:.3f}", f"{r.comm_s * 1e3:.3f}",
+            f"{r.hidden:.0%}", str(r.rows), size_text(r.sent),
+        )  # fmt: skip
+    out().print(table)
+    if len(shown) < len(report.ranks):
+        out().print(f"the {len(shown)} of {len(report.ranks)} ranks that compute longest")
+    out().print(
+        f"step {report.seconds * 1e3:.3f} ms: {report.compute_s * 1e3:.3f} ms ops of the longest rank, "
+        f"{report.exposed_s * 1e3:.3f} ms exposed ({report.exposed_s / max(report.seconds, 1e-30):.0%}); "
+        f"fullest rank {report.imbalance:.2f} x the mean rows",
+        soft_wrap=True,
+    )

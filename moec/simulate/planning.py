@@ -1,0 +1,73 @@
+"""What passes are given when a simulation runs them: the simulated machine's costs, and the simulated routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moec.cost.curve import LayerCurve
+from moec.cost.links import Link
+from moec.ir.core import Op
+from moec.op_costs import layer_shape
+from moec.simulate.costs import Costs
+from moec.simulate.routing import Routing
+from moec.simulate.topology import Topology
+
+
+@dataclass(frozen=True)
+class MachineCosts:
+    """Costs on a topology, as passes that plan communication ask for them.
+
+    Attributes:
+        topology: The machine, cut to the ranks that take part.
+    """
+
+    topology: Topology
+    _costs: list[Costs] = field(default_factory=list, compare=False, repr=False)
+
+    def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
+        """Times of one rank's experts of a ``moe.parallel_experts``; None where its sizes are not known."""
+        inner = next((o for o in op.regions[0].walk() if o.name == "moe.experts"), None)
+        shape = layer_shape(inner) if inner is not None else None
+        if shape is None:
+            return None
+        if not self._costs:
+            self._costs.append(Costs(self.topology.device))
+        return self._costs[0].curve_of(shape, backward)
+
+    def transport(self, group: str, ranks: int) -> Link | None:
+        """What an all-to-all of a group costs by the bytes of its busiest rank, start included.
+
+        Over nodes it is as fast as the NICs let it be: they carry the part of a rank's bytes that leaves its node.
+        """
+        t = self.topology
+        if ranks < 2:
+            return None
+        across = t.nodes > 1 and t.between is not None and not group.endswith(".local")
+        if not across:
+            return Link(t.device.start_s + t.inside.alpha_s, t.inside.bytes_per_s)
+        assert t.between is not None
+        neighbours = 0 if group.endswith(".node") else t.per_node - 1
+        leaving = (ranks - 1 - neighbours) / (ranks - 1)
+        speed = t.between.bytes_per_s / leaving
+        if neighbours:
+            speed = min(speed, t.inside.bytes_per_s * (ranks - 1) / neighbours)
+        return Link(t.device.start_s + t.between.alpha_s, speed)
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Rows that ranks send to experts in the simulated step; every layer's are those of the first."""
+
+    routing: Routing
+    tokens: int
+    top_k: int
+
+    def rows(self, module: str, ranks: int, experts: int) -> Sequence[Sequence[float]] | None:
+        """[N][E], or None where a token has more choices than there are experts."""
+        if self.top_k > experts:
+            return None
+        ids = [self.routing.ids(r, self.tokens, self.top_k, experts) for r in range(ranks)]
+        return [[float(n) for n in torch.bincount(i.flatten(), minlength=experts).tolist()] for i in ids]

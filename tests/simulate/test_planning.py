@@ -1,0 +1,62 @@
+"""What planning passes are told of the simulated machine is what the simulation then finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.simulate.collectives import all_to_all
+from moec.simulate.costs import Costs, rows_of_experts
+from moec.simulate.events import Collective, Start, Wait, simulate
+from moec.simulate.planning import MachineCosts, RoutedRows
+from moec.simulate.routing import Routing
+from moec.simulate.topology import Topology, load_topology
+from tests.parallel.layers import Layer
+from tests.simulate.machines import machine
+
+
+@pytest.mark.parametrize("made", [machine(4, start_s=1e-4), machine(4, 2, start_s=1e-4), load_topology("32xh100")])
+def test_transport_is_the_time_of_a_balanced_all_to_all(made: Topology) -> None:
+    ranks, each = made.ranks, 50_000.0
+    link = MachineCosts(made).transport("ep", ranks)
+    assert link is not None
+    flows = tuple(all_to_all(range(ranks), [[each] * ranks] * ranks))
+    steps = [[Start(0), Wait(0)]] * ranks
+    found = simulate(steps, [Collective("c", "ep", tuple(range(ranks)), flows)], made).seconds
+    assert link.seconds(each * (ranks - 1)) == pytest.approx(found, rel=1e-6)
+
+
+def test_parts_of_an_axis() -> None:
+    made = machine(4, 2)
+    costs = MachineCosts(made)
+    local, node = costs.transport("ep.local", 4), costs.transport("ep.node", 2)
+    assert local is not None
+    assert node is not None
+    assert local.bytes_per_s == made.inside.bytes_per_s
+    assert made.between is not None
+    assert node.bytes_per_s == made.between.bytes_per_s
+    assert costs.transport("ep", 1) is None
+
+
+def test_expert_times_are_those_of_the_simulation() -> None:
+    layer = Layer(4, 8, hidden=64, inner=128)
+    op = layer.spread(0, "expert-parallel").ops[0]
+    made = machine(4)
+    inner = next(o for o in op.regions[0].ops if o.name == "moe.experts")
+    ids = torch.tensor([[0], [0], [1]])
+    values = [torch.empty(3, 64), ids, torch.empty(3, 1), torch.empty(2, 256, 64), torch.empty(2, 64, 128)]
+    curve = MachineCosts(made).expert_times(op)
+    assert curve is not None
+    assert Costs(made.device).seconds(inner, values, [torch.empty(3, 64)]) == curve.seconds(rows_of_experts(ids, 2))
+    backward = MachineCosts(made).expert_times(op, backward=True)
+    assert backward is not None
+    assert backward.expert_seconds(512.0) > 2 * curve.expert_seconds(512.0)
+
+
+def test_rows_are_those_of_the_routing() -> None:
+    routing = Routing.parse("zipf:1")
+    rows = RoutedRows(routing, 32, 2).rows("model.layers.0.mlp", 4, 8)
+    assert rows is not None
+    assert [sum(r) for r in rows] == [64.0] * 4
+    assert rows[1] == torch.bincount(routing.ids(1, 32, 2, 8).flatten(), minlength=8).tolist()
+    assert RoutedRows(routing, 32, 9).rows("", 4, 8) is None
