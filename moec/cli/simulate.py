@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from moec.cache import write_atomic
-from moec.cli.console import emit, err, out
+from moec.cli.console import emit, out
 from moec.cli.opt import FileError, read_source
 from moec.sizes import size_text
 
@@ -35,7 +38,10 @@ def simulate(
     skew: Annotated[
         str, typer.Option(help="Which experts tokens choose: balanced, uniform, zipf:1.2, or a histogram (.json).")
     ] = "balanced",
-    pipeline: Annotated[str, typer.Option("-p", "--passes", help="Passes after the plan's, such as 'overlap'.")] = "",
+    pipeline: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--passes", help="Passes after the plan's; several times to compare, '' for none."),
+    ] = None,
     size: Annotated[list[str] | None, typer.Option(help="What another symbol of the graph is: s0=128.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Run the layers' backward programs too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of choices that are drawn.")] = 0,
@@ -51,53 +57,42 @@ def simulate(
     from moec.backends.registry import all_backends
     from moec.calibration.picture import require_matplotlib
     from moec.parallel.plan import Plan
-    from moec.passes.base import PassContext
     from moec.passes.registry import all_passes, parse_pipeline
     from moec.simulate.chrome import chrome_trace
-    from moec.simulate.events import simulate as run
-    from moec.simulate.job import check_fits, chosen_experts, group_ranks, make_job, token_symbols
     from moec.simulate.picture import draw_timelines
-    from moec.simulate.planning import MachineCosts, RoutedRows
-    from moec.simulate.report import make_report
     from moec.simulate.routing import Routing
+    from moec.simulate.run import Setting, run_graphs
     from moec.simulate.topology import load_topology
-    from moec.simulate.trace import trace as traced
 
     # Everything the user wrote is checked before anything runs.
     all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
-    parse_pipeline(pipeline)
-    machine, routing, wanted = load_topology(topology), Routing.parse(skew, seed), Plan.parse(plan)
-    given = _sizes(size or [])
+    pipelines = list(dict.fromkeys(pipeline or [""]))
+    for text in pipelines:
+        parse_pipeline(text)
+    machine, wanted = load_topology(topology), Plan.parse(plan)
+    setting = Setting(machine, wanted, Routing.parse(skew, seed), tokens, _sizes(size or []), training)
+    if trace is not None and len(pipelines) > 1:
+        raise FileError("a trace is of one pipeline", hint="give -p once, or --picture, which shows several")
     if picture is not None:
         require_matplotlib()
     graphs = _graphs(source, wanted, dtype)
-    ranks = wanted.ep if wanted.ep > 1 else group_ranks(graphs[0])
-    costs = MachineCosts(machine.first(ranks) if ranks else machine)
-    rows = RoutedRows(routing, tokens, chosen_experts(graphs[0]))
-    job = make_job(
-        graphs,
-        wanted,
-        lambda: parse_pipeline(pipeline),
-        lambda: PassContext(target=machine.device.target, cost_model=costs, profile=rows),
-    )
-    if remarks:
-        for remark in job.remarks:
-            print(remark, file=err().file)
-    check_fits(job, wanted, machine)
-    machine = machine.first(job.ranks)
-    sizes = [{**dict.fromkeys(token_symbols(g), tokens), **given} for g in job.graphs]
-    found = traced(job.graphs, job.groups, machine, routing, sizes=sizes, training=training)
-    timeline = run(found.programs, found.collectives, machine)
-    report = make_report(found, timeline)
-    title = f"{machine.name}, {job.ranks} ranks, {tokens} tokens each, {skew}"
+    found = {text: run_graphs(graphs, setting, partial(parse_pipeline, text)) for text in pipelines}
+    first = found[pipelines[0]]
+    for remark in [r for outcome in found.values() for r in outcome.remarks] if remarks else []:
+        print(remark, file=sys.stderr)
+    title = f"{machine.name}, {len(first.report.ranks)} ranks, {tokens} tokens each, {skew}"
     if trace is not None:
-        _write(trace, chrome_trace(timeline, title))
+        _write(trace, chrome_trace(first.timeline, title))
     if picture is not None:
-        draw_timelines({title: timeline}, picture)
+        named = {text or "no further passes": outcome.timeline for text, outcome in found.items()}
+        draw_timelines(named if len(found) > 1 else {title: first.timeline}, picture)
     if as_json:
-        emit(json.dumps(report.as_json()))
-        return
-    _show(report, title)
+        reports = {text: outcome.report.as_json() for text, outcome in found.items()}
+        emit(json.dumps(reports if len(found) > 1 else first.report.as_json()))
+    elif len(found) > 1:
+        _compare({text: outcome.report for text, outcome in found.items()}, title)
+    else:
+        _show(first.report, title)
 
 
 def _graphs(source: str, plan: object, dtype: str | None) -> list[Graph]:
@@ -160,3 +155,17 @@ def _show(report: Report, title: str) -> None:
         f"fullest rank {report.imbalance:.2f} x the mean rows",
         soft_wrap=True,
     )
+
+
+def _compare(reports: dict[str, Report], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("passes", overflow="fold")
+    for name in ("step ms", "ops ms", "exposed ms", "first's step over it"):
+        table.add_column(name, justify="right")
+    steps = [r.seconds for r in reports.values()]
+    for text, r in reports.items():
+        table.add_row(
+            Text(text or "none"), f"{r.seconds * 1e3:.3f}", f"{r.compute_s * 1e3:.3f}", f"{r.exposed_s * 1e3:.3f}",
+            f"{steps[0] / max(r.seconds, 1e-30):.2f} x",
+        )  # fmt: skip
+    out().print(table)

@@ -6,12 +6,15 @@ from moec.simulate.errors import SimulationError
 from moec.simulate.events import Timeline, simulate
 from moec.simulate.report import Report, make_report
 from moec.simulate.routing import Routing
+from moec.simulate.run import Outcome, Setting, run_graphs
 from moec.simulate.topology import Topology, known_topologies, load_topology
 from moec.simulate.trace import Trace, trace
 
 __all__ = [
+    "Outcome",
     "Report",
     "Routing",
+    "Setting",
     "SimulationError",
     "Timeline",
     "Topology",
@@ -19,6 +22,7 @@ __all__ = [
     "known_topologies",
     "load_topology",
     "make_report",
+    "run_graphs",
     "simulate",
     "trace",
 ]

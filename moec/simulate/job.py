@@ -49,7 +49,7 @@ def make_job(
     """Run the passes of the plan, then others, on the graphs of all ranks.
 
     Args:
-        graphs: One a rank, or one for all; they are changed.
+        graphs: One a rank, or one for all; they stay as they are.
         plan: Which ranks share experts, and how tokens travel. ``ep`` of 1 is whatever the graphs say.
         passes: Makes the others.
         context: Makes what passes are given.
@@ -82,7 +82,7 @@ def make_job(
         if one_for_all and rank:
             chosen.append(chosen[0])
             continue
-        mine = graph if one_for_all else graph.clone()
+        mine = graph.clone()
         ctx = context()
         planned = plan.passes(-1 if one_for_all else rank) if plan.ep > 1 else []
         PassManager([*planned, *passes()], repro=None).run(mine, ctx)

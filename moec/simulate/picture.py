@@ -51,7 +51,7 @@ def _panel(axes: Any, title: str, timeline: Timeline, ranks: Sequence[int]) -> N
                 continue
             low = row + (0.48 if span.kind == "comm" else 0.06)
             left, width = span.begin * 1e3, (span.end - span.begin) * 1e3
-            axes.broken_barh([(left, width)], (low, 0.38), facecolors=COLOURS[_kind(span)], edgecolors="none")
+            axes.broken_barh([(left, width)], (low, 0.38), facecolors=COLOURS[_kind(span)], edgecolors="white", lw=0.4)
     axes.set_yticks([row + 0.45 for row in range(len(ranks))], [f"rank {r}" for r in ranks])
     axes.set_ylim(len(ranks), 0)
     axes.set_title(f"{title}: {timeline.seconds * 1e3:.3g} ms", loc="left", fontsize=10)

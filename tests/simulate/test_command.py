@@ -101,6 +101,21 @@ def test_text_runs_with_passes_and_a_plan(moec: Moec, tmp_path: Path) -> None:
     assert [r["sent"] for r in planned["ranks"]] == [8 * 2 + 2 * 8 * 4 * 4] * 2  # counts; half of 16 slots, both ways
 
 
+def test_several_pipelines_are_compared(moec: Moec, tmp_path: Path) -> None:
+    file = layer(tmp_path, (2, "2, 2"))
+    words = [file, "--tokens", "64", "-p", "", "-p", "expert-parallel"]
+    if importlib.util.find_spec("matplotlib"):
+        words += ["--picture", str(tmp_path / "t.png")]
+    got = moec(*words)
+    assert got.code == 0, got.err
+    assert "none" in got.out
+    assert "expert-parallel" in got.out
+    assert "1.00 x" in got.out
+    found = json.loads(moec(*words, "--json").out)
+    assert list(found) == ["", "expert-parallel"]
+    assert "a trace is of one pipeline" in moec(*words, "--trace", str(tmp_path / "t.json")).err
+
+
 def test_a_graph_for_every_rank(moec: Moec, tmp_path: Path) -> None:
     file = layer(tmp_path, (3, "3, 1"), (1, "3, 1"))
     found = json.loads(moec(file, "--tokens", "8", "--plan", "ep=2", "--json").out)
