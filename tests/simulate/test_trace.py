@@ -56,6 +56,8 @@ def check(layer: Layer, form: str, ids: list[torch.Tensor]) -> Trace:
     assert [by_group(s) for s in found.sent] == [+w for w in want]
     for c in found.collectives:
         assert sum(f.bytes for f in c.flows) == pytest.approx(sum(c.sent.values()))
+        if c.label.startswith("all_to_all"):  # and from the right ranks
+            assert {r: sum(f.bytes for f in c.flows if f.source == r) for r in c.ranks} == c.sent
     return found
 
 
