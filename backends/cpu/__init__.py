@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.build import compiler, compiler_text, warn_of_no_compiler
-from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import isa_of, missing, refusal
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moec.backends.aten.spec import Params, Spec
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu import recycle, team, workspace
 from moec.backends.cpu.backward_source import write_backward
 from moec.backends.cpu.build import build
 from moec.backends.cpu.derivative import compile_derivative
-from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import Isa
 from moec.backends.cpu.load import Library
 from moec.backends.cpu.memory import check_readable

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from moec.backends.cpu.expression import Activation, Call, UnsupportedError, compile_activation, number, read_call
+from moec.backends.calls import Call, UnsupportedError
+from moec.backends.cpu.expression import Activation, compile_activation, number, read_call
 from moec.ir.core import Graph, Value
 
 Rule = Callable[[list[str], dict[str, str], str, str], list[str]]

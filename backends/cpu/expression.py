@@ -6,18 +6,14 @@ by op, so that a result differs from the reference's by no more than the element
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from moec.backends import calls
+from moec.backends.calls import FIRST_ALONE, Call, Emit, UnsupportedError
 from moec.backends.cpu.cpp import C_TYPES, real
-from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
-
-
-class UnsupportedError(Exception):
-    """A region that has no vector form; the message says which op, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +35,6 @@ class Activation:
     def body(self) -> str:
         """The function's body."""
         return "\n        ".join((*self.lines, f"return {self.result};"))
-
-
-@dataclass(frozen=True)
-class Call:
-    """One op of a region, ready to be written down.
-
-    Attributes:
-        target: The traced op, for messages.
-        name: Its name in the tables of expressions; ``gelu_tanh``, ``pow2`` and ``pow3`` stand for ops with arguments.
-        args, kwargs: Names and numbers in C++; an argument that is None is the empty text.
-        sources: The value behind each positional argument; None for numbers.
-        named: The values behind keyword arguments.
-    """
-
-    target: str
-    name: str
-    args: list[str]
-    sources: list[Value | None]
-    kwargs: dict[str, str] = field(default_factory=dict)
-    named: list[Value] = field(default_factory=list)
-
-
-Emit = Callable[[list[str], dict[str, str]], str]
 
 
 def _alpha(symbol: str) -> Emit:
@@ -91,8 +64,6 @@ def _same(a: list[str], kw: dict[str, str]) -> str:
     return a[0]
 
 
-_FIRST_ALONE = ("_to_copy", "to", "convert_element_type", "clone", "alias", "detach", "contiguous")
-"""Ops that give their first argument, in the type of their result."""
 _FUNCTIONS = ("silu", "relu", "sigmoid", "tanh", "exp", "erf", "gelu", "gelu_tanh")
 _OPS: dict[str, Emit] = {
     **{name: _function(name) for name in _FUNCTIONS},
@@ -114,10 +85,8 @@ _OPS: dict[str, Emit] = {
     "clamp_min": _function("at_least", 2),
     "clamp_max": _function("at_most", 2),
     "hardtanh": _clamp,
-    **dict.fromkeys(_FIRST_ALONE, _same),
+    **dict.fromkeys(FIRST_ALONE, _same),
 }
-_POWERS = {2: "pow2", 3: "pow3", 0.5: "sqrt", -0.5: "rsqrt"}
-_SHARED_BY_OVERLOADS = {"default", "Tensor", "Scalar", "dtype", "self", "other", "Tensor_Scalar"}
 
 
 def number(value: float) -> str:
@@ -126,50 +95,12 @@ def number(value: float) -> str:
 
 
 def read_call(op: Op, names: Mapping[Value, str], where: str = "the activation") -> Call:
-    """The op's name and arguments. ``where`` says in messages what the op is part of.
+    """The op's name and arguments in C++. ``where`` says in messages what the op is part of.
 
     Raises:
         UnsupportedError: It has no vector form.
     """
-    target = str(op.attrs["target"])
-    namespace, _, rest = target.partition(".")
-    name, _, overload = rest.partition(".")
-
-    def text(value: Any) -> str:
-        if isinstance(value, Operand):
-            return names[op.operands[value.index]]
-        if value is None:
-            return ""
-        if isinstance(value, (bool, int, float)):
-            return number(value)
-        raise UnsupportedError(f"{where} calls {target} with {value!r}")
-
-    def source(value: Any) -> Value | None:
-        return op.operands[value.index] if isinstance(value, Operand) else None
-
-    args: Sequence[Any] = op.attrs.get("args", ())
-    kwargs: dict[str, Any] = dict(op.attrs.get("kwargs", {}))
-    known = namespace in ("aten", "prims") and overload in _SHARED_BY_OVERLOADS and not op.regions
-    if name == "gelu":
-        name = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else name
-    if name == "pow" and len(args) == 2 and args[1] in _POWERS:
-        name, args = _POWERS[args[1]], args[:1]
-    if not known or name not in _OPS:
-        raise UnsupportedError(f"{where} calls {target}")
-    if name in _FIRST_ALONE:
-        args, kwargs = args[:1], {}
-    if kwargs.keys() - {"alpha", "min", "max"}:
-        raise UnsupportedError(f"{where} calls {target} with {', '.join(kwargs)}")
-    if name == "hardtanh" and len(args) + len(kwargs) < 3:
-        args = (*args, -1.0, 1.0)[:3] if len(args) == 1 else (*args, 1.0)
-    return Call(
-        target,
-        name,
-        [text(a) for a in args],
-        [source(a) for a in args],
-        {k: text(v) for k, v in kwargs.items() if v is not None},
-        [v for v in map(source, kwargs.values()) if v is not None],
-    )
+    return calls.read_call(op, names, where, _OPS, number)
 
 
 def expression(op: Op, names: Mapping[Value, str], where: str = "the activation") -> str:

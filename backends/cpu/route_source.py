@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.cpp import C_TYPES, boolean, real
-from moec.backends.cpu.expression import UnsupportedError
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.cpp import C_TYPES
-from moec.backends.cpu.expression import UnsupportedError, expression, number
+from moec.backends.cpu.expression import expression, number
 from moec.backends.cpu.row_program import Node, RowProgram
 from moec.ir.core import Graph, Op, Value
 from moec.ir.torch_dtypes import TO_TORCH

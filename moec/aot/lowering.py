@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from moec.aot.ops import torch_op
 from moec.aot.regions import Region, share_layers
 from moec.aot.strides import outputs_as_rows, recorded_weights
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
-from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.partition import Claims, Refusal
 from moec.backends.registry import get_backend
 from moec.emit import LowerOp, emit_into

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from moec.aot.elf import ElfError, set_weight_bytes
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.aot import archive, declared, embed_experts, embed_route, lowest
 from moec.backends.cpu.aot.archive import HEADERS, HERE, TORCH_HEADERS
-from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.isa import LEVELS
 from moec.ir.core import Op
 from moec.ir.parser import parse_graph

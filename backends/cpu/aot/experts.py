@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.aot.embedded import Embedded, content_name, kernel_table
 from moec.backends.cpu.aot.levels import declared, different
-from moec.backends.cpu.expression import UnsupportedError
 from moec.backends.cpu.source import Shape, read_shape, write_source
 from moec.ir.core import Op
 from moec.ir.opdef import op_def

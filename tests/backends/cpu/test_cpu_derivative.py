@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.derivative import RULES, compile_derivative
-from moec.backends.cpu.expression import _OPS, UnsupportedError
+from moec.backends.cpu.expression import _OPS
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 from tests.backends.cases import call, close

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moec.backends.cpu.expression import UnsupportedError
+from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.row_ops import compile_rows
 from moec.backends.reference import run_graph
 from moec.ir.attributes import Operand
