@@ -1,0 +1,1 @@
+"""The triton backend: kernels for GPUs, generated as readable Python files."""

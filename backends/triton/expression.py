@@ -1,0 +1,215 @@
+"""Activation regions as Triton: one expression of f32 tensors per traced op, rounded to its traced type.
+
+torch computes an elementwise op on narrow types in f32 and rounds its result. The generated code does the same, op by
+op, so that a result differs from the reference's by no more than the elementary functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.backends import calls
+from moec.backends.calls import FIRST_ALONE, Emit, UnsupportedError
+from moec.backends.triton.dtypes import TL_TYPES, number, rounded
+from moec.ir.core import Graph, Op, Value
+from moec.ir.types import TensorType
+
+HELPERS = {
+    "sigmoid": """\
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+""",
+    "silu": """\
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+""",
+    "tanh": """\
+@triton.jit
+def tanh(x):
+    t = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -y, y)
+""",
+    "gelu": """\
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+""",
+    "gelu_tanh": """\
+@triton.jit
+def gelu_tanh(x):
+    # 0.5 * (1 + tanh(z)) is sigmoid(2 * z)
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+""",
+    "at_least": """\
+@triton.jit
+def at_least(x, low):
+    return tl.where(x < low, low, x)
+""",
+    "at_most": """\
+@triton.jit
+def at_most(x, high):
+    return tl.where(x > high, high, x)
+""",
+    "larger": """\
+@triton.jit
+def larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "smaller": """\
+@triton.jit
+def smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "softplus": """\
+@triton.jit
+def softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
+""",
+}
+"""Functions that Triton's language lacks, by the name that expressions call them."""
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """The statements of an activation.
+
+    Attributes:
+        lines: One for every op; ``g`` and ``u`` (or ``g`` alone) are the rows, ``c0``, ``c1``, ... the captures, all f32.
+        result: The name of the result.
+        captures: Element type of every captured tensor, and whether it has a value for each column (else one alone).
+    """
+
+    lines: tuple[str, ...]
+    result: str
+    captures: tuple[tuple[str, bool], ...]
+
+
+def _alpha(symbol: str) -> Emit:
+    def emit(a: list[str], kw: dict[str, str]) -> str:
+        alpha = kw.get("alpha")
+        return f"{a[0]} {symbol} {a[1]}" if alpha is None else f"{a[0]} {symbol} {a[1]} * {alpha}"
+
+    return emit
+
+
+def _clamp(a: list[str], kw: dict[str, str]) -> str:
+    low = kw.get("min", a[1] if len(a) > 1 else "")
+    high = kw.get("max", a[2] if len(a) > 2 else "")
+    text = f"at_least({a[0]}, {low})" if low else a[0]
+    return f"at_most({text}, {high})" if high else text
+
+
+def _function(name: str, arity: int = 1) -> Emit:
+    return lambda a, kw: f"{name}({', '.join(a[:arity])})"
+
+
+def _binary(symbol: str) -> Emit:
+    return lambda a, kw: f"{a[0]} {symbol} {a[1]}"
+
+
+def _same(a: list[str], kw: dict[str, str]) -> str:
+    return a[0]
+
+
+OPS: dict[str, Emit] = {
+    **{name: _function(name) for name in ("silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "softplus")},
+    **{name: _function(f"tl.{name}") for name in ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor")},
+    "relu": lambda a, kw: f"larger({a[0]}, 0.0)",
+    "neg": lambda a, kw: f"-{a[0]}",
+    "sqrt": _function("tl.sqrt_rn"),
+    "rsqrt": lambda a, kw: f"1.0 / tl.sqrt_rn({a[0]})",
+    "reciprocal": lambda a, kw: f"1.0 / {a[0]}",
+    **dict.fromkeys(("square", "pow2"), lambda a, kw: f"{a[0]} * {a[0]}"),
+    "pow3": lambda a, kw: f"{a[0]} * {a[0]} * {a[0]}",
+    "mul": _binary("*"),
+    "div": _binary("/"),
+    "add": _alpha("+"),
+    "sub": _alpha("-"),
+    "rsub": lambda a, kw: f"{a[1]} - {a[0]}" + (f" * {kw['alpha']}" if "alpha" in kw else ""),
+    "minimum": _function("smaller", 2),
+    "maximum": _function("larger", 2),
+    "clamp": _clamp,
+    "clamp_min": _function("at_least", 2),
+    "clamp_max": _function("at_most", 2),
+    "hardtanh": _clamp,
+    "leaky_relu": lambda a, kw: f"tl.where({a[0]} > 0, {a[0]}, {a[0]} * {a[1] if len(a) > 1 else '0.01'})",
+    "elu": lambda a, kw: f"tl.where({a[0]} > 0, {a[0]}, tl.exp({a[0]}) - 1.0)",
+    "hardswish": lambda a, kw: f"{a[0]} * at_most(at_least({a[0]} + 3.0, 0.0), 6.0) / 6.0",
+    "hardsigmoid": lambda a, kw: f"at_most(at_least({a[0]} + 3.0, 0.0), 6.0) / 6.0",
+    "mish": lambda a, kw: f"{a[0]} * tanh(softplus({a[0]}))",
+    **dict.fromkeys(FIRST_ALONE, _same),
+}
+"""An expression for every op that a region may call."""
+_FEWER_ARGUMENTS = {"elu": 1, "softplus": 1}
+"""Ops whose other arguments must have their defaults."""
+
+
+def expression(op: Op, names: Mapping[Value, str], where: str) -> str:
+    """The Triton expression of an elementwise op, in f32.
+
+    Raises:
+        UnsupportedError: It has no form.
+    """
+    call = calls.read_call(op, names, where, OPS, number)
+    if len(call.args) > _FEWER_ARGUMENTS.get(call.name, len(call.args)):
+        raise UnsupportedError(f"{where} calls {call.target} with other arguments than its defaults")
+    return OPS[call.name](call.args, call.kwargs)
+
+
+def helpers_in(text: str) -> list[str]:
+    """The helper functions that a text calls, those that others call first."""
+    used = {name for name in HELPERS if f"{name}(" in text}
+    return [HELPERS[name] for name in HELPERS if name in used]
+
+
+def _check(value: Value, row: TensorType, what: str) -> TensorType:
+    """Rows, or what broadcasts along a row: a number or one value for each column."""
+    type = value.type
+    if not isinstance(type, TensorType) or type.dtype.name not in TL_TYPES:
+        raise UnsupportedError(f"the activation has {what} of type {getattr(type, 'dtype', type)}")
+    width = row.shape[-1:]
+    if type.shape not in (row.shape, width, (1, *width), (), (1,)):
+        raise UnsupportedError(f"the activation has {what} of shape {list(type.shape)}")
+    return type
+
+
+def compile_elementwise(region: Graph, rows: int, dtype: str) -> Elementwise:
+    """The Triton statements of an elementwise region.
+
+    Args:
+        region: Takes ``rows`` row arguments, then its captures.
+        rows: 2 for gate and up, 1 for one projection.
+        dtype: Element type of the result, that of the down GEMM's operand.
+
+    Raises:
+        UnsupportedError: Something in it is not elementwise or has no form in Triton.
+    """
+    row = region.args[0].type
+    assert isinstance(row, TensorType)
+    names: dict[Value, str] = {}
+    lines: list[str] = []
+    captures: list[tuple[str, bool]] = []
+    for arg, name in zip(region.args[:rows], ("g", "u"), strict=False):
+        _check(arg, row, "rows")
+        names[arg] = name
+    for i, arg in enumerate(region.args[rows:]):
+        type = _check(arg, row, "a captured tensor")
+        captures.append((type.dtype.name, bool(type.shape) and type.shape[-1] == row.shape[-1]))
+        names[arg] = f"c{i}"
+    for position, op in enumerate(region.ops):
+        if op is region.terminator:
+            break
+        if op.name != "torch.call" or len(op.results) != 1:
+            raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
+        type = _check(op.result, row, f"a result of {op.attrs['target']}")
+        names[op.result] = f"v{position}"
+        lines.append(f"v{position} = {rounded(expression(op, names, 'the activation'), type.dtype.name)}")
+    (result,) = region.terminator.operands
+    type = _check(result, row, "a result")
+    if type.dtype.name != dtype or type.shape != row.shape:
+        raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
+    return Elementwise(tuple(lines), names[result], tuple(captures))

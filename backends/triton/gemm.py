@@ -1,0 +1,146 @@
+"""Statements of a GEMM tile: rows at ``row_at`` times tiles of weights, summed over K in f32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moec.backends.triton.dtypes import TL_TYPES, rounded
+from moec.backends.triton.spec import Spec
+from moec.backends.triton.text import indented
+
+HELPERS = '''\
+@triton.jit
+def tile_at(tile, blocks, columns, GROUP_M: tl.constexpr):
+    """Row block and column of a tile: GROUP_M row blocks go through all columns before the next ones begin."""
+    group = tile // (GROUP_M * columns)
+    first = group * GROUP_M
+    size = tl.minimum(blocks - first, GROUP_M)
+    within = tile - first * columns
+    return first + within % size, within // size
+
+
+@triton.jit
+def load_tile(at, inside, WHOLE: tl.constexpr):
+    """A tile of a weight; what is not inside is 0."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=inside, other=0.0)
+'''
+DOT = '''\
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in f32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+'''
+DOT_INTERPRETED = '''\
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in f32. Triton's interpreter multiplies no bf16, but its products are exact in f32."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+'''
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a tile: the rows times a stretch of a weight's outputs.
+
+    Attributes:
+        name: What its sum is called.
+        weight: What the weight is called.
+        first: The first output of the weight that belongs to it.
+        wide: Outputs for each column of the tile, next to each other (2 where gate and up are interleaved).
+        outputs, inputs: Of the weight.
+        nk: Rows of the weight in memory are outputs.
+    """
+
+    name: str
+    weight: str
+    first: int
+    wide: int
+    outputs: int
+    inputs: int
+    nk: bool
+
+    @property
+    def block(self) -> str:
+        """Outputs of a tile."""
+        return "BLOCK_N" if self.wide == 1 else f"{self.wide} * BLOCK_N"
+
+    @property
+    def outputs_at(self) -> str:
+        """The name of the tile's outputs."""
+        return f"{self.name}_n"
+
+    def places(self) -> str:
+        """Statement: the outputs of the tile. Those past the end read the first one, and are not stored."""
+        if self.wide == 1:
+            return f"{self.name}_n = column_in + {self.first}" if self.first else f"{self.name}_n = column_in"
+        at = f"column_block * ({self.block}) + tl.arange(0, {self.block})"
+        return f"{self.name}_n = tl.where({at} < {self.outputs}, {at}, 0)"
+
+    def pointers(self) -> str:
+        """Where a tile ``[BLOCK_K, outputs]`` lies at inputs ``k_in``."""
+        if self.nk:
+            return f"{self.weight}_at + {self.name}_n[None, :] * {self.weight}_s + k_in[:, None]"
+        return f"{self.weight}_at + {self.name}_n[None, :] + k_in[:, None] * {self.weight}_s"
+
+    def descriptor(self, experts: int) -> str:
+        """A tensor descriptor of the whole weight, its blocks tiles of one expert."""
+        shape, block = f"{self.outputs}, {self.inputs}", f"{self.block}, BLOCK_K"
+        if not self.nk:
+            shape, block = f"{self.inputs}, {self.outputs}", f"BLOCK_K, {self.block}"
+        return (
+            f"tl.make_tensor_descriptor({self.weight}, shape=[{experts}, {shape}], "
+            f"strides=[{self.weight}_se, {self.weight}_s, 1], block_shape=[1, {block}])"
+        )
+
+    def described(self) -> str:
+        """The tile at inputs ``k``, through the descriptor."""
+        first = f"column_block * ({self.block}) + {self.first}"
+        if self.nk:
+            return f"{self.weight}_d.load([expert, {first}, k]).reshape({self.block}, BLOCK_K).T"
+        return f"{self.weight}_d.load([expert, k, {first}]).reshape(BLOCK_K, {self.block})"
+
+
+def base(spec: Spec, name: str) -> str:
+    """Statement: where the expert's own weight or bias begins."""
+    if spec.stacked:
+        return f"{name}_at = {name} + expert.to(tl.int64) * {name}_se"
+    return f"{name}_at = tl.load({name} + expert).to(tl.pointer_type({TL_TYPES[spec.dtype]}))"
+
+
+def tile_lines(spec: Spec, products: Sequence[Product], split: bool = False) -> list[str]:
+    """Statements: the sums of the products of a tile. ``row_at`` are the rows, ``live`` says which there are.
+
+    With ``split``, program_id(1) of SPLIT_K has every SPLIT_K-th block of inputs.
+    """
+    (inputs,) = {p.inputs for p in products}
+    lines = [base(spec, name) for name in dict.fromkeys(p.weight for p in products)]
+    lines += [p.places() for p in products]
+    lines += [f"{p.name} = tl.zeros((BLOCK_M, {p.block}), tl.float32)" for p in products]
+    first, step = ("tl.program_id(1) * BLOCK_K", "BLOCK_K * SPLIT_K") if split else ("0", "BLOCK_K")
+    inner = [
+        "k_in = k + tl.arange(0, BLOCK_K)",
+        f"there = (k_in < {inputs})[:, None]",
+        f"r = tl.load(row_at[:, None] + k_in[None, :], mask=live[:, None] & (k_in < {inputs})[None, :], other=0.0)",
+    ]
+    loads = [f"{p.name}_w = load_tile({p.pointers()}, there, {inputs} % BLOCK_K == 0)" for p in products]
+    if spec.stacked:
+        inner += ["if TMA:", *indented([f"{p.name}_w = {p.described()}" for p in products])]
+        inner += ["else:", *indented(loads)]
+    else:
+        inner += loads
+    inner += [f"{p.name} = dot(r, {p.name}_w, {p.name})" for p in products]
+    return [*lines, f"for k in range({first}, {inputs}, {step}):", *indented(inner)]
+
+
+def bias_lines(spec: Spec, products: Sequence[Product], biases: Sequence[str], across: str) -> list[str]:
+    """Statements: the products rounded to the type that the GEMM gives, with their biases if there are any."""
+    lines = [base(spec, name) for name in biases]
+    lines += [f"{p.name} = {rounded(p.name, spec.dtype)}" for p in products if spec.dtype != "f32"]
+    for i, p in enumerate(products if biases else ()):
+        name = biases[i if len(biases) > 1 else 0]
+        value = f"tl.load({name}_at + {p.outputs_at}).to(tl.float32){across}"
+        lines.append(f"{p.name} = {rounded(f'{p.name} + {value}', spec.dtype)}")
+    return lines

@@ -1,0 +1,52 @@
+"""The whole file of a layer's kernels."""
+
+from __future__ import annotations
+
+from moec.backends.triton.combine_source import combine_kernels, row_kernel
+from moec.backends.triton.experts_source import down_kernels, up_kernel
+from moec.backends.triton.expression import helpers_in
+from moec.backends.triton.gemm import DOT, DOT_INTERPRETED, HELPERS
+from moec.backends.triton.rows import RowFunction
+from moec.backends.triton.sort_source import sort_kernels
+from moec.backends.triton.spec import Spec
+from moec.backends.triton.text import Kernel, KernelFile
+from moec.backends.triton.vector_source import down_vector, up_vector
+
+HEADER = '''\
+"""{title} (generated)."""
+
+import triton
+import triton.language as tl
+
+
+'''
+
+
+def kernel_file(title: str, parts: list[tuple[Kernel, str]], helpers: str = "") -> KernelFile:
+    """A file of kernels, with the helper functions that their texts call."""
+    body = "\n\n".join(text for _, text in parts)
+    head = [*helpers_in(body), *([helpers] if helpers else [])]
+    text = HEADER.format(title=title) + "\n\n".join([*head, body])
+    return KernelFile(text, {kernel.name: kernel for kernel, _ in parts})
+
+
+def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
+    """The kernels of a layer; the text depends on nothing but ``spec``.
+
+    Args:
+        spec: The layer.
+        interpreted: For Triton's interpreter, which multiplies no bf16; one line differs.
+    """
+    parts = [*sort_kernels(spec.experts, spec.top_k), up_kernel(spec), *down_kernels(spec)]
+    parts += [up_vector(spec), down_vector(spec)]
+    if isinstance(spec.activation, RowFunction):
+        parts.append(row_kernel(spec, "activation", spec.activation, spec.dtype))
+    if spec.post is not None:
+        parts.append(row_kernel(spec, "post", spec.post, spec.dtype))
+    parts += combine_kernels(spec)
+    title = (
+        f"A MoE layer: {spec.experts} experts of {spec.inner}, {spec.top_k} a token, "
+        f"rows of {spec.hidden} {spec.dtype}, {spec.layout}"
+    )
+    dot = DOT_INTERPRETED if interpreted else DOT
+    return kernel_file(title, parts, f"{HELPERS}\n\n{dot}")

@@ -1,0 +1,63 @@
+"""A generated Python file of kernels, and what a launcher or a compiler has to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Grid = Callable[[int, Mapping[str, int]], tuple[int, ...]]
+"""The launch grid of a call from its number of tokens and the kernel's constants: static upper bounds, no data."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A run-time argument of a kernel. ``type`` is Triton's: ``*bf16``, ``i32``."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a file.
+
+    Attributes:
+        name: Of the function.
+        arguments: Run-time arguments in order; the constants follow them.
+        constants: Compile-time parameters (tile sizes).
+        grid: Its launch grid.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    constants: tuple[str, ...]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """The text of a Python file and its kernels by name."""
+
+    text: str
+    kernels: Mapping[str, Kernel]
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def function(kernel: Kernel, summary: str, body: Sequence[str]) -> str:
+    """A kernel's text; ``body`` holds statements without their indent."""
+    names = [a.name for a in kernel.arguments]
+    names += [f"{c}: tl.constexpr" for c in kernel.constants]
+    lines = ["@triton.jit", f"def {kernel.name}("]
+    lines += [f"    {name}," for name in names]
+    lines += ["):", f'    """{summary}"""']
+    lines += [f"    {line}" if line else "" for line in body]
+    return "\n".join(lines) + "\n"
+
+
+def indented(lines: Sequence[str]) -> list[str]:
+    """The lines one level deeper."""
+    return [f"    {line}" if line else "" for line in lines]

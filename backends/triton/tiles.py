@@ -1,0 +1,63 @@
+"""Launch parameters of one call: tile sizes, warps, stages, and which form of the kernels runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moec.backends.triton.spec import Spec
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one GEMM is cut.
+
+    Attributes:
+        block_m, block_n, block_k: Rows, output columns and inputs of a tile.
+        group_m: Row blocks that share a stretch of columns before the next one begins, for the L2 cache.
+        num_warps, num_stages: Of a program, and of its software pipeline.
+        split_k: Programs that share the inputs of one tile (down GEMM; their sums are added in order).
+        tma: Weights are read through tensor descriptors.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+    split_k: int = 1
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels of a layer run for some number of tokens.
+
+    Attributes:
+        form: ``gemm`` on sorted and aligned rows; ``gemv``, a program for each slot and stretch of columns.
+        up, down: Both have the same ``block_m``; rows are aligned to it.
+        programs: Of a persistent GEMM; 0 for one program a tile.
+        atomic: The down GEMM adds to the result itself, in no fixed order.
+    """
+
+    form: str
+    up: Tile
+    down: Tile
+    programs: int = 0
+    atomic: bool = False
+
+
+GEMV_SLOTS = 32
+"""So few slots meet mostly experts of their own: a tile of rows would be empty but for one."""
+
+
+def choose(spec: Spec, tokens: int, target: str) -> Launch:
+    """The launch parameters for ``tokens`` tokens on ``target`` (``"cuda:sm90"``)."""
+    slots = tokens * spec.top_k
+    if slots <= GEMV_SLOTS and not spec.fp8:
+        tile = Tile(block_m=1, block_n=16, block_k=128)
+        return Launch("gemv", tile, tile)
+    share = slots / spec.experts
+    block_m = 16 if share <= 16 else 32 if share <= 64 else 64
+    tile = Tile(block_m=block_m, block_n=64, block_k=128 if spec.fp8 else 64)
+    return Launch("gemm", tile, tile)
