@@ -50,7 +50,7 @@ def combine_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         inner = [
             f"slot = token * {spec.top_k} + j",
             "id = tl.load(ids + slot)",
-            f"live = (id >= 0) & (id < {spec.experts}) & (column < {spec.width})",
+            f"live = column < tl.where((id >= 0) & (id < {spec.experts}), {spec.width}, 0)",
             *value,
             "weight = tl.load(weights + slot).to(tl.float32)",
             f"result += tl.where(live, {rounded('total * weight', spec.product)}, 0.0)",
@@ -62,7 +62,7 @@ def combine_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
             f"for j in range(0, {spec.top_k}):",
             *indented(inner),
             f"y_at = y + token.to(tl.int64) * {spec.width} + column",
-            f"tl.store(y_at, result.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.width})",
+            f"tl.store(y_at, {rounded('result', spec.out_dtype)}.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.width})",
         ]
         return kernel, function(kernel, summary, body)
 

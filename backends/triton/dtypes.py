@@ -22,6 +22,4 @@ def number(value: float) -> str:
 
 def rounded(text: str, dtype: str) -> str:
     """``text``, an expression in f32, rounded to ``dtype`` and held in f32."""
-    if dtype == "f32":
-        return text
-    return f"{text if text.isidentifier() else f'({text})'}.to({TL_TYPES[dtype]}).to(tl.float32)"
+    return text if dtype == "f32" else f"round_{dtype}({text})"

@@ -6,6 +6,7 @@ op, so that a result differs from the reference's by no more than the elementary
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,6 +72,28 @@ def softplus(x):
 """,
 }
 """Functions that Triton's language lacks, by the name that expressions call them."""
+_ROUNDING = {
+    "round_f16": """\
+@triton.jit
+def round_f16(x):
+    return x.to(tl.float16).to(tl.float32)
+""",
+    "round_bf16": """\
+@triton.jit
+def round_bf16(x):
+    return x.to(tl.bfloat16).to(tl.float32)
+""",
+}
+_ROUNDING_INTERPRETED = {
+    "round_bf16": """\
+@triton.jit
+def round_bf16(x):
+    # Triton's interpreter cuts bits off. A GPU rounds to the nearest, to even.
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -160,10 +183,10 @@ def expression(op: Op, names: Mapping[Value, str], where: str) -> str:
     return OPS[call.name](call.args, call.kwargs)
 
 
-def helpers_in(text: str) -> list[str]:
-    """The helper functions that a text calls, those that others call first."""
-    used = {name for name in HELPERS if f"{name}(" in text}
-    return [HELPERS[name] for name in HELPERS if name in used]
+def helpers_in(text: str, interpreted: bool = False) -> list[str]:
+    """The helper functions that a text calls, in an order in which they can be defined."""
+    known = _ROUNDING | (_ROUNDING_INTERPRETED if interpreted else {}) | HELPERS
+    return [known[name] for name in known if re.search(rf"\b{name}\(", text)]
 
 
 def _check(value: Value, row: TensorType, what: str) -> TensorType:

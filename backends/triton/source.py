@@ -22,10 +22,12 @@ import triton.language as tl
 '''
 
 
-def kernel_file(title: str, parts: list[tuple[Kernel, str]], helpers: str = "") -> KernelFile:
+def kernel_file(
+    title: str, parts: list[tuple[Kernel, str]], helpers: str = "", interpreted: bool = False
+) -> KernelFile:
     """A file of kernels, with the helper functions that their texts call."""
     body = "\n\n".join(text for _, text in parts)
-    head = [*helpers_in(body), *([helpers] if helpers else [])]
+    head = [*helpers_in(body, interpreted), *([helpers] if helpers else [])]
     text = HEADER.format(title=title) + "\n\n".join([*head, body])
     return KernelFile(text, {kernel.name: kernel for kernel, _ in parts})
 
@@ -35,7 +37,7 @@ def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
 
     Args:
         spec: The layer.
-        interpreted: For Triton's interpreter, which multiplies no bf16; one line differs.
+        interpreted: For Triton's interpreter, which multiplies no bf16 and rounds it wrongly: ``dot`` and ``round_bf16`` differ.
     """
     parts = [*sort_kernels(spec.experts, spec.top_k), up_kernel(spec), *down_kernels(spec)]
     parts += [up_vector(spec), down_vector(spec)]
@@ -49,4 +51,4 @@ def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
         f"rows of {spec.hidden} {spec.dtype}, {spec.layout}"
     )
     dot = DOT_INTERPRETED if interpreted else DOT
-    return kernel_file(title, parts, f"{HELPERS}\n\n{dot}")
+    return kernel_file(title, parts, f"{HELPERS}\n\n{dot}", interpreted)

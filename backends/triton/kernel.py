@@ -1,0 +1,121 @@
+"""The kernel of one ``moe.experts`` program: buffers of static size, and launches that no count of rows decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.backends.aten import ExpertsKernel as AtenExperts
+from moec.backends.aten.spec import Params
+from moec.backends.base import Kernel
+from moec.backends.cpu.operands import form_of, one_stride
+from moec.backends.triton.experts_source import up_biases, up_weights
+from moec.backends.triton.launcher import Launcher, target_of
+from moec.backends.triton.module import interpreted
+from moec.backends.triton.run import Run
+from moec.backends.triton.source import write_experts
+from moec.backends.triton.spec import Spec
+from moec.backends.triton.tiles import Launch, choose
+from moec.ir.core import Op
+from moec.ir.torch_dtypes import TO_TORCH
+
+_TABLES = 8
+"""Tables of addresses that a layer keeps: of weights and biases, and as many of those before."""
+
+
+@lru_cache(maxsize=256)
+def launcher(spec: Spec, interpreted: bool) -> Launcher:
+    """The kernels of a layer, loaded."""
+    return Launcher(write_experts(spec, interpreted))
+
+
+class TritonExperts(Kernel):
+    """Forward in generated Triton; gradients are aten's."""
+
+    def __init__(self, op: Op, spec: Spec, target: str) -> None:
+        self.spec, self.target = spec, target
+        self.aten = AtenExperts(op)
+        self.tables: dict[tuple[int, ...], Tensor] = {}
+        launcher(spec, interpreted())
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        x, ids, weights = inputs[:3]
+        tokens, spec = x.shape[0], self.spec
+        if not tokens:
+            return [x.new_empty((0, spec.width), dtype=TO_TORCH[spec.out_dtype])]
+        params = self.aten.spec.params(inputs)
+        up_nk, down_nk = form_of(params.up, spec.up_nk), form_of(params.down, spec.down_nk)
+        if up_nk is None or down_nk is None or not (one_stride(params.up) and one_stride(params.down)):
+            return self.aten.forward(inputs)  # no side of a matrix is contiguous, or not the same one of all
+        lying = spec.lying(up_nk, down_nk)
+        launch = choose(lying, tokens, target_of(x.device) or self.target)
+        with torch.cuda.device_of(x):
+            return [self._run(lying, launch, x, ids, weights, params)]
+
+    def backward(
+        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        return self.aten.backward(grads, inputs, needs)
+
+    def _run(self, spec: Spec, launch: Launch, x: Tensor, ids: Tensor, weights: Tensor, params: Params) -> Tensor:
+        tokens = x.shape[0]
+        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        values: dict[str, Any] = {
+            "x": x,
+            "x_s": x.stride(0),
+            "ids": ids.to(torch.int64).contiguous(),
+            "weights": weights.contiguous(),
+            "slots_n": tokens * spec.top_k,
+        }
+        up = values | self._up(spec, params)
+        down = (
+            values
+            | self._weight("w", params.down, 0, spec.down_nk == self.spec.down_nk)
+            | self._bias("b", params.down_bias, 0)
+        )
+        captures = {f"c{i}_at": c.contiguous() for i, c in enumerate(params.captures)}
+        post_captures = {f"c{i}_at": c.contiguous() for i, c in enumerate(params.post_captures)}
+        run = Run(spec, launch, launcher(spec, interpreted()), tokens)
+        return run.layer(up | captures, down, captures, post_captures)
+
+    def _up(self, spec: Spec, params: Params) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part, name in enumerate(up_weights(spec)):
+            found |= self._weight(name, params.up, part, spec.up_nk == self.spec.up_nk)
+        for part, name in enumerate(up_biases(spec)):
+            found |= self._bias(name, params.up_bias, part)
+        return found
+
+    def _weight(self, name: str, tensors: list[Tensor], part: int, as_named: bool) -> dict[str, Any]:
+        """A weight as the kernels take it; it may lie transposed to what the op calls it."""
+        rows = -2 if as_named else -1
+        if self.spec.stacked:
+            t = tensors[part]
+            return {name: t, f"{name}_se": t.stride(0), f"{name}_s": t.stride(rows)}
+        each = tensors[part * self.spec.experts : (part + 1) * self.spec.experts]
+        return {name: self._table(each), f"{name}_s": each[0].stride(rows)}
+
+    def _bias(self, name: str, tensors: list[Tensor], part: int) -> dict[str, Any]:
+        if not tensors:
+            return {}
+        if self.spec.stacked:
+            t = tensors[part]
+            t = t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+            return {name: t, f"{name}_se": t.stride(0)}
+        each = tensors[part * self.spec.experts : (part + 1) * self.spec.experts]
+        return {name: self._table(each)}
+
+    def _table(self, tensors: list[Tensor]) -> Tensor:
+        """Addresses on the device. They are sent once for weights that stay where they are."""
+        key = tuple(t.data_ptr() for t in tensors)
+        found = self.tables.get(key)
+        if found is None:
+            host = torch.tensor(key, dtype=torch.int64)
+            device = tensors[0].device
+            found = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+            self.tables = {**self.tables, key: found} if len(self.tables) < _TABLES else {key: found}
+        return found

@@ -1,0 +1,77 @@
+"""Launching the kernels of a file: arguments by name, static grids, on the device of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.backends.triton.module import load_module, triton
+from moec.backends.triton.text import KernelFile
+
+
+@lru_cache(maxsize=16)
+def target_of(device: torch.device) -> str:
+    """The target text of a GPU: ``cuda:sm90``, ``hip:gfx942``; empty for anything else."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return f"hip:{properties.gcnArchName.partition(':')[0]}"
+    return f"cuda:sm{properties.major}{properties.minor}"
+
+
+@lru_cache(maxsize=1)
+def _allocate_descriptors() -> None:
+    """Give kernels that make tensor descriptors the memory for them."""
+    triton().set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+class Launcher:
+    """The kernels of a file, callable by name.
+
+    Args:
+        file: The file.
+        tokens: Of the calls' grids.
+        device: Where their tensors are.
+    """
+
+    def __init__(self, file: KernelFile) -> None:
+        self.file = file
+        self.module: ModuleType = load_module(file.text)
+
+    def __call__(
+        self,
+        name: str,
+        tokens: int,
+        arguments: Mapping[str, Any],
+        constants: Mapping[str, int],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        """Launch a kernel.
+
+        Args:
+            name: Of the kernel.
+            tokens: Its grid is for so many.
+            arguments: At least its own, by name.
+            constants: At least its own; ``PROGRAMS`` is the grid's.
+            num_warps, num_stages: Of a program.
+        """
+        kernel = self.file.kernels[name]
+        grid = kernel.grid(tokens, constants)
+        given = [arguments[a.name] for a in kernel.arguments]
+        fixed = {c: constants[c] for c in kernel.constants}
+        if fixed.get("TMA"):
+            _allocate_descriptors()
+        getattr(self.module, name)[grid](*given, **fixed, num_warps=num_warps, num_stages=num_stages)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """A new tensor on the device of ``like``."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
