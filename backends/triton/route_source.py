@@ -1,0 +1,292 @@
+"""The kernel of a router: scores, bias, groups, top k, renormalisation and scale in one pass over the logits.
+
+Experts are chosen by integer keys that are in the order of what the selection goes by, the first of equal ones first and
+NaN above all: one maximum gives value and place together, and no logits, whatever they are, give an id out of range.
+Groups lie next to each other, each padded to a power of two columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.backends.calls import UnsupportedError
+from moec.backends.triton.dtypes import POINTERS, TL_TYPES, number, rounded
+from moec.backends.triton.rows import padded
+from moec.backends.triton.source import kernel_file
+from moec.backends.triton.text import Argument, Kernel, KernelFile, cdiv, function
+from moec.ir.core import Op
+from moec.ir.opdef import op_def
+from moec.ir.types import TensorType
+
+MOST_EXPERTS = 4096
+"""Columns that a program holds."""
+_GONE = "-0x7FFFFFFFFFFFFFFF"
+_HELPERS = '''\
+@triton.jit
+def keys(x, column):
+    """Integers in the order of x, NaN above all; of equal ones the first column's is the largest."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - column)
+
+
+@triton.jit
+def column_of(key):
+    """The column of a key."""
+    return (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+'''
+
+
+@dataclass(frozen=True)
+class Router:
+    """What the kernel is generated for: types, sizes and the attributes of ``moe.route``.
+
+    Attributes:
+        logit, score, out: Element types of the logits, the scores and the weights.
+        bias: Element type of the bias that the selection adds; empty if there is none.
+        groups: Number of expert groups, 0 for none.
+    """
+
+    logit: str
+    score: str
+    out: str
+    bias: str
+    experts: int
+    k: int
+    scoring: str
+    topk_first: bool
+    groups: int
+    top_groups: int
+    two: bool
+    fill: float
+    masked: bool
+    per_group: int
+    by_group: bool
+    renormalize: bool
+    eps: float
+    scale: float
+
+    @property
+    def choice(self) -> str:
+        """Element type of what is selected by: torch's common type of scores and bias."""
+        return self.score if self.bias in ("", self.score) else "f32"
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Groups, one where there are none, and experts in each."""
+        return max(1, self.groups), self.experts // max(1, self.groups)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a program, padded."""
+        groups, size = self.rows
+        return padded(groups) * padded(size)
+
+
+def read_router(op: Op) -> Router:
+    """The sizes, types and kind of a ``moe.route`` op.
+
+    Raises:
+        UnsupportedError: Something in it is not covered; the message ends "cannot run this op: ...".
+    """
+    if op.regions:
+        raise UnsupportedError("the router is a region")
+    get = op_def(op.name).attr
+    logits, weights, ids = (v.type for v in (op.operands[0], *op.results))
+    if not (isinstance(logits, TensorType) and isinstance(weights, TensorType) and isinstance(ids, TensorType)):
+        raise UnsupportedError("an operand or a result is no tensor")
+    if not logits.shape[1].is_Integer:
+        raise UnsupportedError(f"the number of experts is not fixed: {logits.shape[1]}")
+    if ids.dtype.name != "i64":
+        raise UnsupportedError(f"ids of type {ids.dtype}")
+    first = get(op, "order") == "topk_first"
+    # A router that takes the top k of the logits looks at neither bias nor groups.
+    bias = "" if first or not op.group("bias") else _name(op.group("bias")[0].type)
+    score = get(op, "score_dtype").name
+    for name in (logits.dtype.name, score, weights.dtype.name, bias or score):
+        if name not in TL_TYPES:
+            raise UnsupportedError(f"elements of type {name}; supported are {', '.join(TL_TYPES)}")
+    router = Router(
+        logit=logits.dtype.name,
+        score=score,
+        out=weights.dtype.name,
+        bias=bias,
+        experts=int(logits.shape[1]),
+        k=get(op, "k"),
+        scoring=get(op, "scoring"),
+        topk_first=first,
+        groups=0 if first else get(op, "groups"),
+        top_groups=get(op, "top_groups"),
+        two=get(op, "group_score") == "top2_sum",
+        fill=get(op, "group_fill"),
+        masked=get(op, "masked_weights"),
+        per_group=0 if first else get(op, "per_group"),
+        by_group=get(op, "by_group"),
+        renormalize=get(op, "renormalize"),
+        eps=get(op, "renorm_eps"),
+        scale=get(op, "scale"),
+    )
+    if router.columns > MOST_EXPERTS:
+        raise UnsupportedError(f"{router.experts} experts; at most {MOST_EXPERTS} are supported")
+    if router.experts % router.rows[0]:
+        raise UnsupportedError(f"{router.experts} experts do not make {router.groups} groups of one size")
+    if router.groups and not router.per_group and router.two and router.rows[1] < 2:
+        raise UnsupportedError("a group of one expert has no best two")
+    return router
+
+
+def _name(type: object) -> str:
+    assert isinstance(type, TensorType)
+    return type.dtype.name
+
+
+def _score(r: Router, name: str, there: str) -> list[str]:
+    """Statements: ``name``, logits, becomes scores in their type; what is not ``there`` counts for nothing."""
+    if r.scoring == "softmax":
+        return [
+            f'{name} = tl.where({there}, {name}, float("-inf"))',
+            f"{name} = tl.exp({name} - tl.max({name}, 1)[:, None])",
+            f"{name} = {rounded(f'{name} / tl.sum({name}, 1)[:, None]', r.score)}",
+        ]
+    if r.scoring == "sigmoid":
+        return [f"{name} = {rounded(f'sigmoid({name})', r.score)}"]
+    if r.scoring == "sqrtsoftplus":
+        soft = rounded(f"softplus({name})", r.score)
+        return [f"{name} = {rounded(f'tl.sqrt_rn({soft})', r.score)}"]
+    return []
+
+
+def _best_groups(r: Router) -> list[str]:
+    """Statements: ``choice`` outside the best groups becomes the fill."""
+    groups, size = r.rows
+    shape = f"(BLOCK_T, {padded(groups)}, {padded(size)})"
+    lines = [
+        f'in_group = tl.reshape(tl.where(valid, choice, float("-inf")), {shape})',
+        "worth = tl.max(in_group, 2)",
+    ]
+    if r.two:
+        lines += [
+            f"place = tl.arange(0, {padded(size)})[None, None, :]",
+            'second = tl.max(tl.where(place == tl.argmax(in_group, 2)[:, :, None], float("-inf"), in_group), 2)',
+            f"worth = {rounded('worth + second', r.choice)}",
+        ]
+    return [
+        *lines,
+        f"group = tl.arange(0, {padded(groups)})[None, :]",
+        f"group_key = tl.where(group < {groups}, keys(worth, group), {_GONE})",
+        f"kept = tl.zeros((BLOCK_T, {padded(groups)}), tl.int32)",
+        f"for j in range(0, {r.top_groups}):",
+        "    here = column_of(tl.max(group_key, 1))[:, None] == group",
+        "    kept = tl.where(here, 1, kept)",
+        f"    group_key = tl.where(here, {_GONE}, group_key)",
+        f"kept = tl.reshape(tl.broadcast_to(kept[:, :, None], {shape}), (BLOCK_T, {r.columns}))",
+        f"choice = tl.where(kept > 0, choice, {rounded_number(r.fill, r.choice)})",
+    ]
+
+
+def rounded_number(value: float, dtype: str) -> str:
+    """A number as ``dtype`` holds it."""
+    import torch
+
+    from moec.ir.torch_dtypes import TO_TORCH
+
+    return number(float(torch.tensor(value, dtype=TO_TORCH[dtype])))
+
+
+def _choose(r: Router, value: str) -> list[str]:
+    """Statements: the best k: ``picked`` columns and their ``weight``s, slots in order."""
+    _, size = r.rows
+    own = f"(column // {padded(size)} == j // {r.per_group})[None, :]"
+    lines = [f"key = tl.where(valid, keys(choice, column[None, :]), {_GONE})"]
+    if r.per_group and not r.by_group:
+        lines += [
+            f"kept = tl.zeros((BLOCK_T, {r.columns}), tl.int32)",
+            f"for j in range(0, {r.k}):",
+            f"    best = tl.max(tl.where({own} & (kept == 0), key, {_GONE}), 1)",
+            "    kept = tl.where(column[None, :] == column_of(best)[:, None], 1, kept)",
+            f"key = tl.where(kept > 0, key, {_GONE})",
+        ]
+    among = f"tl.where({own}, key, {_GONE})" if r.per_group and r.by_group else "key"
+    return [
+        *lines,
+        f"slot = tl.arange(0, {padded(r.k)})[None, :]",
+        f"picked = tl.zeros((BLOCK_T, {padded(r.k)}), tl.int32)",
+        f"weight = tl.zeros((BLOCK_T, {padded(r.k)}), tl.float32)",
+        f"for j in range(0, {r.k}):",
+        f"    best = column_of(tl.max({among}, 1))[:, None]",
+        "    here = column[None, :] == best",
+        "    picked = tl.where(slot == j, best, picked)",
+        f"    weight = tl.where(slot == j, tl.sum(tl.where(here, {value}, 0.0), 1)[:, None], weight)",
+        f"    key = tl.where(here, {_GONE}, key)",
+    ]
+
+
+def _weights(r: Router) -> list[str]:
+    """Statements: the weights of the chosen."""
+    lines = _score(r, "weight", f"slot < {r.k}") if r.topk_first else []
+    if r.renormalize:
+        lines.append(f"total = {rounded(f'tl.sum(tl.where(slot < {r.k}, weight, 0.0), 1)', r.score)}[:, None]")
+        if r.eps:
+            lines.append(f"total = {rounded(f'total + {number(r.eps)}', r.score)}")
+        lines.append(f"weight = {rounded('weight / total', r.score)}")
+    if r.scale != 1.0:
+        lines.append(f"weight = {rounded(f'weight * {number(r.scale)}', r.score)}")
+    return lines
+
+
+def write_router(r: Router, interpreted: bool = False) -> KernelFile:
+    """The file of a router's kernel."""
+    bias = (Argument("bias", POINTERS[r.bias]),) if r.bias else ()
+    groups, size = r.rows
+
+    def grid(tokens: int, c: Mapping[str, int]) -> tuple[int, ...]:
+        return (cdiv(tokens, c["BLOCK_T"]),)
+
+    kernel = Kernel(
+        "route",
+        (
+            Argument("logits", POINTERS[r.logit]),
+            Argument("logits_s", "i64"),
+            *bias,
+            Argument("weights", POINTERS[r.out]),
+            Argument("ids", "*i64"),
+            Argument("tokens", "i32"),
+        ),
+        ("BLOCK_T",),
+        grid,
+    )
+    expert = "{0}" if groups == 1 else f"{{0}} // {padded(size)} * {size} + {{0}} % {padded(size)}"
+    valid = (
+        f"expert < {size}"
+        if groups == 1
+        else (f"(column // {padded(size)} < {groups}) & (column % {padded(size)} < {size})")
+    )
+    body = [
+        "token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)",
+        f"column = tl.arange(0, {r.columns})",
+        f"expert = {expert.format('column')}",
+        f"valid = ({valid})[None, :]",
+        "there = (token < tokens)[:, None]",
+        "at = logits + token.to(tl.int64)[:, None] * logits_s + expert[None, :]",
+        "score = tl.load(at, mask=there & valid, other=0.0).to(tl.float32)",
+        *([] if r.score == r.logit else [f"score = {rounded('score', r.score)}"]),
+        *([] if r.topk_first else _score(r, "score", "valid")),
+        "choice = score",
+    ]
+    if r.bias:
+        load = "tl.load(bias + expert[None, :], mask=valid, other=0.0).to(tl.float32)"
+        body.append(f"choice = {rounded(f'score + {load}', r.choice)}")
+    if r.groups and not r.per_group:
+        body += _best_groups(r)
+    body += [
+        *_choose(r, "choice" if r.masked else "score"),
+        *_weights(r),
+        f"at = token.to(tl.int64)[:, None] * {r.k} + slot",
+        f"there = there & (slot < {r.k})",
+        f"tl.store(weights + at, {rounded('weight', r.out)}.to({TL_TYPES[r.out]}), mask=there)",
+        f"tl.store(ids + at, ({expert.format('picked')}).to(tl.int64), mask=there)",
+    ]
+    text = function(kernel, f"The best {r.k} of {r.experts} experts for every token.", body)
+    title = f"A router: {r.k} of {r.experts} experts, {r.scoring}"
+    return kernel_file(title, [(kernel, text)], _HELPERS, interpreted)
