@@ -120,10 +120,12 @@ class Backend:
     Attributes:
         name: What users write in the claim order.
         trainable: True if its kernels have a ``backward``.
+        asynchronous: True if its forward never waits for the device. Checks around it then do not wait either.
     """
 
     name: ClassVar[str]
     trainable: ClassVar[bool] = True
+    asynchronous: ClassVar[bool] = False
 
     def supports(self, op: Op, target: str) -> Support:
         """Whether this backend can execute ``op`` on ``target``. It must not need the target's device to be here."""

@@ -33,7 +33,8 @@ def row_kernel(spec: Spec, name: str, rows: RowFunction, taken: str) -> tuple[Ke
         f"at = source + row * {rows.takes}",
         *rows.lines,
         f"column = {columns}",
-        f"tl.store(result + row * {rows.width} + column, {rows.result}.to({TL_TYPES[rows.dtype]}), mask=column < {rows.width})",
+        f"at = result + row * {rows.width} + column",
+        f"tl.store(at, {rows.result}.to({TL_TYPES[rows.dtype]}), mask=column < {rows.width})",
     ]
     return kernel, function(kernel, "result[row] = a function of source[row]", body)
 
@@ -62,7 +63,8 @@ def combine_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
             f"for j in range(0, {spec.top_k}):",
             *indented(inner),
             f"y_at = y + token.to(tl.int64) * {spec.width} + column",
-            f"tl.store(y_at, {rounded('result', spec.out_dtype)}.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.width})",
+            *([] if spec.out_dtype == "f32" else [f"result = {rounded('result', spec.out_dtype)}"]),
+            f"tl.store(y_at, result.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.width})",
         ]
         return kernel, function(kernel, summary, body)
 

@@ -156,7 +156,7 @@ def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
 
 
 def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
-    """``down`` writes a row for each slot; ``down_parts`` f32 sums of split inputs; ``down_atomic`` adds to the result."""
+    """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result."""
     product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
     read = (Argument("a", POINTERS[spec.dtype]), *down_arguments(spec))
     biases = ("b",) if spec.down_bias else ()

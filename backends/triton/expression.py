@@ -101,7 +101,7 @@ class Elementwise:
     """The statements of an activation.
 
     Attributes:
-        lines: One for every op; ``g`` and ``u`` (or ``g`` alone) are the rows, ``c0``, ``c1``, ... the captures, all f32.
+        lines: One for every op; ``g`` and ``u`` (or ``g`` alone) are the rows in f32, ``c0``, ``c1``, ... the captures.
         result: The name of the result.
         captures: Element type of every captured tensor, and whether it has a value for each column (else one alone).
     """

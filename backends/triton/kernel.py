@@ -14,7 +14,7 @@ from moec.backends.aten.spec import Params
 from moec.backends.base import Kernel
 from moec.backends.cpu.operands import form_of, one_stride
 from moec.backends.triton.experts_source import up_biases, up_weights
-from moec.backends.triton.launcher import Launcher, target_of
+from moec.backends.triton.launcher import Launcher, on_device_of, target_of
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.run import Run
 from moec.backends.triton.source import write_experts
@@ -53,7 +53,7 @@ class TritonExperts(Kernel):
             return self.aten.forward(inputs)  # no side of a matrix is contiguous, or not the same one of all
         lying = spec.lying(up_nk, down_nk)
         launch = choose(lying, tokens, target_of(x.device) or self.target)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             return [self._run(lying, launch, x, ids, weights, params)]
 
     def backward(

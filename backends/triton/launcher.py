@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
@@ -36,8 +37,6 @@ class Launcher:
 
     Args:
         file: The file.
-        tokens: Of the calls' grids.
-        device: Where their tensors are.
     """
 
     def __init__(self, file: KernelFile) -> None:
@@ -69,9 +68,10 @@ class Launcher:
         fixed = {c: constants[c] for c in kernel.constants}
         if fixed.get("TMA"):
             _allocate_descriptors()
-        getattr(self.module, name)[grid](*given, **fixed, num_warps=num_warps, num_stages=num_stages)
+        launch = getattr(self.module, name)[grid]
+        launch(*given, **fixed, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
-def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    """A new tensor on the device of ``like``."""
-    return torch.empty(shape, dtype=dtype, device=like.device)
+def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the device of ``t`` while it lasts."""
+    return torch.cuda.device_of(t) if torch.cuda.is_available() else contextlib.nullcontext()

@@ -1,6 +1,6 @@
 """Generated files as Python modules: written to the cache under the hash of their text, imported once a process.
 
-Triton reads the source of a function from its file, so a text has to lie on disk; it is kept there for who wants to look.
+Triton reads the source of a function from its file, so a text has to lie on disk; it stays there for who wants to look.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 from moec.backends.aten.region import compile_region
 from moec.backends.base import Kernel
 from moec.backends.reference import AutogradKernel
-from moec.backends.triton.launcher import Launcher
+from moec.backends.triton.launcher import Launcher, on_device_of
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.route_source import Router, write_router
 from moec.ir.core import Graph
@@ -49,7 +49,7 @@ class TritonRoute(Kernel):
         values = {"logits": logits, "logits_s": logits.stride(0), "weights": weights, "ids": ids, "tokens": tokens}
         if r.bias:
             values["bias"] = inputs[1].contiguous()
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             self.launcher("route", tokens, values, {"BLOCK_T": tokens_of_a_program(r)})
         return [weights, ids]
 

@@ -1,8 +1,8 @@
 """The kernel of a router: scores, bias, groups, top k, renormalisation and scale in one pass over the logits.
 
-Experts are chosen by integer keys that are in the order of what the selection goes by, the first of equal ones first and
-NaN above all: one maximum gives value and place together, and no logits, whatever they are, give an id out of range.
-Groups lie next to each other, each padded to a power of two columns.
+Experts are chosen by integer keys that are in the order of what the selection goes by, the first of equal ones first
+and NaN above all: one maximum gives value and place together, and no logits, whatever they are, give an id out of
+range. Groups lie next to each other, each padded to a power of two columns.
 """
 
 from __future__ import annotations

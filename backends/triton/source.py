@@ -37,7 +37,8 @@ def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
 
     Args:
         spec: The layer.
-        interpreted: For Triton's interpreter, which multiplies no bf16 and rounds it wrongly: ``dot`` and ``round_bf16`` differ.
+        interpreted: For Triton's interpreter, which multiplies no bf16 and does not round to it; ``dot`` and
+            ``round_bf16`` differ.
     """
     parts = [*sort_kernels(spec.experts, spec.top_k), up_kernel(spec), *down_kernels(spec)]
     parts += [up_vector(spec), down_vector(spec)]

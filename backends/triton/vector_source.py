@@ -124,6 +124,7 @@ def down_vector(spec: Spec) -> tuple[Kernel, str]:
         f"for j in range(0, {spec.top_k}):",
         *indented([f"slot = token * {spec.top_k} + j", *_expert(spec), "if live:", *indented(row)]),
         f"y_at = y + token.to(tl.int64) * {spec.out} + column",
-        f"tl.store(y_at, {rounded('result', spec.out_dtype)}.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.out})",
+        *([] if spec.out_dtype == "f32" else [f"result = {rounded('result', spec.out_dtype)}"]),
+        f"tl.store(y_at, result.to({TL_TYPES[spec.out_dtype]}), mask=column < {spec.out})",
     ]
     return kernel, function(kernel, "y[token] = sum over its slots, in order, of weight * (a[slot] @ w[expert])", body)

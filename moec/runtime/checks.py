@@ -2,6 +2,9 @@
 
 Modes: ``warn`` (default) warns once per block about NaN router logits and goes on as PyTorch would; ``strict`` makes
 that an error; ``off`` leaves it out. Expert ids out of range and tensors that do not fit together are always errors.
+
+Around kernels that do not wait for the device, checks of values do not wait either: an error is raised by the device,
+some time later, and there are no warnings.
 """
 
 from __future__ import annotations
@@ -71,7 +74,14 @@ def check_logits(logits: Tensor, program: Program) -> None:
     One sum finds them: it is NaN if a logit is, and only then (or for opposite infinities) is looked closer.
     """
     mode = program.checks or _mode
-    if mode == "off" or not math.isnan(logits.sum().item()) or not bool(torch.isnan(logits).any()):
+    if mode == "strict" and program.asynchronous:
+        torch._assert_async(~torch.isnan(logits).any(), f"{block_name(program)}: NaN in the router logits")
+    if (
+        mode == "off"
+        or program.asynchronous
+        or not math.isnan(logits.sum().item())
+        or not bool(torch.isnan(logits).any())
+    ):
         return
     rows = int(torch.isnan(logits).any(dim=-1).sum())
     message = f"{block_name(program)}: NaN in the router logits of {rows} of {logits.shape[0]} tokens"
@@ -93,6 +103,10 @@ def check_ids(ids: Tensor, experts: int, program: Program) -> None:
     if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
+    if program.asynchronous:
+        text = f"{block_name(program)}: an expert id is out of range: the layer has {experts} experts"
+        torch._assert_async((low >= 0) & (high < experts), text)
+        return
     lowest, highest = low.item(), high.item()
     if lowest >= 0 and highest < experts:
         return

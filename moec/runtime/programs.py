@@ -69,6 +69,11 @@ class Program:
         """What decides the kernel: equal for equal blocks."""
         return self.backend, self.target, self.text
 
+    @property
+    def asynchronous(self) -> bool:
+        """Its kernel never waits for the device."""
+        return get_backend(self.backend).asynchronous
+
     def kernel(self) -> Kernel:
         """The loaded kernel, shared by all programs of the same content."""
         return _KERNELS.get(self.content) or _load_kernel(self)

@@ -1,0 +1,152 @@
+"""The layers' kernels in Triton's interpreter against the definition and a plain loop, amid memory full of NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.backends.reference import run_graph
+from moec.ir.attributes import Operand
+from moec.ir.core import Graph, Op
+from moec.ir.types import TensorType
+from tests.backends.cases import SKEWS, ExpertsCase, call, case_id, close, loop_experts, relative_error
+from tests.backends.triton.layers import LAUNCHES, around, run
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+TOLERANCE = {"f32": 3e-6, "f16": 2e-3, "bf16": 1.6e-2}
+"""A few units in the last place of the type: sums are taken in another order than the reference's."""
+SIZES = {"hidden": 20, "inner": 24}  # neither is a multiple of a tile
+CASES = [
+    ExpertsCase(**SIZES),
+    ExpertsCase("interleaved", bias=True, dtype="bf16", weight_dtype="f32", **SIZES),
+    ExpertsCase("interleaved", "kn", "kn", bias=True, dtype="f16", **SIZES),
+    ExpertsCase("separate", "kn", "nk", captures=True, dtype="bf16", **SIZES),
+    ExpertsCase("separate", stacked=False, bias=True, sentinels=True, **SIZES),
+    ExpertsCase("single", "nk", "kn", dtype="f16", weight_dtype="f32", sentinels=True, **SIZES),
+    ExpertsCase("rows", post=True, bias=True, sentinels=True, **SIZES),
+    ExpertsCase("rows", "kn", "kn", captures=True, dtype="bf16", **SIZES),
+    ExpertsCase("concat", stacked=False, dtype="bf16", post=True, **SIZES),
+    ExpertsCase(experts=1, top_k=1, **SIZES),
+    ExpertsCase(top_k=5, dtype="f16", **SIZES),
+]
+TOKENS = {"gemm": (0, 1, 5, 33), "wide": (130,), "gemv": (0, 1, 5)}
+
+
+def _check(case: ExpertsCase, launch: str, tokens: int, skew: str) -> None:
+    inputs = case.inputs(tokens, skew)
+    (want,) = run_graph(case.graph(), inputs)
+    got = run(case, LAUNCHES[launch], [around(t) for t in inputs])
+    assert got.dtype == want.dtype
+    assert relative_error(got, want) <= TOLERANCE[case.dtype], (launch, tokens, skew)
+    if case.dtype == "f32":
+        assert relative_error(got, loop_experts(case, inputs)) <= TOLERANCE[case.dtype], (launch, tokens, skew)
+
+
+@pytest.mark.parametrize("form", TOKENS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_kind_of_layer(case: ExpertsCase, form: str) -> None:
+    for i, tokens in enumerate(TOKENS[form]):
+        _check(case, form, tokens, SKEWS[(i + CASES.index(case)) % len(SKEWS)])
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_every_way_to_launch(launch: str, skew: str) -> None:
+    case = ExpertsCase("interleaved", bias=True, sentinels=True, **SIZES)
+    for tokens in (1, 33):
+        _check(case, launch, tokens, skew)
+
+
+@pytest.mark.parametrize("nk", [True, False])
+def test_weights_that_lie_transposed_to_what_the_op_says(nk: bool) -> None:
+    """A transposed view has the strides of the other form; it is read as it lies."""
+    case = ExpertsCase(up_form="nk" if nk else "kn", down_form="nk" if nk else "kn", **SIZES)
+    inputs = case.inputs(33)
+    (want,) = run_graph(case.graph(), inputs)
+    turned = [t.mT.contiguous().mT if t.dim() == 3 else t for t in inputs]
+    assert relative_error(run(case, LAUNCHES["gemm"], turned), want) <= TOLERANCE["f32"]
+
+
+ACTIVATIONS = {
+    "gpt_oss": [
+        ("clamp.default", 0, None, 0.5),
+        ("sigmoid.default", -1),
+        ("mul.Tensor", -2, -1),
+        ("mul.Tensor", -1, 1),
+    ],
+    "gelu_tanh": [("gelu.default", 0, "tanh"), ("mul.Tensor", -1, 1)],
+    "gelu": [("gelu.default", 0), ("mul.Tensor", -1, 1)],
+    "tanh_of_both": [("tanh.default", 0), ("rsub.Scalar", 1, 1.5), ("maximum.default", -1, -2)],
+    "powers": [("pow.Tensor_Scalar", 0, 3), ("div.Tensor", -1, 7.0), ("abs.default", 1), ("sub.Tensor", -2, -1)],
+    "softplus": [("softplus.default", 0), ("mish.default", 1), ("add.Tensor", -1, -2)],
+}
+
+
+def _activation(steps: list[tuple[object, ...]], dtype: str) -> Graph:
+    """A region of gate and up. Ints in a step are values: 0 and 1 the rows, negative ones those of earlier steps."""
+    g = Graph("activation")
+    values = [g.add_arg(TensorType.of(dtype, "R", SIZES["inner"])) for _ in range(2)]
+    for target, *args in steps:
+        if args[-1] == "tanh":
+            kwargs = {"approximate": "tanh"}
+            attrs = {"target": f"aten.{target}", "args": (Operand(0),), "kwargs": kwargs}
+            values.append(g.append(Op("torch.call", [values[0]], [values[0].type], attrs=attrs)).result)
+            continue
+        power = target == "pow.Tensor_Scalar"
+        found = [values[a] if isinstance(a, int) and not (power and i) else a for i, a in enumerate(args)]
+        values.append(call(g, str(target), *found))
+    return close(g, values[-1])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_generated(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExpertsCase, "activation", lambda self: _activation(ACTIVATIONS[name], self.dtype))
+    case = ExpertsCase("interleaved", dtype=dtype, **SIZES)
+    inputs = case.inputs(33)
+    (want,) = run_graph(case.graph(), inputs)
+    for launch in ("gemm", "gemv"):
+        cut = inputs if launch == "gemm" else [t[:3] if i < 3 else t for i, t in enumerate(inputs)]
+        got = run(case, LAUNCHES[launch], cut)
+        assert relative_error(got, want[: len(cut[0])]) <= 2 * TOLERANCE[dtype], launch
+
+
+MUTANTS = {
+    "rows of tokens": ("(slot // 3).to(tl.int64) * x_s", "(slot // 3).to(tl.int64) * (x_s - 1)"),
+    "token of a slot": ("slot // 3", "slot % 3"),
+    "experts of a weight": ("expert.to(tl.int64) * w_se", "expert.to(tl.int64) * (w_se + 1)"),
+    "rows of a weight": ("[None, :] * w_s + k_in", "[None, :] * (w_s + 1) + k_in"),
+    "inputs that are there": ("mask=live[:, None] & (k_in < 20)[None, :]", "mask=live[:, None]"),
+    "inputs of a weight": ("there = (k_in < 20)[:, None]", "there = (k_in < 21)[:, None]"),
+    "columns that are stored": ("(column < 24)[None, :]", "(column < 23)[None, :]"),
+    "up after gate": ("column_in + 24", "column_in + 23"),
+    "rows of the activation": ("row.to(tl.int64) * 24", "row.to(tl.int64) * 23"),
+    "swizzle": ("within // size", "within // (size + 1)"),
+    "weight of a slot": ("tl.load(weights + slot)", "tl.load(weights + token)"),
+    "choices of a token": ("slot = token * 3 + j", "slot = token * 3 + 2 - j // 2"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_stride_or_mask_shows(name: str) -> None:
+    """Each changes one stride, mask or index of the kernels' text; the comparison must then fail."""
+    old, new = MUTANTS[name]
+    case = ExpertsCase(**SIZES)
+    inputs = case.inputs(9)
+    (want,) = run_graph(case.graph(), inputs)
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    got = run(case, LAUNCHES["gemm"], [around(t) for t in inputs], change)
+    error = relative_error(got, want)
+    assert not error <= TOLERANCE["f32"]
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    case = ExpertsCase(dtype="bf16", weight_dtype="f32", **SIZES)
+    inputs = case.inputs(9)
+    assert torch.equal(run(case, LAUNCHES["gemm"], inputs), run(case, LAUNCHES["gemm"], inputs))
+    one = [t[5:6] if i < 3 else t for i, t in enumerate(inputs)]
+    assert torch.equal(run(case, LAUNCHES["gemm"], one), run(case, LAUNCHES["gemm"], inputs)[5:6])
