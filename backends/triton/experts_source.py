@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.expression import Elementwise
-from moec.backends.triton.gemm import Product, bias_lines, tile_lines
+from moec.backends.triton.gemm import SCALED, Product, bias_lines, tile_lines
 from moec.backends.triton.sort_source import most_blocks
 from moec.backends.triton.spec import Spec
 from moec.backends.triton.text import Argument, Grid, Kernel, cdiv, function, indented
@@ -27,7 +27,23 @@ def weight_arguments(spec: Spec, name: str) -> tuple[Argument, ...]:
     """A weight and its strides in elements: between experts, and between rows in memory."""
     if not spec.stacked:
         return (Argument(name, "*i64"), Argument(f"{name}_s", "i64"))
-    return (Argument(name, POINTERS[spec.dtype]), Argument(f"{name}_se", "i64"), Argument(f"{name}_s", "i64"))
+    scale = (Argument(f"{name}_scale", "*fp32"),) if spec.fp8 else ()
+    strides = (Argument(f"{name}_se", "i64"), Argument(f"{name}_s", "i64"))
+    return (Argument(name, POINTERS[spec.element]), *strides, *scale)
+
+
+def row_arguments(spec: Spec, name: str) -> tuple[Argument, ...]:
+    """The rows that a GEMM multiplies."""
+    scale = (Argument(f"{name}_scale", "*fp32"),) if spec.fp8 else ()
+    return (Argument(name, POINTERS[spec.element]), *scale)
+
+
+def row_lines(spec: Spec, name: str, row: str, stride: str, width: int) -> list[str]:
+    """Statements: where rows begin, and their scales."""
+    lines = [f"row_at = {name} + {row}.to(tl.int64) * {stride}"]
+    if spec.fp8:
+        lines.append(f"row_scale = {name}_scale + {row}.to(tl.int64) * {cdiv(width, SCALED)}")
+    return lines
 
 
 def bias_arguments(spec: Spec, name: str) -> tuple[Argument, ...]:
@@ -49,7 +65,7 @@ def up_biases(spec: Spec) -> tuple[str, ...]:
 
 def up_arguments(spec: Spec) -> tuple[Argument, ...]:
     """Rows, weights, biases and captures of the up kernels."""
-    found = [Argument("x", POINTERS[spec.dtype]), Argument("x_s", "i64")]
+    found = [*row_arguments(spec, "x"), Argument("x_s", "i64")]
     for name in up_weights(spec):
         found += weight_arguments(spec, name)
     for name in up_biases(spec):
@@ -135,7 +151,7 @@ def up_kernel(spec: Spec) -> tuple[Kernel, str]:
     products = up_products(spec)
     body = [
         *_tile(spec.up),
-        f"row_at = x + (slot // {spec.top_k}).to(tl.int64) * x_s",
+        *row_lines(spec, "x", f"(slot // {spec.top_k})", "x_s", spec.hidden),
         *tile_lines(spec, products),
         *bias_lines(spec, products, up_biases(spec), "[None, :]"),
         *activation_lines(spec, "BLOCK_M, ", "BLOCK_N"),
@@ -158,9 +174,9 @@ def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
 def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
     """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result."""
     product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
-    read = (Argument("a", POINTERS[spec.dtype]), *down_arguments(spec))
+    read = (*row_arguments(spec, "a"), *down_arguments(spec))
     biases = ("b",) if spec.down_bias else ()
-    start = [*_tile(spec.out), f"row_at = a + row.to(tl.int64) * {spec.inner}"]
+    start = [*_tile(spec.out), *row_lines(spec, "a", "row", str(spec.inner), spec.inner)]
     bias = bias_lines(spec, (product,), biases, "[None, :]")
     inside = f"inside = live[:, None] & (column < {spec.out})[None, :]"
     at = f"{{}} + {{}}.to(tl.int64)[:, None] * {spec.out} + column[None, :]"

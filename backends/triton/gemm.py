@@ -41,6 +41,10 @@ def dot(a, b, acc):
 '''
 
 
+SCALED = 128
+"""Elements that share a scale, along each side of an fp8 weight and along a row."""
+
+
 @dataclass(frozen=True)
 class Product:
     """One product of a tile: the rows times a stretch of a weight's outputs.
@@ -95,6 +99,12 @@ class Product:
             f"strides=[{self.weight}_se, {self.weight}_s, 1], block_shape=[1, {block}])"
         )
 
+    def scales(self) -> str:
+        """Where the scales of the tile's outputs lie at inputs ``k``."""
+        blocks = -(-self.outputs // SCALED), -(-self.inputs // SCALED)
+        expert = f"{self.weight}_scale + expert.to(tl.int64) * {blocks[0] * blocks[1]}"
+        return f"{expert} + {self.name}_n // {SCALED} * {blocks[1]} + k // {SCALED}"
+
     def described(self) -> str:
         """The tile at inputs ``k``, through the descriptor."""
         first = f"column_block * ({self.block}) + {self.first}"
@@ -131,7 +141,14 @@ def tile_lines(spec: Spec, products: Sequence[Product], split: bool = False) -> 
         inner += ["else:", *indented(loads)]
     else:
         inner += loads
-    inner += [f"{p.name} = dot(r, {p.name}_w, {p.name})" for p in products]
+    if spec.fp8:
+        inner.append(f"r_scale = tl.load(row_scale + k // {SCALED}, mask=live, other=0.0)[:, None]")
+        for p in products:
+            inner.append(f"{p.name}_scale = tl.load({p.scales()})[None, :]")
+            zero = f"tl.zeros((BLOCK_M, {p.block}), tl.float32)"
+            inner.append(f"{p.name} += dot(r, {p.name}_w, {zero}) * (r_scale * {p.name}_scale)")
+    else:
+        inner += [f"{p.name} = dot(r, {p.name}_w, {p.name})" for p in products]
     return [*lines, f"for k in range({first}, {inputs}, {step}):", *indented(inner)]
 
 

@@ -1,8 +1,8 @@
 """The kernel of a router: scores, bias, groups, top k, renormalisation and scale in one pass over the logits.
 
-Experts are chosen by integer keys that are in the order of what the selection goes by, the first of equal ones first
-and NaN above all: one maximum gives value and place together, and no logits, whatever they are, give an id out of
-range. Groups lie next to each other, each padded to a power of two columns.
+Experts are chosen by integer keys that are in the order of what the selection goes by, NaN above all: no logits,
+whatever they are, give an id out of range or one twice. Of equal ones the first is taken. Groups lie next to each
+other, each padded to a power of two columns.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from moec.ir.types import TensorType
 
 MOST_EXPERTS = 4096
 """Columns that a program holds."""
-_GONE = "-0x7FFFFFFFFFFFFFFF"
+_GONE = "-0x80000000"
 _HELPERS = '''\
 @triton.jit
-def keys(x, column):
-    """Integers in the order of x, NaN above all; of equal ones the first column's is the largest."""
+def keys(x):
+    """Integers in the order of x, NaN above all."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) + (0x7FFFFFFF - column)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
-def column_of(key):
-    """The column of a key."""
-    return (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+def best_of(key, column):
+    """The column of the largest key of each row, the first of equal ones."""
+    return tl.min(tl.where(key == tl.max(key, 1)[:, None], column, 0x7FFFFFFF), 1)[:, None]
 '''
 
 
@@ -174,10 +173,10 @@ def _best_groups(r: Router) -> list[str]:
     return [
         *lines,
         f"group = tl.arange(0, {padded(groups)})[None, :]",
-        f"group_key = tl.where(group < {groups}, keys(worth, group), {_GONE})",
+        f"group_key = tl.where(group < {groups}, keys(worth), {_GONE})",
         f"kept = tl.zeros((BLOCK_T, {padded(groups)}), tl.int32)",
         f"for j in range(0, {r.top_groups}):",
-        "    here = column_of(tl.max(group_key, 1))[:, None] == group",
+        "    here = best_of(group_key, group) == group",
         "    kept = tl.where(here, 1, kept)",
         f"    group_key = tl.where(here, {_GONE}, group_key)",
         f"kept = tl.reshape(tl.broadcast_to(kept[:, :, None], {shape}), (BLOCK_T, {r.columns}))",
@@ -198,13 +197,13 @@ def _choose(r: Router, value: str) -> list[str]:
     """Statements: the best k: ``picked`` columns and their ``weight``s, slots in order."""
     _, size = r.rows
     own = f"(column // {padded(size)} == j // {r.per_group})[None, :]"
-    lines = [f"key = tl.where(valid, keys(choice, column[None, :]), {_GONE})"]
+    lines = [f"key = tl.where(valid, keys(choice), {_GONE})"]
     if r.per_group and not r.by_group:
         lines += [
             f"kept = tl.zeros((BLOCK_T, {r.columns}), tl.int32)",
             f"for j in range(0, {r.k}):",
-            f"    best = tl.max(tl.where({own} & (kept == 0), key, {_GONE}), 1)",
-            "    kept = tl.where(column[None, :] == column_of(best)[:, None], 1, kept)",
+            f"    best = best_of(tl.where({own} & (kept == 0), key, {_GONE}), column[None, :])",
+            "    kept = tl.where(column[None, :] == best, 1, kept)",
             f"key = tl.where(kept > 0, key, {_GONE})",
         ]
     among = f"tl.where({own}, key, {_GONE})" if r.per_group and r.by_group else "key"
@@ -214,7 +213,7 @@ def _choose(r: Router, value: str) -> list[str]:
         f"picked = tl.zeros((BLOCK_T, {padded(r.k)}), tl.int32)",
         f"weight = tl.zeros((BLOCK_T, {padded(r.k)}), tl.float32)",
         f"for j in range(0, {r.k}):",
-        f"    best = column_of(tl.max({among}, 1))[:, None]",
+        f"    best = best_of({among}, column[None, :])",
         "    here = column[None, :] == best",
         "    picked = tl.where(slot == j, best, picked)",
         f"    weight = tl.where(slot == j, tl.sum(tl.where(here, {value}, 0.0), 1)[:, None], weight)",
@@ -270,7 +269,7 @@ def write_router(r: Router, interpreted: bool = False) -> KernelFile:
         "there = (token < tokens)[:, None]",
         "at = logits + token.to(tl.int64)[:, None] * logits_s + expert[None, :]",
         "score = tl.load(at, mask=there & valid, other=0.0).to(tl.float32)",
-        *([] if r.score == r.logit else [f"score = {rounded('score', r.score)}"]),
+        *([] if r.score in ("f32", r.logit) else [f"score = {rounded('score', r.score)}"]),
         *([] if r.topk_first else _score(r, "score", "valid")),
         "choice = score",
     ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.backends.triton.experts_source import up_weights
+from moec.backends.triton.gemm import SCALED
 from moec.backends.triton.launcher import Launcher
 from moec.backends.triton.rows import RowFunction
 from moec.backends.triton.sort_source import CHUNK, most_blocks
@@ -52,6 +53,8 @@ class Run:
             up, down: Arguments of the kernels by name.
             captures, post_captures: Those of functions of whole rows.
         """
+        if self.spec.fp8:
+            up |= self._quantized("x", up["x"], 0)
         if self.launch.form == "gemv":
             return self._vectors(up, down, captures, post_captures)
         placed = self.sort(up["ids"], self.launch.up.block_m)
@@ -77,12 +80,12 @@ class Run:
         return placed
 
     def _gemms(self, up: Values, down: Values, captures: Values, post_captures: Values) -> Tensor:
-        spec, launch, x = self.spec, self.launch, up["x"]
+        spec, launch, x = self.spec, self.launch, down["x"]
         block_m = launch.up.block_m
         rows = most_blocks(self.slots, spec.experts, block_m) * block_m
         up["a"] = a = x.new_empty((rows, spec.up))
         self._gemm("up", up, launch.up, up_weights(spec))
-        down["a"] = self._activation(a, captures, block_m)
+        down |= self._between(a, captures, block_m)
         if launch.atomic and spec.post is None:
             down["y"] = y = x.new_zeros((self.tokens, spec.out), dtype=torch.float32)
             self._gemm("down_atomic", down, launch.down, ("w",))
@@ -98,10 +101,10 @@ class Run:
         return self._combine("combine", down)
 
     def _vectors(self, up: Values, down: Values, captures: Values, post_captures: Values) -> Tensor:
-        spec, x = self.spec, up["x"]
+        spec, x = self.spec, down["x"]
         up["a"] = a = x.new_empty((self.slots, spec.up))
         self._vector("up_vector", up, self.launch.up)
-        down["a"] = self._activation(a, captures, 0)
+        down |= self._between(a, captures, 0)
         if spec.post is None:
             down["y"] = y = x.new_empty((self.tokens, spec.out), dtype=TO_TORCH[spec.out_dtype])
             self._vector("down_vector", down, self.launch.down)
@@ -133,6 +136,20 @@ class Run:
     def _vector(self, name: str, values: Values, tile: Tile) -> None:
         constants = {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         self.launcher(name, self.tokens, values, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    def _between(self, a: Tensor, captures: Values, block_m: int) -> Values:
+        """The rows of the down GEMM."""
+        a = self._activation(a, captures, block_m)
+        return self._quantized("a", a, block_m) if self.spec.fp8 else {"a": a}
+
+    def _quantized(self, name: str, rows: Tensor, block_m: int) -> Values:
+        """Rows in fp8 and their scales."""
+        values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn)
+        scales = rows.new_empty((rows.shape[0], cdiv(rows.shape[1], SCALED)), dtype=torch.float32)
+        given = {"source": rows, "source_s": rows.stride(0), "rows_n": rows.shape[0]}
+        made = {"values": values, "scales": scales}
+        self.launcher(f"quantize_{name}", self.tokens, given | made, {"BLOCK_M": block_m})
+        return {name: values, f"{name}_scale": scales} | ({"x_s": values.stride(0)} if name == "x" else {})
 
     def _activation(self, a: Tensor, captures: Values, block_m: int) -> Tensor:
         """The activation of rows, where the up GEMM's epilogue is not it."""

@@ -6,6 +6,7 @@ from moec.backends.triton.combine_source import combine_kernels, row_kernel
 from moec.backends.triton.experts_source import down_kernels, up_kernel
 from moec.backends.triton.expression import helpers_in
 from moec.backends.triton.gemm import DOT, DOT_INTERPRETED, HELPERS
+from moec.backends.triton.quantize_source import HELPER, HELPER_INTERPRETED, quantize_kernels
 from moec.backends.triton.rows import RowFunction
 from moec.backends.triton.sort_source import sort_kernels
 from moec.backends.triton.spec import Spec
@@ -47,9 +48,14 @@ def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
     if spec.post is not None:
         parts.append(row_kernel(spec, "post", spec.post, spec.dtype))
     parts += combine_kernels(spec)
+    if spec.fp8:
+        parts += quantize_kernels(spec)
     title = (
         f"A MoE layer: {spec.experts} experts of {spec.inner}, {spec.top_k} a token, "
         f"rows of {spec.hidden} {spec.dtype}, {spec.layout}"
     )
     dot = DOT_INTERPRETED if interpreted else DOT
-    return kernel_file(title, parts, f"{HELPERS}\n\n{dot}", interpreted)
+    helpers = [HELPERS, dot]
+    if spec.fp8:
+        helpers.append(HELPER_INTERPRETED if interpreted else HELPER)
+    return kernel_file(title, parts, "\n\n".join(helpers), interpreted)

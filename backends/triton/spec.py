@@ -31,7 +31,8 @@ class Spec:
         up_bias, down_bias: There are biases.
         activation: The function between the GEMMs.
         post: The function of a row after the down GEMM.
-        fp8: Weights and rows are f8e4m3fn with a scale for every block of 128 (rows: 1 x 128, weights: 128 x 128).
+        fp8: Both GEMMs multiply f8e4m3fn with f32 scales: weights have one for 128 x 128 elements, rows are brought to
+            one for 1 x 128 as they come (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Stacked weights alone.
     """
 
     experts: int
@@ -52,6 +53,11 @@ class Spec:
     activation: Elementwise | RowFunction
     post: RowFunction | None = None
     fp8: bool = False
+
+    @property
+    def element(self) -> str:
+        """Element type that the GEMMs multiply."""
+        return "f8e4m3fn" if self.fp8 else self.dtype
 
     @property
     def gated(self) -> bool:

@@ -12,12 +12,14 @@ from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.experts_source import (
     activation_lines,
     down_arguments,
+    row_arguments,
+    row_lines,
     up_arguments,
     up_biases,
     up_products,
     up_result,
 )
-from moec.backends.triton.gemm import Product, base, bias_lines
+from moec.backends.triton.gemm import SCALED, Product, base, bias_lines
 from moec.backends.triton.spec import Spec
 from moec.backends.triton.text import Argument, Kernel, cdiv, function, indented
 
@@ -39,12 +41,15 @@ def _sums(spec: Spec, products: Sequence[Product]) -> list[str]:
         "k_in = k + tl.arange(0, BLOCK_K)",
         f"r = tl.load(row_at + k_in, mask=k_in < {inputs}, other=0.0).to(tl.float32)",
     ]
+    if spec.fp8:
+        inner.append(f"r *= tl.load(row_scale + k // {SCALED})")
     for p in products:
         n, k = ("[:, None]", "[None, :]") if p.nk else ("[None, :]", "[:, None]")
         step_n, step_k = (f" * {p.weight}_s", "") if p.nk else ("", f" * {p.weight}_s")
         at = f"{p.weight}_at + {p.name}_n{n}{step_n} + k_in{k}{step_k}"
         there = f"(k_in < {inputs}){k}"
-        inner.append(f"{p.name} += load_tile({at}, {there}, {inputs} % BLOCK_K == 0).to(tl.float32) * r{k}")
+        value = f"load_tile({at}, {there}, {inputs} % BLOCK_K == 0).to(tl.float32) * r{k}"
+        inner.append(f"{p.name} += {value}" + (f" * tl.load({p.scales()}){n}" if spec.fp8 else ""))
     lines += [f"for k in range(0, {inputs}, BLOCK_K):", *indented(inner)]
     lines += [f"{p.name} = tl.sum({p.name}, {1 if p.nk else 0})" for p in products]
     return lines
@@ -73,7 +78,7 @@ def up_vector(spec: Spec) -> tuple[Kernel, str]:
     products = up_products(spec)
     inner = [
         "expert = id",
-        f"row_at = x + (slot // {spec.top_k}).to(tl.int64) * x_s",
+        *row_lines(spec, "x", f"(slot // {spec.top_k})", "x_s", spec.hidden),
         *_sums(spec, products),
         *bias_lines(spec, products, up_biases(spec), ""),
         *activation_lines(spec, "", "BLOCK_N"),
@@ -87,10 +92,10 @@ def up_vector(spec: Spec) -> tuple[Kernel, str]:
 def down_vector(spec: Spec) -> tuple[Kernel, str]:
     """``down_vector``: the result of a token, or the rows of its slots where a function of whole rows follows."""
     product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
-    read = (Argument("a", POINTERS[spec.dtype]), *down_arguments(spec), _IDS)
+    read = (*row_arguments(spec, "a"), *down_arguments(spec), _IDS)
     row = [
         "expert = id",
-        f"row_at = a + slot.to(tl.int64) * {spec.inner}",
+        *row_lines(spec, "a", "slot", str(spec.inner), spec.inner),
         *_sums(spec, (product,)),
         *bias_lines(spec, (product,), ("b",) if spec.down_bias else (), ""),
     ]
