@@ -92,7 +92,7 @@ def _rows_backward(
         rows = x.index_select(0, tokens)
         leaves = [t.detach() for t in spec.split(up_gemms(spec, rows, group, params))]
         need_h = any(t is not None for t in (g.x, *g.up, *g.up_bias))
-        act = _Region(spec.activation, leaves, params.captures, [need_h] * len(leaves), g.captures)
+        act = Region(spec.activation, leaves, params.captures, [need_h] * len(leaves), g.captures)
         a = act.output.detach()
         wide = torch.promote_types(a.dtype, weights.dtype)
         if spec.post is None:
@@ -104,7 +104,7 @@ def _rows_backward(
         else:
             o = down_gemm(spec, a, group, params, None)
             need_o = act.wanted or any(t is not None for t in (*g.down, *g.down_bias))
-            post = _Region(spec.post, [o], params.post_captures, [need_o], g.post_captures)
+            post = Region(spec.post, [o], params.post_captures, [need_o], g.post_captures)
             if w_grad is not None:
                 dot = (dy.to(wide) * post.output.detach()).sum(dim=1)
                 w_grad.index_copy_(0, order, dot.to(w_grad.dtype))
@@ -122,7 +122,7 @@ def _rows_backward(
     return x_rows
 
 
-class _Region:
+class Region:
     """A region run on detached leaves, ready to be differentiated."""
 
     def __init__(

@@ -28,9 +28,9 @@ class TritonBackend(Backend):
     kernels without sorting, one program for a slot and a stretch of columns. ``moe.route`` is one pass over the logits.
     Weights are read in place. Buffers and grids depend on the number of tokens alone and nothing waits for the device,
     so that a CUDA graph can capture a layer. Kernels are Python files in the cache directory. The extra ``triton`` must
-    be installed. With ``TRITON_INTERPRET=1`` they run on tensors of the CPU, in Triton's interpreter. Gradients are
-    those of ``aten``. Experts that differ in their widths, routers that are regions, and row functions that cut up what
-    they computed go to ``aten``.
+    be installed. With ``TRITON_INTERPRET=1`` they run on tensors of the CPU, in Triton's interpreter. The backward's
+    GEMMs run on the same sorted rows; what is between them is torch's. Experts that differ in their widths, routers
+    that are regions, and row functions that cut up what they computed go to ``aten``.
     """
 
     name = "triton"

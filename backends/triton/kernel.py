@@ -13,6 +13,7 @@ from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.aten.spec import Params
 from moec.backends.base import Kernel
 from moec.backends.cpu.operands import form_of, one_stride
+from moec.backends.triton.backward import Backward, Rows
 from moec.backends.triton.experts_source import up_biases, up_weights
 from moec.backends.triton.launcher import Launcher, on_device_of, target_of
 from moec.backends.triton.module import interpreted
@@ -23,6 +24,8 @@ from moec.backends.triton.tiles import Launch, choose
 from moec.ir.core import Op
 from moec.ir.torch_dtypes import TO_TORCH
 
+LEAST_ROWS = 16
+"""Rows of a block in the backward, at least: what tensor cores multiply."""
 _TABLES = 8
 """Tables of addresses that a layer keeps: of weights and biases, and as many of those before."""
 
@@ -34,7 +37,7 @@ def launcher(spec: Spec, interpreted: bool) -> Launcher:
 
 
 class TritonExperts(Kernel):
-    """Forward in generated Triton; gradients are aten's."""
+    """Forward and GEMMs of the backward in generated Triton."""
 
     def __init__(self, op: Op, spec: Spec, target: str) -> None:
         self.spec, self.target = spec, target
@@ -59,7 +62,19 @@ class TritonExperts(Kernel):
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        return self.aten.backward(grads, inputs, needs)
+        (grad,) = grads
+        x, ids = inputs[:2]
+        params = self.aten.spec.params(inputs)
+        if grad is None or not x.shape[0] or not (one_stride(params.up) and one_stride(params.down)):
+            return self.aten.backward(grads, inputs, needs)
+        launch = choose(self.spec, x.shape[0], target_of(x.device) or self.target)
+        block_m = max(LEAST_ROWS, launch.up.block_m)
+        tables = [None if self.spec.stacked else self._table(t) for t in (params.up, params.down)]
+        with on_device_of(x):
+            run = Run(self.spec, launch, launcher(self.spec, interpreted()), x.shape[0])
+            placed = run.sort(ids.to(torch.int64).contiguous(), block_m)
+            rows = Rows.of(placed, block_m, ids.numel(), self.spec.experts)
+            return Backward(self.aten.spec, self.spec.dtype, rows, tables).gradients(grad, inputs, needs)
 
     def _run(self, spec: Spec, launch: Launch, x: Tensor, ids: Tensor, weights: Tensor, params: Params) -> Tensor:
         tokens = x.shape[0]

@@ -42,6 +42,10 @@ class KernelFile:
     kernels: Mapping[str, Kernel]
 
 
+COUNTS = frozenset({"slots_n", "chunks", "tokens", "rows_n"})
+"""Arguments that change with the number of tokens: a kernel is not compiled again for other ones."""
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up."""
     return -(-a // b)
@@ -51,7 +55,8 @@ def function(kernel: Kernel, summary: str, body: Sequence[str]) -> str:
     """A kernel's text; ``body`` holds statements without their indent."""
     names = [a.name for a in kernel.arguments]
     names += [f"{c}: tl.constexpr" for c in kernel.constants]
-    lines = ["@triton.jit", f"def {kernel.name}("]
+    counts = [a.name for a in kernel.arguments if a.name in COUNTS]
+    lines = [f"@triton.jit(do_not_specialize={counts})" if counts else "@triton.jit", f"def {kernel.name}("]
     lines += [f"    {name}," for name in names]
     lines += ["):", f'    """{summary}"""']
     lines += [f"    {line}" if line else "" for line in body]

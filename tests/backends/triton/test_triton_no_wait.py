@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.base import Kernel, program_op
+from moec.backends.triton import backward as backward_module
 from moec.backends.triton import kernel as kernel_module
 from moec.backends.triton import launcher as launcher_module
 from moec.backends.triton.kernel import TritonExperts
@@ -31,13 +32,17 @@ Launches = list[tuple[str, tuple[int, ...]]]
 
 
 class OnDevice(TorchDispatchMode):
-    """Refuses values of tensors, and results that are not on the GPU."""
+    """Refuses values of tensors, and results on another device."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read"
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (list, tuple)) else [out]:
-            assert not isinstance(t, Tensor) or t.device.type == "cuda", f"{func} gives a tensor on {t.device}"
+            assert not isinstance(t, Tensor) or t.device.type == self.device, f"{func} gives a tensor on {t.device}"
         return out
 
 
@@ -59,9 +64,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
     monkeypatch.setattr(launcher_module, "load_module", lambda text: Module())
     monkeypatch.setattr(kernel_module, "target_of", lambda device: "cuda:sm90")
-    kernel_module.launcher.cache_clear()
+    caches = (kernel_module.launcher, backward_module._launcher)
+    for cache in caches:
+        cache.cache_clear()
     yield found
-    kernel_module.launcher.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def _run(kernel: Kernel, inputs: list[Tensor]) -> list[Tensor]:
@@ -89,6 +97,20 @@ def test_a_layer_does_not_wait(launch: str, tokens: int, launches: Launches, mon
         assert out.shape == (tokens, case.hidden)
     assert launches
     assert all(isinstance(n, int) and n > 0 for _, grid in launches for n in grid)
+
+
+@pytest.mark.parametrize("case", CASES, ids=["interleaved", "rows"])
+def test_gradients_do_not_wait(case: ExpertsCase, launches: Launches) -> None:
+    """On fake tensors of the CPU: a slice asks for a guard of the device, which a PyTorch without CUDA lacks."""
+    op = program_op(case.graph())
+    kernel, inputs = TritonExperts(op, read_spec(op), "cuda:sm90"), case.inputs(33)
+    needs = [t.is_floating_point() for t in inputs]
+    with FakeTensorMode():
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in inputs]
+        with OnDevice("cpu"), torch.no_grad():
+            found = kernel.backward([torch.empty_like(fakes[0])], fakes, needs)
+    assert [g is not None for g in found] == needs
+    assert {"rows_product", "rows_sums"} <= {name for name, _ in launches}
 
 
 def test_aten_waits() -> None:
