@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moec.backends.cpu.expression import UnsupportedError
+from moec.backends.calls import UnsupportedError
 from moec.capture.origin import FX_META
 from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def
