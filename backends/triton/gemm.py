@@ -26,6 +26,14 @@ def load_tile(at, inside, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(at, live, inside, WHOLE: tl.constexpr):
+    """A tile of rows; what is not inside, and rows that are not live, is 0."""
+    if WHOLE:
+        return tl.load(at, mask=live, other=0.0)
+    return tl.load(at, mask=live & inside, other=0.0)
 '''
 DOT = '''\
 @triton.jit
@@ -133,7 +141,8 @@ def tile_lines(spec: Spec, products: Sequence[Product], split: bool = False) -> 
     inner = [
         "k_in = k + tl.arange(0, BLOCK_K)",
         f"there = (k_in < {inputs})[:, None]",
-        f"r = tl.load(row_at[:, None] + k_in[None, :], mask=live[:, None] & (k_in < {inputs})[None, :], other=0.0)",
+        f"inside = (k_in < {inputs})[None, :]",
+        f"r = load_rows(row_at[:, None] + k_in[None, :], live[:, None], inside, {inputs} % BLOCK_K == 0)",
     ]
     loads = [f"{p.name}_w = load_tile({p.pointers()}, there, {inputs} % BLOCK_K == 0)" for p in products]
     if spec.stacked:

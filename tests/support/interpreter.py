@@ -2,12 +2,11 @@
 
 Triton decides when a function is defined, its own library's included, whether it is compiled or interpreted. So there
 is a second copy of its Python modules here, imported under ``TRITON_INTERPRET=1``, which takes the place of the first
-while it is wanted. Both share the compiled part.
+while it is wanted. Both share the compiled part, which tells of leaks when Python ends and the second copy is left.
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 import sys
@@ -37,11 +36,9 @@ def _second_copy() -> dict[str, ModuleType]:
     try:
         importlib.import_module("triton")
         importlib.import_module("triton.runtime.interpreter")
-        copy = _taken()
+        return _taken()
     finally:
         _put(before)
-    atexit.register(lambda: _put(_second_copy()))
-    return copy
 
 
 @contextmanager

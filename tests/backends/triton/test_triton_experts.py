@@ -116,7 +116,7 @@ MUTANTS = {
     "token of a slot": ("slot // 3", "slot % 3"),
     "experts of a weight": ("expert.to(tl.int64) * w_se", "expert.to(tl.int64) * (w_se + 1)"),
     "rows of a weight": ("[None, :] * w_s + k_in", "[None, :] * (w_s + 1) + k_in"),
-    "inputs that are there": ("mask=live[:, None] & (k_in < 20)[None, :]", "mask=live[:, None]"),
+    "inputs that are there": ("inside = (k_in < 20)", "inside = (k_in < 21)"),
     "inputs of a weight": ("there = (k_in < 20)[:, None]", "there = (k_in < 21)[:, None]"),
     "columns that are stored": ("(column < 24)[None, :]", "(column < 23)[None, :]"),
     "up after gate": ("column_in + 24", "column_in + 23"),
