@@ -16,7 +16,7 @@ from moec.ir.types import TensorType
 
 __all__ = ["TritonBackend"]
 
-INTERPRET = "TRITON_INTERPRET=1 runs them there, slowly, in Triton's interpreter"
+INTERPRET = "TRITON_INTERPRET=1 runs kernels on the CPU, slowly, in Triton's interpreter"
 
 
 @register_backend

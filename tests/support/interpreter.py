@@ -2,11 +2,12 @@
 
 Triton decides when a function is defined, its own library's included, whether it is compiled or interpreted. So there
 is a second copy of its Python modules here, imported under ``TRITON_INTERPRET=1``, which takes the place of the first
-while it is wanted. Both share the compiled part, which tells of leaks when Python ends and the second copy is left.
+while it is wanted. Both share the compiled part.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -36,9 +37,17 @@ def _second_copy() -> dict[str, ModuleType]:
     try:
         importlib.import_module("triton")
         importlib.import_module("triton.runtime.interpreter")
-        return _taken()
+        copy = _taken()
     finally:
         _put(before)
+    atexit.register(_empty, copy)
+    return copy
+
+
+def _empty(modules: dict[str, ModuleType]) -> None:
+    """What Python does at its end with modules it knows of. Without, the compiled part would tell of leaks."""
+    for module in modules.values():
+        module.__dict__.clear()
 
 
 @contextmanager
