@@ -36,7 +36,7 @@ def simulate(
     plan: Annotated[str, typer.Option(help="As moec.parallelize takes it: 'ep=8,form=gather'.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank in a step.")] = 4096,
     skew: Annotated[
-        str, typer.Option(help="Which experts tokens choose: balanced, uniform, zipf:1.2, or a histogram (.json).")
+        str, typer.Option(help="Which experts tokens choose: balanced, uniform, zipf:1.2, or a .json file of counts.")
     ] = "balanced",
     pipeline: Annotated[
         list[str] | None,

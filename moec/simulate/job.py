@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import sympy
 
-from moec.ir.core import Graph
+from moec.ir.core import Graph, Value
+from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.parallel.plan import Plan
 from moec.passes.base import Pass, PassContext, Remark
 from moec.passes.calls import call_args, is_call
+from moec.passes.expert_parallel.expert_parallel import Spread
 from moec.passes.manager import PassManager
 from moec.simulate.errors import SimulationError
 from moec.simulate.exchange import Groups
@@ -47,6 +49,8 @@ def make_job(
     context: Callable[[], PassContext],
 ) -> Job:
     """Run the passes of the plan, then others, on the graphs of all ranks.
+
+    Where the others spread experts themselves, the plan's are left out, so that something may come before.
 
     Args:
         graphs: One a rank, or one for all; they stay as they are.
@@ -84,8 +88,10 @@ def make_job(
             continue
         mine = graph.clone()
         ctx = context()
-        planned = plan.passes(-1 if one_for_all else rank) if plan.ep > 1 else []
-        PassManager([*planned, *passes()], repro=None).run(mine, ctx)
+        further = passes()
+        spreads = plan.ep > 1 and not any(isinstance(p, Spread) for p in further)
+        planned = plan.passes(-1 if one_for_all else rank) if spreads else []
+        PassManager([*planned, *further], repro=None).run(mine, ctx)
         remarks = remarks or tuple(ctx.remarks)
         chosen.append(mine)
     count = group_ranks(chosen[0])
@@ -150,6 +156,21 @@ def token_symbols(graph: Graph) -> list[str]:
 def chosen_experts(graph: Graph) -> int:
     """Experts of a token, k, in the first layer; 1 where there is none."""
     return next((int(type.shape[1]) for type in _chosen(graph) if type.shape[1].is_Integer), 1)
+
+
+def given_choices(graph: Graph) -> dict[int, tuple[int, int]]:
+    """Arguments that are a layer's ids, by their place: the layer's experts, and which layer it is.
+
+    Ops on the same weights are one layer, on other tokens.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    layers: dict[tuple[Value, ...], int] = {}
+    for op in graph.ops:
+        if op.name in _LAYERS:
+            layer = layers.setdefault(op.operands[3:], len(layers))
+            if op.operands[1].op is None:
+                found[op.operands[1].index] = op_def(op.name).attr(op, "experts"), layer
+    return found
 
 
 def _chosen(graph: Graph) -> list[TensorType]:

@@ -71,3 +71,7 @@ class RoutedRows:
             return None
         ids = [self.routing.ids(r, self.tokens, self.top_k, experts) for r in range(ranks)]
         return [[float(n) for n in torch.bincount(i.flatten(), minlength=experts).tolist()] for i in ids]
+
+    def least_saving(self, experts: int, top_k: int, batches: int, sizes: tuple[int, ...]) -> str:
+        """Why no saving is expected of regrouping tokens."""
+        return "simulated tokens choose one by one, so nothing shows clusters"

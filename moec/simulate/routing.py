@@ -8,7 +8,6 @@ nothing: experts take turns, and all have equally many rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +28,20 @@ class Routing:
     Attributes:
         kind: ``balanced``, ``drawn``.
         skew: Exponent of Zipf's law: the n-th expert's share goes with n^-skew. 0 for equal shares.
-        histogram: Shares of every expert; () for Zipf's law. Where they came from, the experts' order is theirs.
+        histograms: Shares of every expert, of every layer in turn; () for Zipf's law.
         seed: Of the numbers that are drawn, and of which experts are the often chosen ones.
     """
 
     kind: str = "balanced"
     skew: float = 0.0
-    histogram: tuple[float, ...] = ()
+    histograms: tuple[tuple[float, ...], ...] = ()
     seed: int = 0
 
     @staticmethod
     def parse(text: str, seed: int = 0) -> Routing:
-        """A routing from its text: ``balanced``, ``uniform``, ``zipf:1.2``, or a file with a list of counts.
+        """A routing from its text: ``balanced``, ``uniform``, ``zipf:1.2``, or a file.
+
+        The file is JSON: a list of counts, or a routing profile, an object whose ``layers`` have ``loads``.
 
         Raises:
             SimulationError: It is none of these.
@@ -50,7 +51,7 @@ class Routing:
         if text == "uniform":
             return Routing("drawn", seed=seed)
         if text.endswith(".json"):
-            return Routing("drawn", histogram=_read(Path(text)), seed=seed)
+            return Routing("drawn", histograms=_read(Path(text)), seed=seed)
         name, _, number = text.partition(":")
         try:
             skew = float(number or 1.0)
@@ -66,13 +67,14 @@ class Routing:
         Raises:
             SimulationError: The histogram is of another number of experts.
         """
-        if self.histogram:
-            if len(self.histogram) != experts:
+        if self.histograms:
+            counts = self.histograms[layer % len(self.histograms)]
+            if len(counts) != experts:
                 raise SimulationError(
-                    f"the histogram is of {len(self.histogram)} experts, a layer has {experts}",
+                    f"the histogram is of {len(counts)} experts, a layer has {experts}",
                     hint="profile the model that is simulated",
                 )
-            found = torch.tensor(self.histogram, dtype=torch.float64)
+            found = torch.tensor(counts, dtype=torch.float64)
         else:
             gen = torch.Generator().manual_seed(self.seed * 7919 + layer)
             law = torch.arange(1, experts + 1, dtype=torch.float64) ** -self.skew
@@ -126,17 +128,19 @@ class Routing:
         return score.topk(top_k, dim=1).indices
 
 
-def _read(path: Path) -> tuple[float, ...]:
-    """A list of counts, one an expert, alone or as ``histogram`` of an object."""
+def _read(path: Path) -> tuple[tuple[float, ...], ...]:
+    """The histograms of a file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise SimulationError(f"the histogram {path} cannot be read: {e}") from e
-    found: Sequence[float] = data.get("histogram", ()) if isinstance(data, dict) else data
     try:
-        counts = tuple(float(v) for v in found)
-    except (TypeError, ValueError):
-        counts = ()
-    if not counts or min(counts) < 0 or not sum(counts) > 0:
-        raise SimulationError(f"{path} holds no histogram", hint="a list of counts from 0 up, one for each expert")
-    return counts
+        lists = [layer["loads"] for layer in data["layers"]] if isinstance(data, dict) else [data]
+        found = tuple(tuple(float(v) for v in counts) for counts in lists)
+    except (KeyError, TypeError, ValueError):
+        found = ()
+    if not found or any(not counts or min(counts) < 0 or not sum(counts) > 0 for counts in found):
+        raise SimulationError(
+            f"{path} holds no histogram", hint="a list of counts from 0 up, one for each expert, or a routing profile"
+        )
+    return found

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import sympy
+from torch import Tensor
+
 from moec.ir.core import Graph
+from moec.ir.types import TensorType
 from moec.parallel.plan import Plan
 from moec.passes.base import Pass, PassContext, Remark
+from moec.simulate.abstract import sizes_of
 from moec.simulate.events import Timeline, simulate
-from moec.simulate.job import check_fits, chosen_experts, group_ranks, make_job, token_symbols
+from moec.simulate.job import check_fits, chosen_experts, given_choices, group_ranks, make_job, token_symbols
 from moec.simulate.planning import MachineCosts, RoutedRows
 from moec.simulate.report import Report, make_report
 from moec.simulate.routing import Routing
@@ -67,6 +72,19 @@ def run_graphs(graphs: Sequence[Graph], setting: Setting, passes: Callable[[], S
     check_fits(job, s.plan, s.topology)
     machine = s.topology.first(job.ranks)
     sizes = [{**dict.fromkeys(token_symbols(g), s.tokens), **s.sizes} for g in job.graphs]
-    found = trace(job.graphs, job.groups, machine, s.routing, sizes=sizes, training=s.training)
+    ids = [_given(graphs[r % len(graphs)], r, sizes[r], s.routing) for r in range(job.ranks)]
+    found = trace(job.graphs, job.groups, machine, s.routing, sizes=sizes, ids=ids, training=s.training)
     timeline = simulate(found.programs, found.collectives, machine)
     return Outcome(make_report(found, timeline), timeline, job.remarks)
+
+
+def _given(graph: Graph, rank: int, sizes: Mapping[str, int], routing: Routing) -> dict[int, Tensor]:
+    """A rank's arguments that are choices, as the routing draws them: passes may stand between them and the layer."""
+    symbols = {sympy.Symbol(name, integer=True): size for name, size in sizes.items()}
+    found = {}
+    for place, (experts, layer) in given_choices(graph).items():
+        type = graph.args[place].type
+        assert isinstance(type, TensorType)
+        tokens, top_k = sizes_of(type, symbols, repr(graph.args[place]))
+        found[place] = routing.ids(rank, tokens, top_k, experts, layer=layer)
+    return found

@@ -96,6 +96,9 @@ def test_text_runs_with_passes_and_a_plan(moec: Moec, tmp_path: Path) -> None:
     assert "applied: expert-parallel: 4 experts on 2 ranks" in spread.err
     planned = json.loads(moec(file, "--tokens", "8", "--plan", "ep=2", "--json").out)
     assert planned == json.loads(spread.out)
+    both = moec(file, "--tokens", "8", "--plan", "ep=2", "-p", "dce,expert-parallel,dce", "--remarks", "--json")
+    assert both.err.count("applied: expert-parallel") == 1
+    assert json.loads(both.out) == planned
     share = 2 * (6 * 4 + 4 * 6) * 4
     assert [r["sent"] for r in gathered["ranks"]] == [share] * 2
     assert [r["sent"] for r in planned["ranks"]] == [8 * 2 + 2 * 8 * 4 * 4] * 2  # counts; half of 16 slots, both ways
@@ -170,3 +173,19 @@ def test_a_group_of_one_rank_needs_no_network(moec: Moec, tmp_path: Path) -> Non
     got = moec(str(tmp_path / "one.moe"), "-p", "expert-parallel")
     assert got.code == 2
     assert "has no communication" in got.err
+
+
+def test_choices_are_drawn_before_passes_touch_them(moec: Moec, tmp_path: Path) -> None:
+    """Two micro-batches of one layer choose by the same shares, whatever stands between argument and layer."""
+    text = LAYER.replace("<a>", "2").replace("<s>", "2, 2").replace("%w1:", "%ids2: i64[T, 2], %w1:")
+    head, _, tail = text.partition("  return %y\n}")
+    second = head[head.index("  %y = moe.experts") :].replace("%y", "%z", 1).replace("%ids,", "%ids2,")
+    file = tmp_path / "two.moe"
+    file.write_text(
+        f"{head}{second}  return %y, %z\n}}{tail}".replace(") -> f32[T, 4] {", ") -> (f32[T, 4], f32[T, 4]) {", 1)
+    )
+    found = json.loads(moec(str(file), "--plan", "ep=2", "--tokens", "500", "--skew", "zipf:3", "--json").out)
+    one = layer(tmp_path, (2, "2, 2"))
+    single = json.loads(moec(one, "--plan", "ep=2", "--tokens", "500", "--skew", "zipf:3", "--json").out)
+    assert found["imbalance"] == pytest.approx(single["imbalance"], rel=0.05)
+    assert single["imbalance"] > 1.2

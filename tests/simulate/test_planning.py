@@ -60,3 +60,4 @@ def test_rows_are_those_of_the_routing() -> None:
     assert [sum(r) for r in rows] == [64.0] * 4
     assert rows[1] == torch.bincount(routing.ids(1, 32, 2, 8).flatten(), minlength=8).tolist()
     assert RoutedRows(routing, 32, 9).rows("", 4, 8) is None
+    assert "nothing shows clusters" in RoutedRows(routing, 32, 2).least_saving(8, 2, 2, ())

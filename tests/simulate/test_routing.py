@@ -59,12 +59,19 @@ def test_groups_are_kept() -> None:
 
 def test_a_histogram(tmp_path: Path) -> None:
     file = tmp_path / "h.json"
-    file.write_text(json.dumps({"histogram": [3, 0, 1, 0]}))
+    file.write_text(json.dumps([3, 0, 1, 0]))
     routing = Routing.parse(str(file))
     counts = torch.bincount(routing.ids(0, 4000, 1, 4).flatten(), minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.75, 0.0, 0.25, 0.0]), atol=NEAR)
     with pytest.raises(SimulationError, match="is of 4 experts, a layer has 8"):
         routing.ids(0, 1, 1, 8)
+
+
+def test_a_routing_profile_has_a_histogram_a_layer(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({"format": "moec-routing", "layers": [{"loads": [1, 0]}, {"loads": [0, 5]}]}))
+    routing = Routing.parse(str(file))
+    assert [routing.ids(0, 3, 1, 2, layer=n).flatten().tolist() for n in range(3)] == [[0] * 3, [1] * 3, [0] * 3]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,7 @@ def test_a_skew_that_is_none(text: str, says: str) -> None:
         Routing.parse(text)
 
 
-@pytest.mark.parametrize("content", ["[]", "[1, -1]", "[0, 0]", '{"counts": [1]}', '["a"]'])
+@pytest.mark.parametrize("content", ["[]", "[1, -1]", "[0, 0]", '{"counts": [1]}', '["a"]', '{"layers": []}', "3"])
 def test_a_file_without_a_histogram(content: str, tmp_path: Path) -> None:
     (tmp_path / "h.json").write_text(content)
     with pytest.raises(SimulationError, match="holds no histogram"):
