@@ -71,8 +71,9 @@ def run_graphs(graphs: Sequence[Graph], setting: Setting, passes: Callable[[], S
     job = make_job(graphs, s.plan, passes, lambda: PassContext(target=target, cost_model=costs, profile=rows))
     check_fits(job, s.plan, s.topology)
     machine = s.topology.first(job.ranks)
-    sizes = [{**dict.fromkeys(token_symbols(g), s.tokens), **s.sizes} for g in job.graphs]
-    ids = [_given(graphs[r % len(graphs)], r, sizes[r], s.routing) for r in range(job.ranks)]
+    mine = [graphs[rank % len(graphs)] for rank in range(job.ranks)]
+    sizes = [{**dict.fromkeys(token_symbols(g), s.tokens), **s.sizes} for g in mine]
+    ids = [_given(graph, rank, sizes[rank], s.routing) for rank, graph in enumerate(mine)]
     found = trace(job.graphs, job.groups, machine, s.routing, sizes=sizes, ids=ids, training=s.training)
     timeline = simulate(found.programs, found.collectives, machine)
     return Outcome(make_report(found, timeline), timeline, job.remarks)
