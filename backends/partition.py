@@ -9,7 +9,7 @@ from moec.backends.base import Backend
 from moec.backends.registry import get_backend
 from moec.ir.core import Graph, Op
 
-CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts")
+CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts", "moe.regroup")
 """The ops that a runtime op can carry; all others are executed by PyTorch."""
 
 SPREAD, SPREADS = "moe.parallel_experts", "distributed"

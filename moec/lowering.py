@@ -13,6 +13,7 @@ from moec.emit import LowerOp
 from moec.ir.core import Op
 from moec.options import CompileOptions
 from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
+from moec.runtime import regroup  # noqa: F401
 from moec.runtime.programs import program_graph, register
 
 
@@ -49,6 +50,9 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
         if op.name in ("moe.experts", SPREAD):
             return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]
+        if op.name == "moe.regroup":
+            planned = graph.call_function(torch.ops.moec.regroup.default, (args, program.key))
+            return [graph.call_function(operator.getitem, (planned, i)) for i in range(len(op.results))]
         routed = graph.call_function(torch.ops.moec.route.default, (args, program.key))
         return [graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
 

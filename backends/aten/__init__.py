@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from moec.backends.aten.forward import experts_forward
 from moec.backends.aten.region import compile_region
 from moec.backends.aten.spec import Spec
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op, tensors_only
-from moec.backends.reference import AutogradKernel
+from moec.backends.reference import AutogradKernel, run_graph
 from moec.backends.registry import register_backend
 from moec.ir.core import Op
 from moec.ir.types import TensorType
@@ -46,13 +47,14 @@ class AtenBackend(Backend):
 
     ``moe.experts`` sorts the tokens by expert and calls one GEMM per touched expert and projection, on the weights
     where they lie; its backward recomputes the up GEMM and the activation. ``moe.route`` calls the operations of its
-    definition. Results do not depend on the number of threads beyond what torch's own operations do.
+    definition, ``moe.regroup`` plans with NumPy, on the processor. Results do not depend on the number of threads
+    beyond what torch's own operations do.
     """
 
     name = "aten"
 
     def supports(self, op: Op, target: str) -> Support:
-        if op.name not in ("moe.route", "moe.experts"):
+        if op.name not in ("moe.route", "moe.experts", "moe.regroup"):
             return Support.no(f"there is no kernel for {op.name}")
         if op.name == "moe.experts":
             gemms = (op.operands[0], *op.group("up"), *op.group("down"))
@@ -68,6 +70,8 @@ class AtenBackend(Backend):
         op = program_op(artifact.graph)
         if op.name == "moe.experts":
             return ExpertsKernel(op)
+        if op.name == "moe.regroup":
+            return AutogradKernel(partial(run_graph, artifact.graph))
         # A router is a handful of small ops: its region, or its definition, is its kernel.
         router = compile_region(op.regions[0] if op.regions else artifact.graph)
         return AutogradKernel(lambda inputs: router(*inputs))

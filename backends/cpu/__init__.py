@@ -9,6 +9,7 @@ from moec.backends.cpu.isa import isa_of, missing, refusal
 from moec.backends.cpu.kernel import CpuExperts
 from moec.backends.cpu.load import LoadError
 from moec.backends.cpu.memory import elsewhere
+from moec.backends.cpu.regroup import CpuRegroup
 from moec.backends.cpu.route import NO_FUNCTIONS, CpuRoute, functions
 from moec.backends.cpu.route_source import read_router, write_router
 from moec.backends.cpu.source import read_shape, write_source
@@ -39,7 +40,7 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def supports(self, op: Op, target: str) -> Support:
-        if op.name not in ("moe.experts", "moe.route"):
+        if op.name not in ("moe.experts", "moe.route", "moe.regroup"):
             return Support.no(f"there is no kernel for {op.name}")
         isa = isa_of(target)
         if isinstance(isa, str):
@@ -52,7 +53,7 @@ class CpuBackend(Backend):
         try:
             if op.name == "moe.experts":
                 read_shape(op)
-            elif functions(read_router(op).scoring, isa) is None:
+            elif op.name == "moe.route" and functions(read_router(op).scoring, isa) is None:
                 return Support.no(NO_FUNCTIONS)
         except UnsupportedError as reason:
             return Support.no(str(reason))
@@ -60,6 +61,8 @@ class CpuBackend(Backend):
 
     def lower(self, graph: Graph, target: str) -> Artifact:
         op = program_op(graph)
+        if op.name == "moe.regroup":
+            return Artifact(self.name, target, graph)
         if op.name == "moe.route":
             return Artifact(self.name, target, graph, {"kernel.cpp": write_router(read_router(op)).encode()})
         get = op_def(op.name).attr
@@ -80,6 +83,8 @@ class CpuBackend(Backend):
                 hint="use the target 'cpu:avx512_bf16'",
             )
         op = program_op(artifact.graph)
+        if op.name == "moe.regroup":
+            return CpuRegroup(op, isa)
         if op.name == "moe.route":
             router = read_router(op)
             found = functions(router.scoring, isa)

@@ -88,7 +88,7 @@ def program_graph(op: Op) -> Graph:
     """The program of one op of any graph: names and the token count made canonical, so that equal blocks are equal.
 
     Arguments are named after the op's operands, values by number. The number of tokens, if it is a symbol, becomes
-    ``T``; if it is a plain number, it becomes ``T`` in the operands and results where it is known to be that number.
+    ``T``; if it is a number or an expression, it becomes ``T`` in the operands and results that have a row a token.
     """
     copy = Graph("program")
     args: list[Value] = []
@@ -133,7 +133,7 @@ def _generalise_tokens(graph: Graph, op: Op) -> None:
     if tokens.is_Symbol and tokens != general:
         if not any(general in _free_symbols(t) for t in _types(graph)):
             _replace_symbol(graph, tokens, general)
-    elif tokens.is_Integer and op.name in _GENERAL and not (op.name == "moe.route" and op.regions):
+    elif not tokens.is_Symbol and op.name in _GENERAL and not (op.name == "moe.route" and op.regions):
         rowwise = op.operands[:1] if op.name == "moe.route" else op.operands[:3]
         for value in (*rowwise, *op.results):
             if isinstance(value.type, TensorType):

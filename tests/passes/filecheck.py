@@ -9,7 +9,8 @@ A file ``<pass>.moe`` (or ``<pass>.<topic>.moe``) reads::
     // CHECK-NOT: text               no line between the matches around it holds this text
     // REMARK: text                  some remark ("missed: <pass>: why") holds this text
     // REMARK-NOT: text              no remark does
-    // NUMERIC: T=5|T=1              sizes for the numeric check ("off" and a reason to leave it out)
+    // NUMERIC: T=5|T=1              sizes for the numeric check ("off" and a reason to leave it out; "whole" before
+                                     the sizes makes floats whole numbers)
     graph @x(...) {...}
     // -----
     // CASE: negative what stays as it is

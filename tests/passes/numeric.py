@@ -18,6 +18,8 @@ from moec.passes import Pass, PassClass, PassContext, PassManager, parse_pipelin
 
 DEFAULT_DIMS = "*=5|*=1"
 """Sizes of symbolic dimensions where a test names none: some tokens, and one."""
+WHOLE = "whole "
+"""What stands before the sizes where floats are whole numbers."""
 
 
 def parse_dims(text: str) -> list[dict[str, int]]:
@@ -78,16 +80,19 @@ def ranks_of(graph: Graph) -> dict[str, int]:
     return {op.attrs["group"]: op.attrs["ranks"] for op in starts}
 
 
+def in_whole_numbers(inputs: Sequence[Any]) -> list[Any]:
+    """Floats as small whole numbers: sums of products have the same bits then, whatever rows a product holds."""
+    return [(3 * t).round() if isinstance(t, torch.Tensor) and torch.is_floating_point(t) else t for t in inputs]
+
+
 def compute_world(graph: Graph, seed: int, dims: Mapping[str, int], groups: Mapping[str, int]) -> list[Any]:
     """Outputs of all ranks, each with inputs of its own, one after the other.
 
-    Floats are small whole numbers: sums have the same bits then in whatever order a product takes them, and rows do
-    meet other rows in a product when they travel.
+    Floats are whole numbers, since rows meet other rows in a product when they travel.
     """
     size = max(groups.values())
     assert set(groups.values()) == {size}, "the harness knows groups of all ranks alone"
-    inputs = [random_inputs(graph, seed + 100 * rank, dims) for rank in range(size)]
-    whole = [[(3 * t).round() if torch.is_floating_point(t) else t for t in each] for each in inputs]
+    whole = [in_whole_numbers(random_inputs(graph, seed + 100 * rank, dims)) for rank in range(size)]
     with torch.no_grad():
         outputs = run_ranks([graph] * size, whole, {name: [list(range(size))] for name in groups})
     return [t for each in outputs for t in each]
@@ -122,7 +127,8 @@ def assert_preserves(
     Args:
         graph: The graph, or its text. It is not changed.
         pipeline: What to run.
-        dims: Sizes of symbolic dimensions (see :func:`parse_dims`), by default :data:`DEFAULT_DIMS`.
+        dims: Sizes of symbolic dimensions (see :func:`parse_dims`), by default :data:`DEFAULT_DIMS`; behind
+            :data:`WHOLE` where rows meet other rows in a product, so that random floats would have other last bits.
         seeds: One comparison for each.
         tolerance: Instead of what the passes declare: the sum of their tolerances, 0 for bitwise ones.
 
@@ -134,7 +140,8 @@ def assert_preserves(
     if tolerance is None:
         tolerance = sum(p.tolerance for p in passes if p.pass_class is not PassClass.BITWISE)
     after = PassManager(passes, repro=None).run(before.clone(), PassContext())
-    for assignment in parse_dims(dims or DEFAULT_DIMS):
+    whole = dims is not None and dims.startswith(WHOLE)
+    for assignment in parse_dims((dims or "").removeprefix(WHOLE) or DEFAULT_DIMS):
         for seed in seeds:
             if groups := ranks_of(before):
                 pairs = zip(
@@ -146,6 +153,7 @@ def assert_preserves(
                     assert_close(g, w, tolerance, f"@{before.name} with {assignment}, seed {seed}, output {i} of all")
                 continue
             inputs = random_inputs(before, seed, assignment)
+            inputs = in_whole_numbers(inputs) if whole else inputs
             want, want_args = compute(before, inputs)
             got, got_args = compute(after, inputs)
             assert len(got) == len(want)
