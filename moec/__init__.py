@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moec.parallel.parallelize import parallelize as parallelize
     from moec.readiness.pages import huge_pages as huge_pages
     from moec.readiness.prepare import prepare as prepare
+    from moec.routing.record import profile_routing as profile_routing
     from moec.runtime.checks import MoecWarning as MoecWarning
     from moec.session import recording as recording
 
@@ -33,6 +34,7 @@ _HOMES = {
     "optimize": "moec.exported",
     "parallelize": "moec.parallel.parallelize",
     "prepare": "moec.readiness",
+    "profile_routing": "moec.routing.record",
     "recording": "moec.session",
     "MoecError": "moec.ir.errors",
     "MoecWarning": "moec.runtime.checks",
@@ -49,6 +51,7 @@ __all__ = [
     "optimize",
     "parallelize",
     "prepare",
+    "profile_routing",
     "recording",
 ]
 

@@ -58,6 +58,7 @@ class CompileOptions:
         fuel: Rewrites allowed in all, or None for no limit.
         verify: Run the verifier before, between and after passes.
         report: Called with the ``Report`` of every compiled graph.
+        routing: File of a routing profile (``moec profile --routing``), for passes that ask what tokens choose.
     """
 
     inner: str = "inductor"
@@ -73,6 +74,7 @@ class CompileOptions:
     fuel: int | None = None
     verify: bool = True
     report: Callable[[Report], None] | None = None
+    routing: Path | None = None
 
     @property
     def target_description(self) -> Target:
@@ -186,6 +188,17 @@ def _target(value: Any, where: str) -> str:
     return value
 
 
+def _routing(value: Any, where: str) -> Path | None:
+    from moec.routing.store import load_routing
+
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise OptionError(f"{where} cannot be {value!r}", hint="give the path of a file of `moec profile --routing`")
+    load_routing(Path(value))  # raises where it is none
+    return Path(value)
+
+
 def _threads(value: Any, where: str) -> int | None:
     if value is None:
         return None
@@ -205,6 +218,7 @@ _CONVERTERS: dict[str, Callable[[Any, str], Any]] = {
     "passes": _passes,
     "backends": _backends,
     "target": _target,
+    "routing": _routing,
     "threads": _threads,
     "checks": _choice(CHECKS),
     "dump_dir": _path,

@@ -17,6 +17,7 @@ from moec.passes.expert_parallel.site import UNSHARD
 from moec.passes.instruments import DumpDir, Instrument, PrintAfterAll, Stats, Timing
 from moec.passes.manager import REPRO, PassManager
 from moec.passes.registry import parse_pipeline
+from moec.routing.store import load_routing
 
 _RAISE = ("raise-moe", "raise-shared-experts")
 
@@ -57,7 +58,8 @@ def run_pipeline(
         MoecError: A pass failed; the graph is as it was before that pass.
     """
     costs = op_costs(options.target)
-    ctx = PassContext(target=options.target_description, cost_model=costs, cut_as=cut_as, left=left)
+    profile = None if options.routing is None else load_routing(options.routing)
+    ctx = PassContext(target=options.target_description, cost_model=costs, profile=profile, cut_as=cut_as, left=left)
     raised = _AfterRaise()
     instruments: list[Instrument] = [raised]
     if options.print_ir_after_all:

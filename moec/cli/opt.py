@@ -34,6 +34,9 @@ def opt(
     remarks: Annotated[bool, typer.Option("--remarks", help="Print what passes did or refused to stderr.")] = False,
     fuel: Annotated[int | None, typer.Option(min=0, help="Stop rewriting after this many rewrites.")] = None,
     target: Annotated[str, typer.Option(help="The machine the passes optimise for.")] = "cpu",
+    routing: Annotated[
+        Path | None, typer.Option(help="A routing profile (`moec profile --routing`) for passes.")
+    ] = None,
     verify_only: Annotated[bool, typer.Option("--verify-only", help="Parse and verify, print nothing.")] = False,
 ) -> None:
     """Run passes over IR text."""
@@ -46,12 +49,14 @@ def opt(
     from moec.passes.base import PassContext
     from moec.passes.manager import PassManager
     from moec.passes.registry import all_passes, parse_pipeline
+    from moec.routing.store import load_routing
     from moec.targets import parse_target
 
     # Everything the user wrote is checked before anything runs.
     all_passes(), all_backends()  # a plug-in's ops are known once it is loaded
     passes = parse_pipeline(pipeline)
-    ctx = PassContext(target=parse_target(target), cost_model=op_costs(target))
+    profile = None if routing is None else load_routing(routing)
+    ctx = PassContext(target=parse_target(target), cost_model=op_costs(target), profile=profile)
     text, filename = read_source(source)
     graphs = parse(text, filename)
     for graph in graphs:

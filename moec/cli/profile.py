@@ -1,4 +1,4 @@
-"""``moec profile``: measure this machine for the cost model."""
+"""``moec profile``: measure this machine for the cost model, or a model's routing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,23 @@ def profile(
         Path | None, typer.Option("--out", help="Write the profile here instead of the cache directory.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw the GEMM curves (PNG; needs matplotlib).")] = None,
+    routing: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Record what this model's routers do, instead of the machine.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="With --routing: a line of token numbers for every sequence.")
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option(help="With --routing: numbers of ranks to try regrouping for, with commas between.")
+    ] = "",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --routing: make the weights up instead of reading them.")
+    ] = False,
 ) -> None:
-    """Measure this machine for the cost model, in about a minute. Stop other work first: it would be measured too."""
+    """Measure this machine for the cost model, in about a minute. Stop other work first: it would be measured too.
+
+    With --routing, run a model on some tokens and record what its routers choose.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from moec.calibration import calibrate
@@ -37,6 +52,14 @@ def profile(
     from moec.cost.store import to_json
     from moec.targets import cpu_cores
 
+    if routing is not None:
+        from moec.cli.routing import profile_model
+
+        counts = [word.strip() for word in ranks.split(",") if word.strip()]
+        if wrong := [word for word in counts if not word.isdigit() or int(word) < 2]:
+            raise ProfileError(f"{wrong[0]!r} is no number of ranks", hint="--ranks 2,4")
+        profile_model(routing, tokens, random_weights, tuple(map(int, counts)), as_json, out_file)
+        return
     dtypes = [d.strip() for d in dtype.split(",")]
     for name in dtypes:
         if name not in ITEM_BYTES:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moec.ir.errors import MoecError
 from moec.ir.opdef import op_def, torch_dtype
 from moec.ir.types import TensorType
-from moec.runtime import checks, counters
+from moec.runtime import checks, counters, traces
 from moec.runtime.programs import Program, lookup
 
 _LIB = torch.library.Library("moec", "DEF")
@@ -72,6 +72,7 @@ def _route(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
 def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], program: str) -> Tensor:
     prog = lookup(program)
     counters.count("moec::experts", prog.label)
+    traces.note(prog, ids)
     groups = prog.op.groups
     checks.check_same(x, params, groups[3] + groups[4], prog)
     if not prog.op.attrs.get("sentinels"):

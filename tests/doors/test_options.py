@@ -99,6 +99,8 @@ def test_backends_as_text() -> None:
         ({"verify": "maybe"}, "flag"),
         ({"dump_dir": 4}, "folder"),
         ({"report": "yes"}, "function"),
+        ({"routing": 4}, "path of a file"),
+        ({"routing": "no/such.json"}, "there is no routing profile"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
