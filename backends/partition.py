@@ -65,9 +65,9 @@ def claim(graph: Graph, order: Sequence[str] = DEFAULT_ORDER, target: str = "cpu
 
 
 def layer_inside(op: Op) -> Op:
-    """The ``moe.experts`` of one rank in a layer that is spread over ranks."""
-    (layer,) = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
-    return layer
+    """The ``moe.experts`` of one rank in a layer that is spread over ranks; of chunks that of most experts."""
+    layers = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
+    return max(layers, key=lambda inner: int(inner.attrs["experts"]))
 
 
 def _check_inside(op: Op, claims: Claims) -> None:

@@ -8,7 +8,8 @@ Every rank has one thread. Rows travel by gloo, and come when the links of the c
 as a curve says, so that more ranks than cores can be measured. For several ratios of the experts' time to the links'
 the table shows the step (forward or backward of one layer, slowest rank, median) without overlap, in two equal chunks,
 and as the pass chooses, beside what was predicted; and the communication that was not hidden beside what no order could
-hide.
+hide. What a layer does beside its experts (sorting rows, adding them up, Python) is timed before, whole and without
+delays, and added to what is predicted.
 """
 
 from __future__ import annotations
@@ -29,176 +30,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moec.backends.base import Artifact, Kernel
+from moec.backends.base import program_op
 from moec.backends.distributed import groups
-from moec.backends.distributed.kernel import ParallelKernel, local_program
-from moec.backends.registry import get_backend
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
-from moec.cost.machine import rising
-from moec.ir.core import Graph, Op
-from moec.ir.parser import parse_graph
+from moec.ir.core import Op
 from moec.passes import PassContext, PassManager
-from moec.passes.overlap.cuts import Layer
-from moec.passes.overlap.plan import plan, read_layer
-from moec.passes.overlap.policies import Schedule, uncut
+from moec.passes.overlap.plan import BACKWARD, plan, read_layer
+from moec.passes.overlap.policies import Schedule
 from moec.runtime.programs import program_graph
-from moec.testing import SleepingLayer, delayed_group
+from moec.testing import DelayedGroup, SleepingLayer, delayed_group
+from overlap_layers import ALPHA, ClockedLayer, Costs, Loads, Sizes, asleep, link_for, measured, routes, table
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 POLICIES = ("none", "two", "auto")
 DIRECTIONS = ("forward", "backward")
-ALPHA = 5e-4
-SKEW = 1.0
-BACKWARD = 8 / 3
-"""Work of a backward over that of a forward: the up GEMM again, and two GEMMs for each of the three matrices' one."""
-
-TEXT = """
-graph @layer(%x: {d}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: {d}[{own}, {i2}, {h}], %down: {d}[{own}, {h}, {i}]) -> {d}[T, {h}] {{
-  %a = comm.all_gather.start %up {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %ups = comm.wait %a : {d}[{e}, {i2}, {h}]
-  %b = comm.all_gather.start %down {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %downs = comm.wait %b : {d}[{e}, {h}, {i}]
-  %y = moe.experts %x, %ids, %w, [%ups], [%downs] {{experts = {e}}} {{
-    @activation(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
-      %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
-      %m = torch.call @aten.mul.Tensor(%s, %u) : {d}[R, {i}]
-      return %m
-    }}
-  }} : {d}[T, {h}]
-  return %y
-}}
-"""  # noqa: E501
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One layer: widths, experts and choices a token, tokens of a rank."""
-
-    ranks: int
-    hidden: int
-    inner: int
-    experts: int = 16
-    top_k: int = 2
-    tokens: int = 1024
-    dtype: str = "f32"
-
-    def graph(self) -> Graph:
-        """A rank's part, weights gathered as the model says it."""
-        own = self.experts // self.ranks
-        return parse_graph(
-            TEXT.format(
-                d=self.dtype, h=self.hidden, k=self.top_k, i=self.inner, i2=2 * self.inner, e=self.experts, own=own,
-                n=self.ranks, sizes=(own,) * self.ranks,
-            )
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The cost model that passes are given."""
-
-    curve: LayerCurve
-    backward_curve: LayerCurve
-    link: Link
-
-    def expert_times(self, op: Op, backward: bool = False) -> LayerCurve:
-        return self.backward_curve if backward else self.curve
-
-    def transport(self, group: str, ranks: int) -> Link:
-        return self.link
-
-
-@dataclass(frozen=True)
-class Loads:
-    """The routing profile: the very rows of the step."""
-
-    table: list[list[float]]
-
-    def rows(self, module: str, ranks: int, experts: int) -> list[list[float]]:
-        return self.table
-
-
-def routes(sizes: Sizes, zipf: bool) -> list[Tensor]:
-    """The chosen experts of every rank's tokens, i64[T, k]: evenly, or by Zipf's law over shuffled experts."""
-    found = []
-    place = torch.randperm(sizes.experts, generator=torch.Generator().manual_seed(3))
-    odds = (place + 1.0) ** (-SKEW if zipf else 0.0)
-    for rank in range(sizes.ranks):
-        gen = torch.Generator().manual_seed(rank)
-        if zipf:
-            found.append(torch.multinomial(odds.expand(sizes.tokens, -1), sizes.top_k, generator=gen))
-        else:
-            slots = torch.arange(sizes.tokens * sizes.top_k).view(sizes.tokens, sizes.top_k)
-            found.append((slots + rank) % sizes.experts)
-    return found
-
-
-def table(sizes: Sizes, ids: list[Tensor]) -> list[list[float]]:
-    return [torch.bincount(i.flatten(), minlength=sizes.experts).double().tolist() for i in ids]
-
-
-def asleep() -> tuple[LayerCurve, LayerCurve]:
-    """Curves of emulated experts: reading weights 4 ms, 45 µs a row, 0.5 ms a call."""
-    points = tuple((float(r), (0.004**2 + (4.5e-5 * r) ** 2) ** 0.5) for r in (1, 16, 32, 64, 96, 128, 256, 512, 1024))
-    curve = LayerCurve(5e-4, points)
-    return curve, curve.times(BACKWARD)
-
-
-def timed(call: Any, seconds: float = 0.25) -> float:
-    """Seconds of a call: median."""
-    call()
-    took: list[float] = []
-    end = time.monotonic() + seconds
-    while len(took) < 3 or time.monotonic() < end:
-        start = time.monotonic()
-        call()
-        took.append(time.monotonic() - start)
-    return statistics.median(took)
-
-
-def measured(layer: Op, sizes: Sizes, weights: list[Tensor]) -> tuple[LayerCurve, LayerCurve]:
-    """Curves of the cpu backend's kernels, with as many experts as a rank has, while other ranks measure too."""
-    inner = next(op for op in layer.regions[0].ops if op.name == "moe.experts")
-    program = local_program(inner, inner.result.type)
-    backend = get_backend("cpu")
-    kernel: Kernel = backend.load(backend.lower(program, "cpu"))
-    own = sizes.experts // sizes.ranks
-    curves = []
-    for backward in (False, True):
-        points: list[tuple[int, float]] = []
-        launch = 0.0
-        for rows in (0, 1, 8, 32, 64, 128, 256, 512):
-            some = min(own, 2) if rows else own
-            ids = torch.arange(some).repeat_interleave(max(rows, 1))[:, None]
-            ids = ids[:1] if not rows else ids
-            x = torch.randn(len(ids), sizes.hidden).to(weights[0].dtype)
-            ones = torch.ones(len(ids), 1)
-            given = [x, ids, ones, *weights]
-
-            def call(given: list[Tensor] = given, x: Tensor = x, backward: bool = backward) -> None:
-                if backward:
-                    kernel.backward([x], given, [True, False, True, True, True])
-                else:
-                    kernel.forward(given)
-
-            took = timed(call)
-            if rows:
-                points.append((rows, max(1e-9, (took - launch) / some)))
-            elif backward:  # gradients of all experts' weights are written, whoever has rows
-                launch = took * 0.5
-        curves.append(LayerCurve(launch, tuple((float(r), s) for r, s in rising(points))))
-    return curves[0], curves[1]
-
-
-def link_for(layer: Layer, ratio: float) -> Link:
-    """Links that the uncut layer's experts take ``ratio`` times as long as."""
-    whole = uncut(layer).chunks[0]
-    there = Layer(layer.rows, layer.sizes, layer.experts, Link(0, 1), 1.0, 0.0, 1, 1, 0)
-    rows = uncut(there).chunks[0].there
-    messages = layer.there_messages + layer.back_messages + layer.count_messages
-    wire = max(whole.compute) / ratio - messages * ALPHA
-    return Link(ALPHA, rows * (layer.there_bytes + layer.back_bytes) / wire)
 
 
 @dataclass
@@ -213,121 +59,114 @@ class Row:
     predicted: float
     step: float
     compute: float
+    outside: float
     floor: float
 
     @property
     def exposed(self) -> float:
-        return self.step - self.compute
+        return self.step - self.compute - self.outside
 
 
-def one_case(rank: int, sizes: Sizes, args: argparse.Namespace, ratio: float, zipf: bool, place: int) -> list[Row]:
-    """All policies of one ratio, routing and direction."""
-    ids = routes(sizes, zipf)
-    profile = Loads(table(sizes, ids))
-    gen = torch.Generator().manual_seed(rank)
-    own, wide = sizes.experts // sizes.ranks, {"f32": torch.float32, "bf16": torch.bfloat16}[sizes.dtype]
-    weights = [
-        torch.randn(own, 2 * sizes.inner, sizes.hidden, generator=gen).to(wide) * sizes.hidden**-0.5,
-        torch.randn(own, sizes.hidden, sizes.inner, generator=gen).to(wide) * sizes.inner**-0.5,
-    ]
-    x = torch.randn(sizes.tokens, sizes.hidden, generator=gen).to(wide)
-    inputs = [x, ids[rank], torch.rand(sizes.tokens, sizes.top_k, generator=gen), *weights]
-    spread = sizes.graph()
-    PassManager("expert-parallel", repro=None).run(spread, PassContext())
-    if (curves := _CURVES.get(sizes)) is None:
-        if args.compute == "sleep":
-            curves = asleep()
-        else:
-            dist.barrier()
-            mine = measured(spread.ops[0], sizes, weights)
-            everyone: list[Any] = [None] * sizes.ranks
-            dist.all_gather_object(everyone, mine)
-            curves = everyone[0]  # all plan with the same numbers
-        _CURVES[sizes] = curves
-    first = Costs(*curves, Link(ALPHA, 1e9))
-    layer = read_layer(spread.ops[0], place, PassContext(cost_model=first, profile=profile))
-    link = link_for(layer, ratio)
-    costs = Costs(*curves, link)
-    ctx = PassContext(cost_model=costs, profile=profile)
-    layer = read_layer(spread.ops[0], place, ctx)
-    pg = delayed_group(link)
-    groups.clear()
-    groups.bind("ep", pg)
-    found: list[Row] = []
-    kernels: dict[str, tuple[ParallelKernel, Schedule]] = {}
-    for policy in POLICIES:
-        graph = spread.clone()
-        if policy != "none":
-            PassManager(f"overlap{{policy={policy}}}", repro=None).run(graph, ctx)
-        op = graph.ops[0]
-        op.attrs["backend"] = "cpu" if args.compute == "cpu" else "aten"
-        kernel = (
-            SleepingLayer(program_op(op), "cpu", *curves)
-            if args.compute == "sleep"
-            else ClockedLayer(program_op(op), "cpu")
-        )
-        kernels[policy] = kernel, plan(layer, place, policy)
-    steps: dict[str, list[float]] = {p: [] for p in POLICIES}
-    computed: dict[str, list[float]] = {p: [] for p in POLICIES}
-    for turn in range(args.turns + 1):
-        for policy, (kernel, _) in kernels.items():
-            dist.barrier()
-            start = time.monotonic()
-            if place:
-                kernel.backward([x], inputs, [True, False, True, True, True])
-            else:
-                kernel.forward(inputs)
-            end = time.monotonic()
-            told: list[Any] = [None] * sizes.ranks
-            dist.all_gather_object(told, (start, end, kernel.computed))
-            if turn:
-                steps[policy].append(max(e for _, e, _ in told) - min(s for s, _, _ in told))
-                computed[policy].append(max(c for _, _, c in told))
-    for policy, (_, schedule) in kernels.items():
-        sizes_text = f"{len(schedule.chunks)} {schedule.along}" if schedule.cut else "1"
-        found.append(
+def curves_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str) -> tuple[LayerCurve, LayerCurve]:
+    """Times of a rank's experts, forwards and backwards; all ranks have the first one's numbers."""
+    if compute == "sleep":
+        return asleep()
+    dist.barrier()
+    mine = measured(layer, sizes, weights)
+    everyone: list[Any] = [None] * sizes.ranks
+    dist.all_gather_object(everyone, mine)
+    first: tuple[LayerCurve, LayerCurve] = everyone[0]
+    return first
+
+
+class Bench:
+    """One rank's layer, whole and cut."""
+
+    def __init__(self, rank: int, sizes: Sizes, compute: str) -> None:
+        self.rank, self.sizes, self.compute = rank, sizes, compute
+        gen = torch.Generator().manual_seed(rank)
+        own = sizes.experts // sizes.ranks
+        self.weights = [
+            torch.randn(own, 2 * sizes.inner, sizes.hidden, generator=gen) * sizes.hidden**-0.5,
+            torch.randn(own, sizes.hidden, sizes.inner, generator=gen) * sizes.inner**-0.5,
+        ]
+        self.x = torch.randn(sizes.tokens, sizes.hidden, generator=gen)
+        self.factors = torch.rand(sizes.tokens, sizes.top_k, generator=gen)
+        self.spread = sizes.graph()
+        PassManager("expert-parallel", repro=None).run(self.spread, PassContext())
+        self.curves = curves_of(sizes, self.spread.ops[0], self.weights, compute)
+        self.outside = [self.beside(place) for place in range(len(DIRECTIONS))]
+
+    def beside(self, place: int) -> float:
+        """Seconds of a call on links without delay that are not its experts': sorting, adding up, Python, gloo."""
+        pg = self.bound(Link(0.0, 1e15))
+        kernel, ids = self.kernel("none", PassContext()), routes(self.sizes, False)
+        inputs = [self.x, ids[self.rank], self.factors, *self.weights]
+        took = [self.step(kernel, inputs, place) for _ in range(6)][1:]
+        pg.shutdown()
+        return statistics.median(step - compute for step, compute in took)
+
+    def bound(self, link: Link) -> DelayedGroup:
+        """A new group with such links, under the name that programs use."""
+        pg = delayed_group(link)
+        groups.clear()
+        groups.bind("ep", pg)
+        return pg
+
+    def case(self, ratio: float, zipf: bool, place: int, turns: int) -> list[Row]:
+        """All policies at one ratio, routing and direction."""
+        ids = routes(self.sizes, zipf)
+        profile, op = Loads(table(self.sizes, ids)), self.spread.ops[0]
+        some = PassContext(cost_model=Costs(*self.curves, Link(ALPHA, 1e9)), profile=profile)
+        link = link_for(read_layer(op, place, some), ratio)
+        ctx = PassContext(cost_model=Costs(*self.curves, link), profile=profile)
+        layer = read_layer(op, place, ctx)
+        pg = self.bound(link)
+        kernels = {policy: self.kernel(policy, ctx) for policy in POLICIES}
+        inputs = [self.x, ids[self.rank], self.factors, *self.weights]
+        seen: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
+        for turn in range(turns + 1):
+            for policy, kernel in kernels.items():
+                took = self.step(kernel, inputs, place)
+                if turn:
+                    seen[policy].append(took)
+        pg.shutdown()
+        schedules = {policy: plan(layer, place, policy, own_first=True) for policy in POLICIES}
+        return [
             Row(
-                ratio, "zipf" if zipf else "balanced", DIRECTIONS[place], policy, sizes_text, schedule.seconds,
-                statistics.median(steps[policy]), statistics.median(computed[policy]), schedule.floor,
+                ratio, "zipf" if zipf else "balanced", DIRECTIONS[place], policy, told(schedules[policy]),
+                schedules[policy].seconds + self.outside[place], statistics.median(s for s, _ in took),
+                statistics.median(c for _, c in took), self.outside[place], schedules[policy].floor,
             )
-        )  # fmt: skip
-    pg.shutdown()
-    return found
+            for policy, took in seen.items()
+        ]  # fmt: skip
 
+    def kernel(self, policy: str, ctx: PassContext) -> ClockedLayer | SleepingLayer:
+        """The layer as a policy cuts it."""
+        graph = self.spread.clone()
+        PassManager(f"overlap{{policy={policy},rank={self.rank}}}", repro=None).run(graph, ctx)
+        op = graph.ops[0]
+        op.attrs["backend"] = "cpu" if self.compute == "cpu" else "aten"
+        program = program_op(program_graph(op))
+        return SleepingLayer(program, "cpu", *self.curves) if self.compute == "sleep" else ClockedLayer(program, "cpu")
 
-_CURVES: dict[Sizes, tuple[LayerCurve, LayerCurve]] = {}
-
-
-class ClockedLayer(ParallelKernel):
-    """A layer that knows how long its experts took in the last call."""
-
-    computed = 0.0
-
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        self.computed = 0.0
-        return super().forward(inputs)
-
-    def backward(self, grads: Any, inputs: list[Tensor], needs: Any) -> list[Tensor | None]:
-        self.computed = 0.0
-        return super().backward(grads, inputs, needs)
-
-    def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    def step(self, kernel: ClockedLayer | SleepingLayer, inputs: list[Tensor], place: int) -> tuple[float, float]:
+        """Seconds of one call, from the first rank's start to the last one's end; and of the busiest rank's experts."""
+        dist.barrier()
         start = time.monotonic()
-        found = super()._experts(op, inputs)
-        self.computed += time.monotonic() - start
-        return found
-
-    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
-        start = time.monotonic()
-        found = super()._experts_backward(op, inputs)
-        self.computed += time.monotonic() - start
-        return found
+        if place == BACKWARD:
+            kernel.backward([self.x], inputs, [True, False, True, True, True])
+        else:
+            kernel.forward(inputs)
+        facts: list[Any] = [None] * self.sizes.ranks
+        dist.all_gather_object(facts, (start, time.monotonic(), kernel.computed))
+        return max(e for _, e, _ in facts) - min(s for s, _, _ in facts), max(c for _, _, c in facts)
 
 
-def program_op(op: Op) -> Op:
-    """The layer as an op of a program of its own."""
-    graph = Artifact("distributed", "cpu", program_graph(op)).graph
-    return next(o for o in graph.ops if o.name == "moe.parallel_experts")
+def told(schedule: Schedule) -> str:
+    """A schedule in few words."""
+    sizes = "+".join(map(str, schedule.sizes))
+    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}" if schedule.cut else "1"
 
 
 def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
@@ -336,11 +175,11 @@ def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
     small = args.compute == "sleep"
     sizes = Sizes(args.ranks, 64 if small else 512, 16 if small else 512, tokens=args.tokens)
-    found = []
+    bench, found = Bench(rank, sizes, args.compute), list[Row]()
     for place in (DIRECTIONS.index(d) for d in args.directions):
         for zipf in (False, True):
             for ratio in args.ratios:
-                found += one_case(rank, sizes, args, ratio, zipf, place)
+                found += bench.case(ratio, zipf, place, args.turns)
                 if rank == 0:
                     show(found[-len(POLICIES) :])
     if rank == 0:

@@ -87,10 +87,18 @@ def region_text(graph: Graph, names: tuple[str, ...], limit: int = 60) -> str:
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
-def fill_experts(report: BlockReport, op: Op) -> None:
-    """Sizes and text of a ``moe.experts`` op, and what stands between it and its router."""
+def fill_experts(report: BlockReport, op: Op, count: int | None = None) -> None:
+    """Sizes and text of a ``moe.experts`` op, and what stands between it and its router.
+
+    Args:
+        report: Of the block.
+        op: The op, or a layer that is spread over ranks.
+        count: Number of experts, where the op is a chunk of a layer and has fewer.
+    """
     if op.name == SPREAD:
-        fill_experts(report, layer_inside(op))
+        own = op.group("down")[0].type
+        assert isinstance(own, TensorType)
+        fill_experts(report, layer_inside(op), int(own.shape[0]))
         report.num_experts, ranks = _attr(op, "experts"), len(_attr(op, "sizes"))
         ids = op.operands[1].type
         assert isinstance(ids, TensorType)
@@ -102,7 +110,7 @@ def fill_experts(report: BlockReport, op: Op) -> None:
         report.router += ", then torch calls"
     x, down, ids = op.operands[0].type, op.group("down")[0].type, op.operands[1].type
     assert isinstance(x, TensorType) and isinstance(down, TensorType) and isinstance(ids, TensorType)
-    report.num_experts = _attr(op, "experts")
+    report.num_experts = _attr(op, "experts") if count is None else count
     report.top_k = int(ids.shape[1]) if ids.shape[1].is_Integer else None
     report.hidden = int(x.shape[1]) if x.shape[1].is_Integer else None
     inner = down.shape[-1] if _attr(op, "down_form") == "nk" else down.shape[-2]

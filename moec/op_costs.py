@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from moec.backends.base import Advice, Adviser
 from moec.backends.cpu.isa import LEVELS, isa_of
+from moec.backends.partition import layer_inside
 from moec.cost import LayerShape, LayerTime, MachineProfile, library_is_faster, machine_for, predict, threads_for
 from moec.cost.curve import LayerCurve, measured_curve
 from moec.cost.links import Link
@@ -51,9 +52,7 @@ class OpCosts:
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         """Times of one rank's experts of a ``moe.parallel_experts``; None where the model does not know them."""
-        layer = next((inner for inner in op.regions[0].ops if inner.name == "moe.experts"), None)
-        shape = None if layer is None else layer_shape(layer)
-        agreed = costs_of(op.attrs["group"])
+        shape, agreed = layer_shape(layer_inside(op)), costs_of(op.attrs["group"])
         if shape is None or agreed is None:
             return None
         curve = measured_curve(shape, agreed.machine, agreed.threads, agreed.isa)

@@ -144,7 +144,7 @@ def _spread(
     layout = fold(plan, mesh, group, mean, tp_name)
     _bind(layout, groups.bind)
     faults.start_heart()
-    if plan.overlap != "none" and plan.ep > 1:
+    if plan.plans_overlap and plan.ep > 1:
         agree(group, layout.ep_group, mesh.device_type, _own_costs)
     reader = None if path is None else Reader(path, model)
     roles = roles_of(model, layout, found, attention)

@@ -30,7 +30,7 @@ CHOICES = {
     "sums": ("home", "way"),
     "payload": ("whole", "int8", "fp8"),
     "tokens": ("any", "equal"),
-    "overlap": ("none", "auto", "two", "tutel", "fsmoe"),
+    "overlap": ("none", "auto", "two", "tutel", "fsmoe", "2", "3", "4", "5", "6", "7", "8"),
 }
 """Settings that are words, and the words."""
 
@@ -49,7 +49,8 @@ class Plan:
         tokens: ``equal`` promises that all ranks have equally many tokens in every step, so that a router with groups
             of equal load needs no counts exchanged.
         tp: Ranks that split attention's heads; they have the same tokens.
-        overlap: Who chooses the chunks in which rows travel while experts compute (the pass ``overlap``).
+        overlap: Who chooses the chunks in which rows travel while experts compute (the pass ``overlap``), or how many
+            equal chunks of experts there are.
         step: Tokens of a rank in a step, which that choice is made for; 0 where a routing profile says it.
     """
 
@@ -123,6 +124,11 @@ class Plan:
                 hint="add form=gather or form=hierarchical",
             )
 
+    @property
+    def plans_overlap(self) -> bool:
+        """Whether chunks are chosen by times, on which all ranks must agree."""
+        return self.overlap != "none" and not self.overlap.isdigit()
+
     def passes(self, rank: int) -> list[Pass]:
         """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
         from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
@@ -140,7 +146,8 @@ class Plan:
             made.append(QuantizeDispatch("i8" if self.payload == "int8" else "f8e4m3fn"))
         if self.overlap != "none":
             policy: Any = self.overlap
-            made.append(Overlap(policy, tokens=self.step, rank=rank))
+            told = policy.isdigit()
+            made.append(Overlap(chunks=int(policy)) if told else Overlap(policy, tokens=self.step, rank=rank))
         return made
 
 

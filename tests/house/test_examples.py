@@ -11,7 +11,15 @@ from moec.ir.verifier import verify
 from moec.runtime import counters
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTED = {"factory.py", "train.py", "generate.py", "expert_parallel.py", "mixtral_small.json", "block.moe"}
+TESTED = {
+    "factory.py",
+    "train.py",
+    "generate.py",
+    "expert_parallel.py",
+    "overlap.py",
+    "mixtral_small.json",
+    "block.moe",
+}
 
 
 def test_every_example_is_tested() -> None:

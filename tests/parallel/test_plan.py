@@ -37,6 +37,7 @@ def test_a_plan_from_text() -> None:
     assert names == ["expert-parallel-sums", "quantize-dispatch"]
     *_, last = Plan.parse("ep=4,overlap=auto,step=512").passes(3)
     assert last == Overlap("auto", tokens=512, rank=3)
+    assert Plan.parse("ep=4,overlap=3").passes(1)[-1] == Overlap(chunks=3)
     assert all(p.name != "overlap" for p in Plan.parse("ep=4,step=512").passes(3))
 
 
