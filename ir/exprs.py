@@ -160,6 +160,10 @@ def _print_call(expr: sympy.Basic, depth: int) -> tuple[str, int]:
     if functions().get(name) is not type(expr) and name not in ("Max", "Min"):
         raise IRError(f"no text form for the {name} in the dimension expression {expr}")
     args = [_print(a, depth + 1)[0] for a in expr.args]
+    if name in ("Max", "Min") and all(a.lstrip("-").isdigit() for a in args):
+        # sympy leaves Max(2, 3) inside Min(s0, Max(2, 3)), which it makes of Max(2, Min(s0, 3)); the parser does not.
+        value = (max if name == "Max" else min)(map(int, args))
+        return str(value), _SUM if value < 0 else _ATOM
     if name in ("Max", "Min", "And", "Or"):  # sympy orders these by assumptions
         args.sort()
     return f"{name}({', '.join(args)})", _ATOM

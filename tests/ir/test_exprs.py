@@ -76,6 +76,13 @@ def test_every_function_comes_back(name: str) -> None:
         assert read(print_expr(expr)) == expr
 
 
+def test_numbers_that_sympy_leaves_in_a_minimum_are_read_as_they_are_printed() -> None:
+    left = tf.Min(
+        sympy.Symbol("s0", integer=True), tf.Max(sympy.Integer(2), sympy.Integer(3), evaluate=False), evaluate=False
+    )
+    assert print_expr(left) == print_expr(read(print_expr(left))) == "Min(3, s0)"
+
+
 def test_text_does_not_depend_on_assumptions() -> None:
     loose = [sympy.Symbol(n, integer=True) for n in ("b", "a", "c")]
     tight = [sympy.Symbol("b", integer=True, positive=True), sympy.Symbol("a"), sympy.Symbol("c", integer=True)]
