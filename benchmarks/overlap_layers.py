@@ -81,6 +81,10 @@ class Costs:
     def transport(self, group: str, ranks: int) -> Link:
         return self.link
 
+    def copying(self, group: str, bytes: float) -> float:
+        """Nothing: what is beside experts and links is timed beforehand."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Loads:

@@ -63,6 +63,12 @@ class OpCosts:
         agreed = costs_of(group)
         return None if agreed is None else agreed.link
 
+    def copying(self, group: str, bytes: float) -> float:
+        """Time in which a rank of a group copies ``bytes`` in its memory: it reads them and writes them."""
+        agreed = costs_of(group)
+        machine, threads = (self.machine, 1) if agreed is None else (agreed.machine, agreed.threads)
+        return 2 * bytes / machine.bytes_per_s(threads)
+
     def advise(self, op: Op) -> Adviser | None:
         """What a call of ``op`` should do, by its tokens; None for an op that the model does not know."""
         shape = layer_shape(op)

@@ -26,7 +26,12 @@ _VIEWS = frozenset(
     }
 )
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"})
-_FREE = frozenset({"moe.slots", "moe.loads", "moe.count_tokens", "moe.own_ids", "return", "torch.get_attr"})
+_FREE = frozenset(
+    {
+        *("moe.slots", "moe.loads", "moe.count_tokens", "moe.own_ids", "return", "torch.get_attr"),
+        *("moe.split_rows", "moe.token_part"),  # pieces of what is there
+    }
+)
 
 
 class Costs:

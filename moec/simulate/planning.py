@@ -56,6 +56,11 @@ class MachineCosts:
             speed = min(speed, t.inside.bytes_per_s * (ranks - 1) / neighbours)
         return Link(t.device.start_s + t.between.alpha_s, speed)
 
+    def copying(self, group: str, bytes: float) -> float:
+        """Time in which a rank copies ``bytes`` in its memory: it reads them and writes them."""
+        device = self.topology.device
+        return device.launch_s + 2 * bytes / device.target.memory_bandwidth
+
 
 @dataclass(frozen=True)
 class RoutedRows:

@@ -32,6 +32,9 @@ class OverlapCosts(Protocol):
     def transport(self, group: str, ranks: int) -> Transport | None:
         """Of the links of a group; None where nobody said what they are."""
 
+    def copying(self, group: str, bytes: float) -> float:
+        """Time in which a rank of a group copies ``bytes`` from one place of its memory to another."""
+
 
 @runtime_checkable
 class RoutingLoads(Protocol):

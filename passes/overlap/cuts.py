@@ -9,7 +9,7 @@ Both are cut at whole units, of which there are at most :data:`UNITS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -36,6 +36,7 @@ class Layer:
         back_messages: Collectives on the way home.
         count_messages: Collectives that say how many rows will come: once for chunks of experts, for every chunk of
             tokens.
+        joining: By what is cut along, seconds to put what the chunks brought home together again.
     """
 
     rows: Sequence[Sequence[float]]
@@ -47,6 +48,7 @@ class Layer:
     there_messages: int = 1
     back_messages: int = 1
     count_messages: int = 1
+    joining: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.sizes) or any(len(r) != sum(self.sizes) for r in self.rows):

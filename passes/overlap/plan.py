@@ -43,10 +43,20 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
     if rows is None:
         if not tokens:
             raise Whole("there is no routing profile; the option tokens says how many a step has")
-        ids = op.operands[1].type
-        assert isinstance(ids, TensorType)
-        rows = [[tokens * int(ids.shape[1]) / experts] * experts] * len(sizes)
-    return Layer(rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages)
+        rows = [[tokens * int(_tensor(op, 1).shape[1]) / experts] * experts] * len(sizes)
+    most = max(map(sum, rows))
+    top_k = int(_tensor(op, 1).shape[1])
+    home = {"experts": most * sent.back_bytes, "tokens": most / top_k * sent.back_bytes}
+    return Layer(
+        rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages,
+        joining={along: ctx.cost_model.copying(group, size) for along, size in home.items()},
+    )  # fmt: skip
+
+
+def _tensor(op: Op, place: int) -> TensorType:
+    found = op.operands[place].type
+    assert isinstance(found, TensorType)
+    return found
 
 
 def allowed(place: int, own_first: bool = False) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ class Schedule:
         sizes: Units of every chunk that travels.
         own_first: The rows that a rank keeps are a chunk of their own, before all others.
         chunks: What every chunk costs, the one of own rows first.
-        seconds: Predicted time, from the first row that leaves to the last that is home.
+        seconds: Predicted time, from the first row that leaves until all that came home is together.
     """
 
     along: str
@@ -66,7 +66,8 @@ def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = F
         first = (own,)
     cut = CUTS[along](layer, units or sum(sizes))
     chunks = (*first, *cut.chunks(sizes))
-    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks))
+    joining = layer.joining.get(along, 0.0) if len(chunks) > 1 else 0.0
+    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining)
 
 
 def uncut(layer: Layer) -> Schedule:

@@ -15,7 +15,8 @@ from moec.passes import PassContext, PassManager
 from moec.passes.overlap import Overlap
 from moec.passes.overlap.costs import OverlapCosts
 from moec.passes.overlap.order import EXPERTS
-from moec.passes.overlap.plan import BACKWARD, FORWARD, read_layer
+from moec.passes.overlap.plan import BACKWARD, FORWARD, plan, read_layer
+from moec.passes.overlap.policies import schedule, uncut
 from moec.passes.overlap.traffic import Traffic, traffic
 from tests.parallel.layers import Layer
 
@@ -28,12 +29,16 @@ CURVE = LayerCurve(1e-4, ((1.0, 1e-3), (64.0, 1.2e-3)))
 class Costs:
     link: Link | None = LINK
     curve: LayerCurve | None = CURVE
+    copy_s: float = 0.0  # of a byte
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         return self.curve
 
     def transport(self, group: str, ranks: int) -> Link | None:
         return self.link
+
+    def copying(self, group: str, bytes: float) -> float:
+        return bytes * self.copy_s
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,15 @@ def test_a_policy_is_followed(policy: str, forward: int) -> None:
     counts, said = run(Overlap(policy, tokens=64), PassContext(cost_model=Costs()))  # type: ignore[arg-type]
     assert counts == [forward, forward]
     assert ("chunks of tokens (1, 1)" in said[0]) == (policy == "two")
+
+
+def test_putting_rows_together_again_is_counted() -> None:
+    free, dear = (read_layer(spread(), FORWARD, PassContext(cost_model=Costs(copy_s=s)), 64) for s in (0.0, 1e-3))
+    home = 64 * int(spread().operands[1].type.shape[1]) * free.back_bytes * 1e-3  # type: ignore[union-attr]
+    assert dear.joining["experts"] == pytest.approx(home) and free.joining["experts"] == 0.0
+    assert schedule(dear, "experts", (1, 1)).seconds == pytest.approx(schedule(free, "experts", (1, 1)).seconds + home)
+    assert uncut(dear).seconds == uncut(free).seconds
+    assert plan(free, FORWARD).cut and not plan(dear, FORWARD).cut
 
 
 def test_chunks_that_do_not_pay_are_not_made() -> None:
