@@ -1,11 +1,12 @@
 """How long ahead-of-time compilation takes, and how an artifact compares with the torch.compile door.
 
     python benchmarks/artifact.py [--size full] [--layers 2] [--tokens 1,16,256] [--target cpu] [--skip speed]
+    python benchmarks/artifact.py --generate [--size full] [--layers 2] [--target cpu]
 
 Compile: seconds of ``moec compile`` on a made-up model with empty caches, and again when the code is in the cache, as
-when weights alone have changed. Start: seconds from nothing loaded to the first logits, in processes of their own: the
-artifact, and ``moec.compile`` on warm caches (there less the second call, which compiles nothing).
-Speed: milliseconds of a call of both, in one process, in turns. Prints tables and one line of JSON.
+when weights alone have changed; with ``--generate`` nothing else. Start: seconds from nothing loaded to the first
+logits, in processes of their own: the artifact, and ``moec.compile`` on warm caches (there less the second call, which
+compiles nothing). Speed: milliseconds of a call of both, in one process, in turns. Prints tables and one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("compile", "start", "speed")
 TURNS = 7
+GENERATE = "batch=1..4,seq=1..512"
 
 
 def write_config(path: Path, size: str, layers: int) -> None:
@@ -115,8 +116,8 @@ def speed(path: str, size: str, layers: int, tokens: list[int]) -> dict[str, dic
     return found
 
 
-def compile_times(config: Path, out: Path, target: str, env: dict[str, str]) -> dict[str, float]:
-    """Seconds of ``moec compile``, and its largest memory in GB."""
+def compile_times(config: Path, out: Path, args: argparse.Namespace, env: dict[str, str]) -> dict[str, float]:
+    """Seconds of ``moec compile``, those of processors when cold, and its largest memory in GB."""
     command = [
         sys.executable,
         "-m",
@@ -127,13 +128,16 @@ def compile_times(config: Path, out: Path, target: str, env: dict[str, str]) -> 
         "-o",
         str(out),
         "--target",
-        target,
+        args.target,
+        *(["--generate", "--dynamic", GENERATE] if args.generate else []),
     ]
     found = {}
     for name in ("cold", "code cached"):
         begin = time.perf_counter()
         made = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = time.perf_counter() - begin
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.setdefault("processors", used.ru_utime + used.ru_stime)
         print(made.stdout.strip(), file=sys.stderr)
     found["memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     return found
@@ -170,7 +174,7 @@ def measure(args: argparse.Namespace) -> None:
         path, common = Path(folder) / "model.moec", ["--size", args.size, "--layers", str(args.layers)]
         write_config(Path(folder) / "config.json", args.size, args.layers)
         screen.print("compile ...")
-        found["compile"] = compile_times(Path(folder) / "config.json", path, args.target, env)
+        found["compile"] = compile_times(Path(folder) / "config.json", path, args, env)
         found["bytes"] = path.stat().st_size
         if "start" not in args.skip:
             screen.print("start ...")
@@ -192,10 +196,10 @@ def show(found: dict[str, Any], args: argparse.Namespace, out: Console) -> None:
     table = Table(
         title=f"moec compile, {args.size}, {args.layers} layers, {args.target}, {found['bytes'] / 1e9:.2f} GB"
     )
-    for column in ("cold, s", "code cached, s", "most memory, GB"):
+    for column in ("cold, s", "of processors, s", "code cached, s", "most memory, GB"):
         table.add_column(column, justify="right")
     c = found["compile"]
-    table.add_row(f"{c['cold']:.1f}", f"{c['code cached']:.1f}", f"{c['memory']:.2f}")
+    table.add_row(f"{c['cold']:.1f}", f"{c['processors']:.1f}", f"{c['code cached']:.1f}", f"{c['memory']:.2f}")
     out.print(table)
     if "start" in found:
         table = Table(title="to the first logits, s")
@@ -222,10 +226,14 @@ def arguments() -> argparse.Namespace:
     add("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16, 256], help="of a call")
     add("--target", default="cpu", help="of moec compile")
     add("--skip", type=lambda text: text.split(","), default=[], help="of start,speed")
+    add("--generate", action="store_true", help="compile the two entries for generating, and measure nothing else")
     add("--folder", type=Path, default=None, help="where the artifact and the caches are kept meanwhile")
     add("--step", choices=("artifact", "jit", "speed"), help=argparse.SUPPRESS)
     add("--path", default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.generate:
+        args.skip = ["start", "speed"]
+    return args
 
 
 if __name__ == "__main__":

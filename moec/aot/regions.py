@@ -1,15 +1,16 @@
 """Layers of a program that are alike become calls of one op, so that their code is made once, whatever the depth.
 
 A layer is what lies between the first and the last node of a numbered module, such as ``model.layers.7``. What it takes
-from outside (its input, its weights, masks) are the op's arguments. Two layers share an op if their nodes, their
-results, and the sizes and strides of their arguments are the same.
+from outside (its input, its weights, masks) are the op's arguments; of what it writes into, such as a cache, it may be
+the only user. Two layers share an op if their nodes, their results, and the sizes and strides of their arguments are
+the same.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from moec.aot.memory import acts_outside, origin, shares, written
 from moec.aot.ops import define
 from moec.backends.cpu.aot import content_name
 
@@ -54,7 +56,9 @@ class Region:
     @property
     def schema(self) -> str:
         """As torch writes it, after the name."""
-        given = ", ".join(f"Tensor a{i}" for i in range(len(self.arguments)))
+        changed = {origin(w) for n in self.module.graph.nodes for w in written(n)}
+        types = (f"Tensor(a{i}!)" if a in changed else "Tensor" for i, a in enumerate(self.arguments))
+        given = ", ".join(f"{type} a{i}" for i, type in enumerate(types))
         made = ", ".join("Tensor" for _ in self.results)
         return f"({given}) -> {made if len(self.results) == 1 else f'({made})'}"
 
@@ -97,10 +101,10 @@ def share_layers(program: ExportedProgram) -> list[tuple[Region, torch._ops.OpOv
     """
     groups: dict[str, list[_Layer]] = {}
     _share_masks(program.graph)
-    found = _layers(program.graph)
-    _hoist(found)
+    found, lent = _layers(program.graph), program.graph_signature.user_inputs
+    _hoist(found, lent)
     for nodes in found:
-        layer = _read(nodes)
+        layer = _read(nodes, lent)
         if layer is not None:
             groups.setdefault(layer.text, []).append(layer)
     made = []
@@ -159,7 +163,7 @@ def _layer_name(node: Node) -> str | None:
     return None
 
 
-def _hoist(layers: list[list[Node]]) -> None:
+def _hoist(layers: list[list[Node]], lent: Collection[str]) -> None:
     """Move out what one layer makes for several others, such as a form of the rotary embedding's cosines."""
     owner = {node: i for i, nodes in enumerate(layers) for node in nodes}
     for i, nodes in enumerate(layers):
@@ -171,42 +175,15 @@ def _hoist(layers: list[list[Node]]) -> None:
                 moved.add(node)
                 wanted += [n for n in node.all_input_nodes if owner.get(n) == i]
         inside = set(nodes)
-        written = {_origin(w) for n in nodes for w in _written(n)}
-        if not moved or moved == inside or moved & written or any(_acts_outside(n, inside) for n in nodes):
+        changed = {origin(w) for n in nodes for w in written(n)}
+        read = {origin(given) for n in moved for given in (n, *n.all_input_nodes)}
+        if not moved or moved == inside or read & changed or any(acts_outside(n, inside, lent) for n in nodes):
             continue
         rest = [n for n in nodes if n not in moved]
         for node in nodes:
             if node in moved:
                 rest[0].prepend(node)
         nodes[:] = rest
-
-
-def _written(node: Node) -> list[Node]:
-    """What a node writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    given = zip(node.target._schema.arguments, node.args, strict=False)
-    return [n for a, n in given if a.is_write and isinstance(n, Node)]
-
-
-def _origin(node: Node) -> Node:
-    """The node that made the memory of a tensor: views and writes only pass it on."""
-    while node.args and isinstance(node.args[0], Node) and _shares(node):
-        node = node.args[0]
-    return node
-
-
-def _shares(node: Node) -> bool:
-    """Whether the result of a node may be its first argument's memory."""
-    made = node.args[0] if node.target is operator.getitem else node
-    schema = getattr(made.target, "_schema", None) if isinstance(made, Node) else None
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-def _acts_outside(node: Node, inside: set[Node]) -> bool:
-    """Whether a node is no call of an op, or writes into memory that nobody inside made."""
-    known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-    return not known or any(_origin(n) not in inside for n in _written(node))
 
 
 @dataclass
@@ -269,11 +246,11 @@ class _Copy:
         return self._add("call_function", node.target, node)
 
 
-def _read(nodes: list[Node]) -> _Layer | None:
+def _read(nodes: list[Node], lent: Collection[str]) -> _Layer | None:
     """The layer of these nodes; None where it cannot be an op."""
     inside = set(nodes)
     outputs = [n for n in nodes if not inside.issuperset(n.users)]
-    if any(_acts_outside(n, inside) for n in nodes) or not all(map(_own, outputs)):
+    if any(acts_outside(n, inside, lent) for n in nodes) or not all(map(_own, outputs)):
         return None
     copy = _Copy(nodes)
     copy.tensors(nodes)
@@ -296,7 +273,7 @@ def _own(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not is_contiguous_or_false(value):
         return False
-    return not _shares(node)
+    return not shares(node)
 
 
 def _symbols(node: Node) -> set[Any]:

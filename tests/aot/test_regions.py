@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from moec.aot.generation import DECODE, PREFILL, export_pair
 from moec.aot.regions import FEWEST, Region, share_layers
 from moec.aot.source import Source, Tokens, export, for_experts
 from moec.exported import optimize
@@ -119,6 +120,25 @@ def test_layers_of_families_share_one_op(name: str) -> None:
     assert len(program.graph.nodes) < before / 2
     for case, logits in zip(cases, want, strict=True):
         torch.testing.assert_close(run(program, shared, case)[0], logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_layers_that_fill_a_cache_share_one_op_in_each_entry(name: str) -> None:
+    model = Tokens(for_experts(models.build(name, layers=4))).eval()
+    source = Source(name, model, (models.inputs(name, 2, 12)["input_ids"],))
+    programs, _ = export_pair(source, {"batch": (1, 4), "seq": (1, 16)})
+    for entry, tokens in ((PREFILL, 5), (DECODE, 1)):
+        program = optimize(programs[entry], passes="functionalize,canonicalize,cse")
+        held = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name.startswith("caches")]
+        start = [torch.randn(3, *c.shape[1:], generator=torch.Generator().manual_seed(0)) for c in held]
+        caches, want_caches = ([c.clone() for c in start] for _ in range(2))
+        ids, position, padding = models.inputs(name, 3, tokens)["input_ids"], torch.tensor(2), torch.tensor([0, 1, 2])
+        want = run(program, [], ids, position, *want_caches, padding)[0]
+        ((_, op),) = shared = share_layers(program)
+        assert len(program.graph.find_nodes(op="call_function", target=op)) >= 3
+        got = run(program, shared, ids, position, *caches, padding)[0]
+        torch.testing.assert_close([got, *caches], [want, *want_caches], rtol=0, atol=0)
+        assert not any(map(torch.equal, caches, start))
 
 
 def test_sizes_of_results_follow_from_the_arguments() -> None:
