@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._inductor.inductor_prims  # defines what fixes strides
 from torch import Tensor
 from torch._prims_common import is_contiguous_or_false
 from torch.export import ExportedProgram
@@ -117,6 +118,7 @@ def share_layers(program: ExportedProgram) -> list[tuple[Region, torch._ops.OpOv
         for layer in layers:
             _call(program.graph, layer, op, new)
         made.append((region, op))
+    _make_once(program.graph, {op for _, op in made})
     program.graph.lint()
     program.graph_module.recompile()
     return made
@@ -140,6 +142,26 @@ def _share_masks(graph: torch.fx.Graph) -> None:
             cast.meta["val"] = added.meta["val"].to(dtype)
             made[mask, dtype] = cast
         node.update_arg(3, made[mask, dtype])
+
+
+def _make_once(graph: torch.fx.Graph, ops: Collection[torch._ops.OpOverload]) -> None:
+    """Fix the strides of what several calls take, such as a mask: Inductor would copy it for each."""
+    force = torch.ops.prims.inductor_force_stride_order.default
+    for node in [n for n in graph.nodes if n.op == "call_function"]:
+        calls = [u for u in node.users if u.target in ops]
+        value = node.meta.get("val")
+        if len(calls) < 2 or not (isinstance(value, Tensor) and is_contiguous_or_false(value)):
+            continue
+        with graph.inserting_before(node.next):
+            strides: list[Any] = list(value.stride())
+            for dim, stride in enumerate(value.stride()):
+                if isinstance(stride, torch.SymInt):
+                    strides[dim] = graph.call_function(torch.ops.aten.sym_stride.int, (node, dim))
+                    strides[dim].meta["val"] = stride
+            kept = graph.call_function(force, (node, strides))
+        kept.meta["val"] = value
+        for call in calls:
+            call.replace_input_with(node, kept)
 
 
 def _layers(graph: torch.fx.Graph) -> list[list[Node]]:
