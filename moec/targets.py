@@ -27,7 +27,7 @@ class Target:
 
     Attributes:
         name: The canonical text, without ranks: ``"cpu:avx512"``.
-        kind: ``"cpu"``, ``"cuda"`` or ``"ascend"``.
+        kind: ``"cpu"``, ``"cuda"``, ``"hip"`` or ``"ascend"``.
         flops: (element type, operations/s) pairs of one device; see ``flops_per_s``.
         memory_bandwidth: Main or device memory, bytes/s.
         memory: Main or device memory, bytes.
@@ -65,17 +65,24 @@ def _gpu(
     return Target(f"cuda:{name}", "cuda", flops, bandwidth, memory, link, frozenset(features), 1, sms)
 
 
+def _amd(name: str, bf16: float, f32: float, bandwidth: float, memory: float, link: float, units: int) -> Target:
+    # Its 8-bit floats are not torch's f8e4m3fn (other zero, other bias): no peak is given for that type.
+    flops = (("bf16", bf16), ("f16", bf16), ("f32", f32))
+    return Target(f"hip:{name}", "hip", flops, bandwidth, memory, link, frozenset({"bf16", "f16"}), 1, units)
+
+
 def _npu(name: str, f16: float, f32: float, bandwidth: float, memory: float, link: float, cores: int) -> Target:
     flops = (("bf16", f16), ("f16", f16), ("f32", f32))
     return Target(f"ascend:{name}", "ascend", flops, bandwidth, memory, link, frozenset({"bf16", "f16"}), 1, cores)
 
 
-# Vendors' data sheets: A100 80 GB SXM, L40S, H100 SXM, B200, Ascend 910B and 910C (one die).
+# Vendors' data sheets: A100 80 GB SXM, L40S, H100 SXM, B200, MI300X, Ascend 910B and 910C (one die).
 _DEVICES = [
     _gpu("sm80", 312e12, 19.5e12, 0, 2.0e12, 80e9, 300e9, 108),
     _gpu("sm89", 362e12, 91.6e12, 733e12, 0.86e12, 48e9, 32e9, 142),
     _gpu("sm90", 989e12, 67e12, 1979e12, 3.35e12, 80e9, 450e9, 132),
     _gpu("sm100", 2250e12, 80e12, 4500e12, 8.0e12, 180e9, 900e9, 148),
+    _amd("gfx942", 1307.4e12, 163.4e12, 5.3e12, 192e9, 448e9, 304),
     _npu("910b", 376e12, 94e12, 1.6e12, 64e9, 196e9, 24),
     _npu("910c", 376e12, 94e12, 1.6e12, 64e9, 392e9, 24),
 ]

@@ -52,7 +52,16 @@ GEMV_SLOTS = 32
 
 
 def choose(spec: Spec, tokens: int, target: str) -> Launch:
-    """The launch parameters for ``tokens`` tokens on ``target`` (``"cuda:sm90"``)."""
+    """The launch parameters for ``tokens`` tokens on ``target`` (``"cuda:sm90"``).
+
+    On a GPU the model of times chooses. What is no GPU interprets the kernels, for which small tiles are best.
+    """
+    from moec.backends.triton.device import is_gpu
+    from moec.backends.triton.here import device_for
+    from moec.backends.triton.launch import plan_launch
+
+    if is_gpu(target):
+        return plan_launch(spec, tokens, device_for(target)).launch
     slots = tokens * spec.top_k
     if slots <= GEMV_SLOTS and not spec.fp8:
         tile = Tile(block_m=1, block_n=16, block_k=128)

@@ -1,0 +1,146 @@
+"""Tiles of a layer: which, for how many tokens, on which GPU. A model decides, no table of devices.
+
+Both GEMMs share the rows of a tile, because slots are sorted and padded for it once. Of all tiles that fit the hardware
+those are taken that the model says finish first. Where memory decides, many do; then those that keep the units least
+busy, which leaves most room for what the model does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moec.backends.triton.device import Device
+from moec.backends.triton.gemm_time import Gemm, Times, times, with_group
+from moec.backends.triton.load import Load, counted, even
+from moec.backends.triton.tiles import Tile
+from moec.backends.triton.usage import Tiles, tiles_for
+
+SPLITS = (1, 2, 4)
+"""Blocks that may share a sum of the down GEMM; the activation needs whole sums of the up GEMM."""
+_EQUAL = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one layer.
+
+    Attributes:
+        hidden: Width of a token.
+        inner: Width of the activation.
+        width: Width of the result.
+        experts: Number of experts.
+        top_k: Experts of a token.
+        parts: 2 for gate and up, else 1.
+        dtype: Of tokens and weights.
+    """
+
+    hidden: int
+    inner: int
+    width: int
+    experts: int
+    top_k: int
+    parts: int = 2
+    dtype: str = "bf16"
+
+    @property
+    def gemms(self) -> tuple[Gemm, Gemm]:
+        """Up and down."""
+        return (
+            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k),
+            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen, and what is expected of it.
+
+    Attributes:
+        up, down: The tiles; their ``block_m`` is the same.
+        seconds: Predicted, of both GEMMs.
+        limit_seconds: No kernel can be faster.
+        bound: ``"memory"`` or ``"compute"``: what the limit is of.
+        parts: Predicted seconds and limits of up and of down.
+    """
+
+    up: Tile
+    down: Tile
+    seconds: float
+    limit_seconds: float
+    bound: str
+    parts: tuple[tuple[float, float], tuple[float, float]]
+
+
+def load_of(layer: Layer, load: int | Sequence[int]) -> Load:
+    """Rows of the experts, for a number of tokens that spread evenly or for a histogram."""
+    return even(load, layer.top_k, layer.experts) if isinstance(load, int) else counted(load)
+
+
+def pick(layer: Layer, load: int | Sequence[int], device: Device) -> Choice:
+    """The tiles for a call.
+
+    Args:
+        layer: Its sizes.
+        load: Tokens, spread evenly over the experts; or the rows of every expert.
+        device: The architecture.
+    """
+    if isinstance(load, int):
+        return _pick(layer, load, device)
+    return _best(layer, counted(load), device)
+
+
+@lru_cache(maxsize=4096)
+def _pick(layer: Layer, tokens: int, device: Device) -> Choice:
+    return _best(layer, even(tokens, layer.top_k, layer.experts), device)
+
+
+def _best(layer: Layer, load: Load, device: Device) -> Choice:
+    return _Search(layer, load, device).choices(1)[0]
+
+
+def ranked(layer: Layer, load: Load, device: Device) -> list[Choice]:
+    """The best choice for each number of rows of a tile, best first."""
+    return _Search(layer, load, device).choices()
+
+
+class _Search:
+    """All tiles of both GEMMs with their times."""
+
+    def __init__(self, layer: Layer, load: Load, device: Device) -> None:
+        self.gemms, self.load, self.device = layer.gemms, load, device
+        self.tables = [tiles_for(device, g.parts, g.dtype, s) for g, s in zip(self.gemms, ((1,), SPLITS), strict=True)]
+        self.found = [times(g, load, device, t) for g, t in zip(self.gemms, self.tables, strict=True)]
+
+    def choices(self, most: int | None = None) -> list[Choice]:
+        """The best pair of tiles for each number of rows, best first."""
+        sizes = [m for m in self.tables[0].rows if m in self.tables[1].rows]
+        pairs = [[_first(t, f, m) for t, f in zip(self.tables, self.found, strict=True)] for m in sizes]
+        busy = [self._sum("unit", pair) for pair in pairs]
+        total = [self._sum("seconds", pair) for pair in pairs]
+        least = min(total) * _EQUAL
+        order = sorted(range(len(pairs)), key=lambda i: (max(total[i], least), busy[i]))
+        return [self._choice(pairs[i]) for i in order[:most]]
+
+    def _sum(self, what: str, pair: Sequence[int]) -> float:
+        return sum(float(getattr(f, what)[at]) for f, at in zip(self.found, pair, strict=True))
+
+    def _choice(self, pair: Sequence[int]) -> Choice:
+        limits = [g.limit(self.load, self.device) for g in self.gemms]
+        memory, compute = (sum(x) for x in zip(*limits, strict=True))
+        seconds = [float(f.seconds[at]) for f, at in zip(self.found, pair, strict=True)]
+        least = [max(limit) for limit in limits]
+        up, down = (
+            with_group(t.tiles[at], g, self.device) for t, at, g in zip(self.tables, pair, self.gemms, strict=True)
+        )
+        bound = "memory" if memory >= compute else "compute"
+        return Choice(up, down, sum(seconds), sum(least), bound, ((seconds[0], least[0]), (seconds[1], least[1])))
+
+
+def _first(table: Tiles, found: Times, m: int) -> int:
+    """Of the tiles with ``m`` rows, the one that is fastest and keeps the units least busy."""
+    at = table.rows[m]
+    seconds = found.seconds[at]
+    close = at[seconds <= seconds.min() * _EQUAL]
+    return int(min(close.tolist(), key=lambda i: (found.unit[i], table.moved[i] * table.ahead[i])))

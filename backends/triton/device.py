@@ -1,0 +1,164 @@
+"""What a GPU architecture allows and can do: the numbers that launch parameters are chosen by.
+
+Limits are those of NVIDIA's CUDA C++ Programming Guide (table "Technical Specifications per Compute Capability") and of
+AMD's "CDNA 3 instruction set architecture" guide and white paper; clocks, multiprocessors and caches those of the chip
+that ``moec.targets`` names. No vendor says how many bytes a cycle the second-level cache of sm89, sm90 and sm100 gives:
+sm89's is what public microbenchmarks see, the others are A100's 5120 for every die.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moec.targets import Target, TargetError, known_targets, parse_target
+
+KINDS = ("cuda", "hip")
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class Mma:
+    """A matrix instruction.
+
+    Attributes:
+        name: How assembly begins it: ``wgmma.mma_async``.
+        rows: Rows of a tile that one group of warps multiplies; a tile with fewer cannot use it.
+        warps: Warps in such a group.
+        rate: Part of the device's peak that it reaches.
+        shared: Operands are read from shared memory, not through registers.
+    """
+
+    name: str
+    rows: int
+    warps: int
+    rate: float = 1.0
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU architecture; a unit is a multiprocessor (NVIDIA) or a compute unit (AMD).
+
+    Attributes:
+        target: As ``parse_target`` gives it: peaks, bandwidth, number of units.
+        arch: Triton's name: 90 or ``"gfx942"``.
+        warp: Threads of a warp.
+        clock: Hz at which the peaks of ``target`` are reached.
+        registers: 32-bit registers of a unit.
+        thread_registers: Most that a thread may use without spilling.
+        warps: Most resident warps of a unit.
+        blocks: Most resident blocks of a unit.
+        shared: Bytes of shared memory of a unit.
+        shared_block: Most bytes of one block.
+        shared_reserved: Bytes that the system takes of every block.
+        tensor_columns: Columns of tensor memory of a unit (128 rows of 4 bytes); 0 where there is none.
+        cache: Bytes of the cache that all units share, the last before memory.
+        cache_cycle: Bytes a cycle that it gives to all units together.
+        mma: Its matrix instructions, best first.
+    """
+
+    target: Target
+    arch: int | str
+    warp: int
+    clock: float
+    registers: int
+    thread_registers: int
+    warps: int
+    blocks: int
+    shared: int
+    shared_block: int
+    shared_reserved: int
+    tensor_columns: int
+    cache: int
+    cache_cycle: int
+    mma: tuple[Mma, ...]
+
+    @property
+    def units(self) -> int:
+        """Multiprocessors or compute units."""
+        return self.target.cores
+
+    @property
+    def hip(self) -> bool:
+        """It is AMD's."""
+        return self.target.kind == "hip"
+
+    def unit_flops(self, dtype: str) -> float:
+        """Operations of matrix products of a unit in a cycle."""
+        return self.target.flops_per_s(dtype) / (self.units * self.clock)
+
+    def mma_for(self, rows: int, warps: int) -> Mma:
+        """The best instruction for a tile of ``rows`` rows and a block of ``warps`` warps; the last takes any."""
+        return next((m for m in self.mma if rows >= m.rows and warps >= m.warps), self.mma[-1])
+
+    def resident(self, shared: int, registers: int, warps: int) -> int:
+        """Blocks that are resident on a unit at once: occupancy.
+
+        Args:
+            shared: Bytes of a block.
+            registers: Of a thread; hardware hands them out eight at a time.
+            warps: Of a block.
+        """
+        taken = -(-max(registers, 1) // 8) * 8 * self.warp * warps
+        by_shared = self.shared // (shared + self.shared_reserved) if shared + self.shared_reserved else self.blocks
+        return min(self.blocks, self.warps // warps, by_shared, self.registers // taken)
+
+
+_SYNC = Mma("mma.sync", 16, 1)
+# On Hopper the older instruction reaches 62 % of the peak (arXiv:2402.13499, section IV). On Blackwell it is taken to
+# multiply as much in a cycle as Ampere's, a quarter of what tcgen05 does.
+_HOPPER_SYNC = Mma("mma.sync", 16, 1, 0.62)
+_BLACKWELL_SYNC = Mma("mma.sync", 16, 1, 0.25)
+
+
+def _device(target: Target) -> Device:
+    name = target.name.partition(":")[2]
+    if target.kind == "hip":
+        return Device(
+            target, "gfx942", 64, 2.1e9, 4 * 512 * 64, 512, 32, 32, 64 * KIB, 64 * KIB, 0, 0, 256 * MIB, 8192,
+            (Mma("v_mfma", 16, 1),),
+        )  # fmt: skip
+    if name == "sm80":
+        return _nvidia(target, 80, 1.41e9, 64, 32, 164, 40, 5120, (_SYNC,))
+    if name == "sm89":
+        return _nvidia(target, 89, 2.52e9, 48, 24, 100, 48, 2048, (_SYNC,))
+    if name == "sm90":
+        mma = (Mma("wgmma.mma_async", 64, 4, 1.0, True), _HOPPER_SYNC)
+        return _nvidia(target, 90, 1.83e9, 64, 32, 228, 50, 5120, mma)
+    mma = (Mma("tcgen05.mma", 64, 4, 1.0, True), _BLACKWELL_SYNC)
+    return _nvidia(target, 100, 1.856e9, 64, 32, 228, 126, 10240, mma, 512)
+
+
+def _nvidia(
+    target: Target, arch: int, clock: float, warps: int, blocks: int, shared: int, cache: int, cycle: int,
+    mma: tuple[Mma, ...], columns: int = 0,
+) -> Device:  # fmt: skip
+    return Device(
+        target, arch, 32, clock, 65536, 255, warps, blocks, shared * KIB, (shared - 1) * KIB, KIB, columns,
+        cache * MIB, cycle, mma,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def device_of(target: str) -> Device:
+    """The architecture of a target.
+
+    Raises:
+        TargetError: It is no GPU, or none that there are numbers for.
+    """
+    parsed = parse_target(target)
+    if parsed.kind not in KINDS:
+        raise TargetError(f"{parsed.name} is no GPU", hint="targets: " + ", ".join(gpu_targets()))
+    return _device(parsed)
+
+
+def is_gpu(target: str) -> bool:
+    """Whether a target's text names a GPU, known or not."""
+    return target.partition(":")[0] in KINDS
+
+
+def gpu_targets() -> list[str]:
+    """The names of targets that have a description here."""
+    return [name for name in known_targets() if is_gpu(name)]

@@ -1,0 +1,107 @@
+"""Predicted time of one grouped GEMM on a GPU, for all tiles at once.
+
+    seconds = max(cycles of the busiest unit / clock, bytes from memory / bandwidth) + launch
+    cycles  = max(tiles x (steps x work + end), rounds x (fill + steps x max(work, delay / ahead) + end))
+    work    = max(busy, moved / link)
+
+``busy`` is what a step costs the matrix units or the port of the shared memory, ``moved / link`` what it costs to bring
+its operands from the last cache, and ``delay / ahead`` what it takes where too few loads are under way to hide memory's
+delay (Little's law). ``tiles`` are those of the busiest unit (waves are whole), ``rounds`` how often its resident
+blocks go on to another tile, ``fill`` the delay of its first loads and ``end`` the writing of its result. Other blocks
+of the unit work meanwhile; where one is alone nothing hides them.
+
+Bytes from memory: weights of touched experts, once for each group of row tiles that share them; rows and results once.
+Blocks that share a sum write it in parts, in f32, which are read again where slots are combined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moec.backends.triton.device import Device
+from moec.backends.triton.load import Load
+from moec.backends.triton.tiles import Tile
+from moec.backends.triton.usage import ITEM_BYTES, LINK_BYTES, STEP_CYCLES, Floats, Tiles, tiles_for
+
+LAUNCH_SECONDS = 2e-6
+"""From the end of one kernel to the begin of the next in a stream."""
+DELAY_SECONDS = 0.8e-6
+"""From a load's issue to its data, under load: twice what microbenchmarks see on an idle device (arXiv:2402.13499)."""
+_CACHE_PART = 0.5
+"""Of the last cache, that rows may fill while weights stream by."""
+_MOST_GROUP = 64
+_SUM_BYTES = 4
+_ROUNDING = 1e-6
+"""Of expectations, so that a hair more than a whole wave is no other wave."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One grouped GEMM: rows of every expert times its weight, ``[rows, inputs] x [inputs, parts * outputs]``."""
+
+    inputs: int
+    outputs: int
+    parts: int
+    dtype: str
+    experts: int
+    top_k: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of an expert's weights."""
+        return self.inputs * self.outputs * self.parts * ITEM_BYTES[self.dtype]
+
+    def limit(self, load: Load, device: Device) -> tuple[float, float]:
+        """Seconds that no kernel can beat: of memory, and of arithmetic."""
+        rows = load.total
+        moved = load.touched * self.weights + rows * (self.outputs + self.inputs / self.top_k) * ITEM_BYTES[self.dtype]
+        flops = 2.0 * rows * self.inputs * self.outputs * self.parts
+        return moved / device.target.memory_bandwidth, flops / device.target.flops_per_s(self.dtype)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every tile of a table: in all, of memory alone, and of the busiest unit alone."""
+
+    seconds: Floats
+    memory: Floats
+    unit: Floats
+
+
+def group_of(gemm: Gemm, rows: int, device: Device) -> int:
+    """Tiles of rows that may share weights before others are read: what their inputs may fill of the last cache."""
+    held = rows * gemm.inputs * ITEM_BYTES[gemm.dtype]
+    return max(1, min(_MOST_GROUP, int(device.cache * _CACHE_PART // held)))
+
+
+def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) -> Times:
+    """Seconds for every tile of ``table``, by default of all that fit."""
+    table = tiles_for(device, gemm.parts, gemm.dtype) if table is None else table
+    item, clock, units = ITEM_BYTES[gemm.dtype], device.clock, device.units
+    tiles, reads = np.zeros(len(table.tiles)), np.zeros(len(table.tiles))
+    for m, at in table.rows.items():
+        tiles[at] = load.tiles(m)
+        reads[at] = load.tiles(m * group_of(gemm, m, device))
+    steps = np.ceil(np.ceil(gemm.inputs / table.k) / table.split)
+    blocks = tiles * np.ceil(gemm.outputs / table.n) * table.split
+    of_unit = np.ceil(blocks / units - _ROUNDING)  # of the busiest
+    link = min(LINK_BYTES, device.cache_cycle / units)
+    busy = np.maximum(table.busy, table.moved / link)
+    delay = DELAY_SECONDS * clock
+    end = table.m * table.n * item / LINK_BYTES
+    together = np.minimum(table.resident, np.maximum(of_unit, 1))
+    waits = np.maximum(busy, delay / table.ahead) + STEP_CYCLES
+    rounds = np.ceil(of_unit / together)
+    unit = np.maximum(of_unit * (steps * busy + end), rounds * (delay + steps * waits + end)) / clock
+    results = np.where(table.split > 1, table.split * 2 * _SUM_BYTES - item, item)  # parts are written and read again
+    moved = reads * gemm.weights + load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
+    memory = moved / device.target.memory_bandwidth
+    launch = LAUNCH_SECONDS if load.total else 0.0
+    return Times(np.maximum(unit, memory) + launch, memory, unit)
+
+
+def with_group(tile: Tile, gemm: Gemm, device: Device) -> Tile:
+    """The tile with the group that ``times`` counted with."""
+    return replace(tile, group_m=group_of(gemm, tile.block_m, device))

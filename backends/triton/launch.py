@@ -1,0 +1,108 @@
+"""The launch of a layer for some number of tokens: tiles or the form without them, from the model's times.
+
+Calls of similar sizes share a launch, so that a server that meets every number of tokens compiles a kernel for each
+doubling at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from moec.backends.triton.choose import Choice, Layer, load_of, pick
+from moec.backends.triton.device import Device
+from moec.backends.triton.gemm_time import LAUNCH_SECONDS
+from moec.backends.triton.sort_source import CHUNK
+from moec.backends.triton.spec import Spec
+from moec.backends.triton.tiles import Launch, Tile
+from moec.backends.triton.usage import ITEM_BYTES, usage
+from moec.backends.triton.vector_time import vector_time
+
+MOST_TOKENS = 1 << 17
+"""Calls of more are launched as calls of so many are."""
+_TENSOR_MEMORY_ACCESS = 90
+"""The first architecture whose loads go through descriptors."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A launch and what is expected of it.
+
+    Attributes:
+        launch: How the kernels run.
+        tokens: Of the largest call that it is for.
+        bound: ``"memory"`` or ``"compute"``: what the GEMMs are limited by.
+        parts: Name of a step, its predicted seconds, and those that no kernel can beat.
+    """
+
+    launch: Launch
+    tokens: int
+    bound: str
+    parts: tuple[tuple[str, float, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, for so many tokens: all kernels of the layer."""
+        return sum(seconds for _, seconds, _ in self.parts)
+
+    @property
+    def limit_seconds(self) -> float:
+        """What no kernels of these steps can beat."""
+        return sum(limit for _, _, limit in self.parts)
+
+
+def layer_of(spec: Spec) -> Layer:
+    """The sizes that times depend on."""
+    dtype = "f8e4m3fn" if spec.fp8 else spec.dtype
+    return Layer(spec.hidden, spec.up, spec.out, spec.experts, spec.top_k, 2 if spec.gated else 1, dtype)
+
+
+def rounded_up(tokens: int) -> int:
+    """The least power of two from ``tokens`` up."""
+    return min(MOST_TOKENS, 1 << max(0, tokens - 1).bit_length())
+
+
+def schedule(spec: Spec, device: Device, low: int, high: int) -> list[Planned]:
+    """The launches for calls of ``low`` to ``high`` tokens; the last of those with equal parameters stands for all."""
+    found: list[Planned] = []
+    tokens = rounded_up(max(1, low))
+    while True:
+        planned = plan_launch(spec, tokens, device)
+        if found and found[-1].launch == planned.launch:
+            found.pop()
+        found.append(planned)
+        if tokens >= high or tokens >= MOST_TOKENS:
+            return found
+        tokens *= 2
+
+
+def plan_launch(spec: Spec, tokens: int, device: Device) -> Planned:
+    """The launch for a call of ``tokens`` tokens (from 1 up): that of the next power of two."""
+    return _planned(layer_of(spec), spec.fp8, spec.stacked, rounded_up(tokens), device)
+
+
+@lru_cache(maxsize=4096)
+def _planned(layer: Layer, fp8: bool, stacked: bool, tokens: int, device: Device) -> Planned:
+    choice = pick(layer, tokens, device)
+    slots = tokens * layer.top_k
+    steps = [(name, *part) for name, part in zip(("up", "down"), choice.parts, strict=True)]
+    sorting = (1 if slots <= CHUNK else 3) * LAUNCH_SECONDS
+    moved = (slots + tokens) * layer.width * ITEM_BYTES[layer.dtype] / device.target.memory_bandwidth
+    tiled = (("sort", sorting, 0.0), *steps, ("combine", moved + LAUNCH_SECONDS, moved))
+    if not fp8:
+        times = [vector_time(g, load_of(layer, tokens), device) for g in layer.gemms]
+        few = tuple((name, t.seconds, limit) for (name, _, limit), t in zip(steps, times, strict=True))
+        if sum(t.seconds for t in times) < sum(seconds for _, seconds, _ in tiled):
+            return Planned(Launch("gemv", times[0].tile, times[1].tile), tokens, choice.bound, few)
+    return Planned(_launch(layer, choice, stacked, device), tokens, choice.bound, tiled)
+
+
+def _launch(layer: Layer, choice: Choice, stacked: bool, device: Device) -> Launch:
+    tma = stacked and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
+    up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
+    resident = (_resident(device, up, layer.parts, layer.dtype), _resident(device, down, 1, layer.dtype))
+    return Launch("gemm", up, down, programs=device.units * max(resident))
+
+
+def _resident(device: Device, tile: Tile, parts: int, dtype: str) -> int:
+    return usage(device, tile, parts, dtype).resident

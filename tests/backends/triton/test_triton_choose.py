@@ -1,0 +1,155 @@
+"""Launch parameters: within the hardware's limits, monotone where physics says so, near the roofline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from moec.backends.triton.choose import Choice, Layer, load_of, pick, ranked
+from moec.backends.triton.device import Device, device_of, gpu_targets
+from moec.backends.triton.tiles import Tile
+from moec.backends.triton.usage import fits, usage
+from moec.targets import TargetError
+
+REAL = {
+    "OLMoE": Layer(2048, 1024, 2048, 64, 8),
+    "Qwen3-30B-A3B": Layer(2048, 768, 2048, 128, 8),
+    "gpt-oss-20b": Layer(2880, 2880, 2880, 32, 4),
+    "Mixtral-8x7B": Layer(4096, 14336, 4096, 8, 2),
+    "DeepSeek-V3": Layer(7168, 2048, 7168, 256, 8),
+}
+NEAR = 1.4
+"""Times the roofline, at most, from 1024 tokens on."""
+FARTHEST = 1.7
+LARGE = (1024, 2048, 4096, 8192, 16384)
+EXACT = 1 - 1e-9
+
+
+def random_layer(generator: np.random.Generator) -> tuple[Layer, int]:
+    hidden, inner, width = (int(generator.integers(1, 256)) * 16 for _ in range(3))
+    experts = int(generator.integers(1, 257))
+    top_k = int(generator.integers(1, min(16, experts) + 1))
+    dtype = str(generator.choice(["bf16", "f16", "f32", "f8e4m3fn"]))
+    tokens = int(2 ** generator.uniform(0, 15))
+    return Layer(hidden, inner, width, experts, top_k, int(generator.integers(1, 3)), dtype), tokens
+
+
+def within(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
+    """The limits, written out once more."""
+    taken = usage(device, tile, parts, dtype)
+    lanes = tile.num_warps * device.warp
+    return (
+        taken.shared <= device.shared_block
+        and taken.resident * (taken.shared + device.shared_reserved) <= device.shared
+        and taken.registers <= device.thread_registers
+        and taken.resident * taken.registers * lanes <= device.registers
+        and taken.resident * tile.num_warps <= device.warps
+        and taken.resident * taken.columns <= device.tensor_columns
+        and 1 <= taken.resident <= device.blocks
+        and lanes <= 1024
+        and tile.block_m * tile.block_n * parts <= 1 << 20
+    )
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_choice_is_outside_the_hardware(cases: int) -> None:
+    generator = np.random.default_rng(8)
+    devices = [device_of(t) for t in gpu_targets()]
+    for case in range(cases):
+        layer, tokens = random_layer(generator)
+        device = devices[case % len(devices)]
+        launch = pick(layer, tokens, device)
+        assert within(device, launch.up, layer.parts, layer.dtype), (layer, tokens, device.target.name)
+        assert within(device, launch.down, 1, layer.dtype), (layer, tokens, device.target.name)
+        assert launch.up.block_m == launch.down.block_m
+        assert launch.seconds >= launch.limit_seconds > 0
+
+
+def test_a_tile_too_large_does_not_fit() -> None:
+    sm80 = device_of("cuda:sm80")
+    assert not fits(sm80, Tile(256, 256, 128, 1, 8, 4), 2, "bf16")
+    assert not fits(device_of("cuda:sm100"), Tile(256, 256, 32, 1, 8, 2), 2, "bf16")  # 1024 columns of tensor memory
+    assert not fits(sm80, Tile(128, 128, 32, 1, 4, 2), 2, "bf16")  # 256 registers for sums alone
+    assert fits(sm80, Tile(64, 64, 32, 1, 4, 3), 2, "bf16")
+
+
+def grown(layer: Layer, what: str, to: int) -> Layer:
+    return replace(layer, hidden=to, width=to) if what == "hidden" else replace(layer, inner=to)
+
+
+@pytest.mark.parametrize("target", gpu_targets())
+def test_more_tokens_never_take_less_time(target: str) -> None:
+    device = device_of(target)
+    for layer in REAL.values():
+        times = [pick(layer, t, device).seconds for t in (0, 1, 2, 3, 7, 8, 60, 64, 65, 127, 128, 129, 900, 1024, 5000)]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("what", ["hidden", "inner"])
+def test_a_wider_layer_never_takes_less_time(what: str) -> None:
+    for target in gpu_targets():
+        for tokens in (1, 48, 2000):
+            layers = [grown(REAL["OLMoE"], what, to) for to in (64, 72, 80, 512, 520, 1000, 1024, 1040, 4096, 5000)]
+            times = [pick(layer, tokens, device_of(target)).seconds for layer in layers]
+            assert all(b >= a * EXACT for a, b in pairwise(times)), (target, tokens, times)
+
+
+def test_more_bandwidth_never_takes_more_time() -> None:
+    for target in gpu_targets():
+        device = device_of(target)
+        for layer in REAL.values():
+            for tokens in (1, 100, 4000):
+                times = []
+                for factor in (0.5, 1.0, 1.1, 2.0, 8.0):
+                    faster = replace(device.target, memory_bandwidth=device.target.memory_bandwidth * factor)
+                    times.append(pick(layer, tokens, replace(device, target=faster)).seconds)
+                assert times == sorted(times, reverse=True)
+                assert tokens != 100 or times[0] > times[1]  # it is memory that binds there
+
+
+def near(choice: Choice) -> float:
+    return choice.seconds / choice.limit_seconds
+
+
+@pytest.mark.parametrize("target", ["cuda:sm80", "cuda:sm89"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_layers_come_near_the_roofline(name: str, target: str) -> None:
+    for tokens in LARGE:
+        assert near(pick(REAL[name], tokens, device_of(target))) <= NEAR, tokens
+
+
+def test_most_of_them_do_where_the_cache_feeds_less_than_matrix_units_take() -> None:
+    far = {}
+    for target in ("cuda:sm90", "cuda:sm100", "hip:gfx942"):
+        for name, layer in REAL.items():
+            for tokens in LARGE:
+                if (times := near(pick(layer, tokens, device_of(target)))) > NEAR:
+                    far[target, name, tokens] = times
+    assert len(far) <= 30  # of 75: experts with a few tiles of rows, the last of which is half empty
+    assert max(far.values()) <= FARTHEST
+
+
+def test_tiny_tiles_are_far_from_it() -> None:
+    device, layer = device_of("cuda:sm90"), REAL["Mixtral-8x7B"]
+    by_rows = {launch.up.block_m: near(launch) for launch in ranked(layer, load_of(layer, 16384), device)}
+    assert by_rows[128] < NEAR < 2 < by_rows[16]
+
+
+def test_one_busy_expert_takes_longer_than_even_routing() -> None:
+    device, layer = device_of("cuda:sm90"), REAL["OLMoE"]
+    even, skewed = pick(layer, 4096, device), pick(layer, [4096 * 8, *[0] * 63], device)
+    assert skewed.limit_seconds < even.limit_seconds  # one expert's weights are read
+    assert skewed.bound == "compute"
+
+
+def test_decode_is_bound_by_memory_and_prefill_by_arithmetic() -> None:
+    device, layer = device_of("cuda:sm90"), REAL["OLMoE"]
+    assert (pick(layer, 1, device).bound, pick(layer, 65536, device).bound) == ("memory", "compute")
+
+
+def test_a_cpu_is_no_gpu() -> None:
+    with pytest.raises(TargetError, match="cpu:avx2 is no GPU"):
+        device_of("cpu:avx2")
