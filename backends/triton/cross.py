@@ -33,7 +33,7 @@ class Binary:
         code: Cubin or hsaco.
         assembly: PTX, or AMD's assembly.
         ttgir: Triton's IR for the GPU, with layouts.
-        warps: Of a block.
+        threads: Of a block.
         scratch: Bytes of memory for each block of the grid that a launch provides (descriptors of tensors).
         scratch_align: Of it, in bytes.
         resources: What it takes.
@@ -43,7 +43,7 @@ class Binary:
     code: bytes
     assembly: str
     ttgir: str
-    warps: int
+    threads: int
     scratch: int
     scratch_align: int
     resources: Resources
@@ -104,7 +104,7 @@ def compile_kernel(
     columns = int(getattr(meta, "tmem_size", 0) or 0)
     resources = read_resources(device, code, text, taken, columns, int(meta.num_warps))
     return Binary(
-        str(meta.name), code, text, asm["ttgir"], int(meta.num_warps),
+        str(meta.name), code, text, asm["ttgir"], int(meta.num_warps) * device.warp,
         int(meta.global_scratch_size), max(1, int(meta.global_scratch_align)), resources,
     )  # fmt: skip
 

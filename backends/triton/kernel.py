@@ -15,7 +15,7 @@ from moec.backends.base import Kernel
 from moec.backends.cpu.operands import form_of, one_stride
 from moec.backends.triton.backward import Backward, Rows
 from moec.backends.triton.experts_source import up_biases, up_weights
-from moec.backends.triton.launcher import Launcher, on_device_of, target_of
+from moec.backends.triton.launcher import Launcher, LaunchKernel, on_device_of, target_of
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.run import Run
 from moec.backends.triton.source import write_experts
@@ -55,9 +55,17 @@ class TritonExperts(Kernel):
         if up_nk is None or down_nk is None or not (one_stride(params.up) and one_stride(params.down)):
             return self.aten.forward(inputs)  # no side of a matrix is contiguous, or not the same one of all
         lying = spec.lying(up_nk, down_nk)
-        launch = choose(lying, tokens, target_of(x.device) or self.target)
+        launch = self.launch(lying, tokens, x.device)
         with on_device_of(x):
             return [self._run(lying, launch, x, ids, weights, params)]
+
+    def launch(self, spec: Spec, tokens: int, device: torch.device) -> Launch:
+        """How the kernels run for so many tokens."""
+        return choose(spec, tokens, target_of(device) or self.target)
+
+    def launcher(self, spec: Spec) -> LaunchKernel:
+        """The kernels of the layer, its weights as they lie."""
+        return launcher(spec, interpreted())
 
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
@@ -94,7 +102,7 @@ class TritonExperts(Kernel):
         )
         captures = {f"c{i}_at": c.contiguous() for i, c in enumerate(params.captures)}
         post_captures = {f"c{i}_at": c.contiguous() for i, c in enumerate(params.post_captures)}
-        run = Run(spec, launch, launcher(spec, interpreted()), tokens)
+        run = Run(spec, launch, self.launcher(spec), tokens)
         return run.layer(up | captures, down, captures, post_captures)
 
     def _up(self, spec: Spec, params: Params) -> dict[str, Any]:

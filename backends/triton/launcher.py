@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,21 @@ def target_of(device: torch.device) -> str:
 def _allocate_descriptors() -> None:
     """Give kernels that make tensor descriptors the memory for them."""
     triton().set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+class LaunchKernel(Protocol):
+    """Launches a kernel of a file by its name."""
+
+    def __call__(
+        self,
+        name: str,
+        tokens: int,
+        arguments: Mapping[str, Any],
+        constants: Mapping[str, int],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None: ...
 
 
 class Launcher:

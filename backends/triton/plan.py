@@ -90,7 +90,7 @@ def _number(value: Any) -> int:
 def calls(spec: Spec, launch: Launch, tokens: int, file: KernelFile) -> list[Call]:
     """What a call of so many tokens launches, on contiguous tensors."""
     recorder = Recorder(file)
-    run = Run(spec, launch, recorder, tokens)  # type: ignore[arg-type]
+    run = Run(spec, launch, recorder, tokens)
     with torch.device("meta"):
         up, down, captures, post = _values(spec, tokens)
         run.layer(up, down, captures, post)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moec.backends.aten.region import compile_region
 from moec.backends.base import Kernel
 from moec.backends.reference import AutogradKernel
-from moec.backends.triton.launcher import Launcher, on_device_of
+from moec.backends.triton.launcher import Launcher, LaunchKernel, on_device_of
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.route_source import Router, write_router
 from moec.ir.core import Graph
@@ -30,10 +30,10 @@ def tokens_of_a_program(router: Router) -> int:
 class TritonRoute(Kernel):
     """Forward in generated Triton; gradients are those of the definition, which takes few small ops."""
 
-    def __init__(self, graph: Graph, router: Router) -> None:
+    def __init__(self, graph: Graph, router: Router, launcher: LaunchKernel | None = None) -> None:
         self.router = router
         self.dtype = TO_TORCH[router.out]
-        self.launcher = Launcher(write_router(router, interpreted()))
+        self.launcher = launcher or Launcher(write_router(router, interpreted()))
         definition = compile_region(graph)
         self.definition = AutogradKernel(lambda inputs: definition(*inputs))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moec.backends.triton.experts_source import up_weights
 from moec.backends.triton.gemm import SCALED
-from moec.backends.triton.launcher import Launcher
+from moec.backends.triton.launcher import LaunchKernel
 from moec.backends.triton.rows import RowFunction
 from moec.backends.triton.sort_source import CHUNK, most_blocks
 from moec.backends.triton.spec import Spec
@@ -39,7 +39,7 @@ class Run:
 
     spec: Spec
     launch: Launch
-    launcher: Launcher
+    launcher: LaunchKernel
     tokens: int
 
     @property

@@ -20,6 +20,7 @@ from moec.aot.source import Source, Tokens, export
 from moec.aot.state import state_of
 from moec.aot.write import EntryParts, Parts, write_artifact
 from moec.backends.cpu.aot import archive
+from moec.backends.triton.device import is_gpu
 from moec.options import CompileOptions
 from moec.report import Report
 from moec.session import publish
@@ -97,9 +98,13 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     """
     if not output.parent.is_dir():
         raise AotError(f"there is no folder {output.parent} to write {output.name} to")
+    if is_gpu(options.compile.target):
+        from moec.aot.gpu import build_gpu
+
+        return build_gpu(source, output, options, told)
     stages = Stages(told)
     stages.begin("export")
-    programs, facts = _exported(source, options)
+    programs, facts = exported_programs(source, options)
     if options.weights == "beside" and source.checkpoint is None:
         raise AotError("--weights beside is for a folder of safetensors", hint="use --weights inside")
     places = source.checkpoint.places if source.checkpoint is not None else {}
@@ -143,7 +148,9 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
     return Built(output, size, stages.seconds, cached, report, len(kernels))
 
 
-def _exported(source: Source, options: AotOptions) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
+def exported_programs(
+    source: Source, options: AotOptions
+) -> tuple[dict[str, ExportedProgram], Mapping[str, tuple[int, ...]]]:
     """The entries' programs, and what the manifest says about generating."""
     if not options.generate:
         return {"model": export(source, options.dynamic)}, {}

@@ -14,12 +14,20 @@ _TAG = re.compile(r"^license:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
 _MOST_BYTES = 1 << 20
 
 
-def licences_of(source: Source, add: Callable[[str, bytes], None]) -> tuple[Licence, ...]:
-    """The licences of generated code and weights; ``add`` puts the model's own licence text into the archive."""
-    code = (
-        Licence("moec's kernels", "Apache-2.0"),
-        Licence("AOTInductor's code", "BSD-3-Clause"),
-    )
+INDUCTOR = Licence("AOTInductor's code", "BSD-3-Clause")
+
+
+def licences_of(
+    source: Source, add: Callable[[str, bytes], None], code: tuple[Licence, ...] = (INDUCTOR,)
+) -> tuple[Licence, ...]:
+    """The licences of generated code and weights.
+
+    Args:
+        source: The model.
+        add: Puts the model's own licence text into the archive.
+        code: Of what code there is besides moec's kernels.
+    """
+    code = (Licence("moec's kernels", "Apache-2.0"), *code)
     if source.made_up:
         return (*code, Licence("weights", "none: random numbers"))
     if source.folder is None:

@@ -123,8 +123,10 @@ def load(path: str | Path, *, check: bool = True) -> LoadedArtifact:
         blob = _blob(archive.manifest, path)
         if check:
             check_all(archive)
-        code = _code_package(archive, blob, checked=check)
         weights = Mapped(archive)
+        if blob.kind != "aotinductor":
+            return LoadedArtifact(archive.manifest, _runners(archive, blob, weights))
+        code = _code_package(archive, blob, checked=check)
         entries = {}
         for name, constants in blob.entries.items():
             loader = _loader(code, name, path, archive.manifest)
@@ -138,9 +140,21 @@ def load(path: str | Path, *, check: bool = True) -> LoadedArtifact:
         return LoadedArtifact(archive.manifest, entries)
 
 
+def _runners(archive: Archive, blob: Blob, weights: Mapped) -> dict[str, LoadedEntry]:
+    """The entries of a blob for a GPU."""
+    from moec.artifact.gpu import load_runners
+
+    specs = archive.manifest.entries
+    made = load_runners(archive, blob, weights.tensors)
+    return {name: LoadedEntry(name, specs[name], runner, weights) for name, runner in made.items()}
+
+
 def _blob(manifest: Manifest, path: Path) -> Blob:
     for blob in manifest.blobs:
         if blob.kind == "aotinductor" and blob.target.partition(":")[0] == "cpu":
+            return blob
+    for blob in manifest.blobs:
+        if blob.kind == "triton":
             return blob
     kinds = ", ".join(f"{b.target} ({b.kind})" for b in manifest.blobs) or "nothing"
     raise ArtifactError(f"{path} holds code for {kinds}: none of it runs here")

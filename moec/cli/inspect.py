@@ -92,6 +92,14 @@ def _show(archive: Archive) -> None:
     for licence in manifest.licences:
         where = f" ({licence.member})" if licence.member else ""
         out().print(Text.assemble(("licence of ", "bold"), f"{licence.part}: {licence.licence}{where}"), soft_wrap=True)
+    for blob in manifest.blobs:
+        if blob.kind == "triton":
+            from moec.artifact.gpu import read_kernels
+            from moec.cli.gpu_tables import kernel_table, launch_table
+
+            told = read_kernels(archive, blob)
+            out().print(launch_table([(p["name"], p["launches"]) for p in told["programs"] if p["launches"]]))
+            out().print(kernel_table(told))
     table = Table(title="members", title_justify="left", title_style="bold")
     table.add_column("name", overflow="fold")
     table.add_column("size", justify="right")

@@ -1,0 +1,149 @@
+"""A program compiled ahead of time: its kernels' Python file, a binary of every kernel, and what each takes.
+
+Which kernels those are depends on the number of tokens alone, so a range of tokens has a list of launches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moec.backends.triton.cross import Binary, compile_kernel
+from moec.backends.triton.device import Device
+from moec.backends.triton.launch import Planned, plan_launch, rounded_up, schedule
+from moec.backends.triton.module import load_module
+from moec.backends.triton.plan import Call, calls
+from moec.backends.triton.route import tokens_of_a_program
+from moec.backends.triton.route_source import read_router, write_router
+from moec.backends.triton.source import write_experts
+from moec.backends.triton.spec import Spec, read_spec
+from moec.backends.triton.text import KernelFile
+from moec.ir.core import Op
+
+Told = Callable[[str], None]
+ROUTE_STAGES, ROUTE_WARPS = 3, 4
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A binary, the launch it is for, and Triton's types of its run-time arguments."""
+
+    call: Call
+    types: tuple[tuple[str, str], ...]
+    binary: Binary
+
+
+@dataclass(frozen=True)
+class BuiltProgram:
+    """A program of one op.
+
+    Attributes:
+        name: Of its content.
+        text: The kernels' Python file.
+        launches: For ascending numbers of tokens; none for a router.
+        kernels: Every kernel that a call may launch.
+    """
+
+    name: str
+    text: str
+    launches: tuple[Planned, ...]
+    kernels: tuple[BuiltKernel, ...]
+
+    def describe(self, members: Mapping[int, tuple[str, str]]) -> dict[str, Any]:
+        """As JSON types.
+
+        Args:
+            members: Where the code and the assembly of each kernel lie, by its number.
+        """
+        return {
+            "name": self.name,
+            "launches": [_launch(p) for p in self.launches],
+            "kernels": [_kernel(k, *members[i]) for i, k in enumerate(self.kernels)],
+        }
+
+
+def _launch(planned: Planned) -> dict[str, Any]:
+    steps = [{"name": n, "seconds": s, "limit_seconds": limit} for n, s, limit in planned.parts]
+    return {"tokens": planned.tokens, "bound": planned.bound, "steps": steps, **asdict(planned.launch)}
+
+
+def _kernel(built: BuiltKernel, code: str, assembly: str) -> dict[str, Any]:
+    binary, call = built.binary, built.call
+    return {
+        "name": call.kernel,
+        "constants": dict(call.constants),
+        "warps": call.warps,
+        "stages": call.stages,
+        "aligned": sorted(call.aligned),
+        "arguments": [list(a) for a in built.types],
+        "function": binary.name,
+        "code": code,
+        "assembly": assembly,
+        "threads": binary.threads,
+        "scratch": binary.scratch,
+        "scratch_align": binary.scratch_align,
+        **asdict(binary.resources),
+    }
+
+
+def build_experts(spec: Spec, device: Device, low: int, high: int, told: Told = lambda _: None) -> BuiltProgram:
+    """Compile the kernels of a layer for calls of ``low`` to ``high`` tokens.
+
+    Raises:
+        CrossError: Triton refuses a kernel.
+    """
+    file = write_experts(spec)
+    wanted: dict[Call, None] = {}
+    tokens = rounded_up(max(1, low))
+    while True:
+        launch = plan_launch(spec, tokens, device).launch
+        for count in {max(1, low, tokens // 2 + 1), tokens}:  # sorting depends on the number itself
+            wanted |= dict.fromkeys(calls(spec, launch, count, file))
+        if tokens >= high:
+            break
+        tokens *= 2
+    kernels = _compiled(file, list(wanted), device, told)
+    return BuiltProgram(_name("experts", file.text, spec), file.text, tuple(schedule(spec, device, low, high)), kernels)
+
+
+def build_route(op: Op, device: Device, told: Told = lambda _: None) -> BuiltProgram:
+    """Compile a router; one kernel serves all numbers of tokens.
+
+    Raises:
+        UnsupportedError: There is no kernel for the router.
+        CrossError: Triton refuses it.
+    """
+    router = read_router(op)
+    file = write_router(router)
+    declared = file.kernels["route"].arguments
+    whole = router.experts % 16 == 0
+    aligned = frozenset(a.name for a in declared if a.type.startswith("*") or (a.name == "logits_s" and whole))
+    call = Call("route", (("BLOCK_T", tokens_of_a_program(router)),), ROUTE_WARPS, ROUTE_STAGES, aligned)
+    return BuiltProgram(_name("route", file.text, router), file.text, (), _compiled(file, [call], device, told))
+
+
+def spec_of(op: Op, up_nk: bool, down_nk: bool) -> Spec:
+    """The layer of an op, with weights that lie so in memory."""
+    return read_spec(op).lying(up_nk, down_nk)
+
+
+def _compiled(file: KernelFile, wanted: list[Call], device: Device, told: Told) -> tuple[BuiltKernel, ...]:
+    module = load_module(file.text)
+    made = []
+    for call in wanted:
+        told(call.kernel)
+        kernel = file.kernels[call.kernel]
+        types = tuple((a.name, a.type) for a in kernel.arguments)
+        signature = dict(types) | dict.fromkeys(kernel.constants, "constexpr")
+        binary = compile_kernel(
+            getattr(module, call.kernel), signature, dict(call.constants), device,
+            warps=call.warps, stages=call.stages, aligned=call.aligned,
+        )  # fmt: skip
+        made.append(BuiltKernel(call, types, binary))
+    return tuple(made)
+
+
+def _name(kind: str, text: str, of: object) -> str:
+    return f"{kind}_{hashlib.sha256(f'{text}{of!r}'.encode()).hexdigest()[:16]}"

@@ -1,0 +1,187 @@
+"""Artifacts for GPUs, made and looked into where there is none, and run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import moec
+from moec.aot.build import AotOptions, build
+from moec.aot.source import Source, Tokens, for_experts
+from moec.artifact.archive import Archive
+from moec.artifact.errors import ArtifactError
+from moec.artifact.gpu import read_kernels
+from moec.backends.base import program_op
+from moec.backends.triton.cross import refusal
+from moec.backends.triton.driver import DriverError, Function
+from moec.backends.triton.prebuilt import PrebuiltExperts, read_kernel, read_launch
+from moec.backends.triton.spec import read_spec
+from moec.ir.errors import MoecError
+from moec.ir.parser import parse_graph
+from moec.options import CompileOptions
+from tests.support import models
+from tests.support.interpreter import interpreting
+
+pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")
+
+TOLERANCE = 5e-6
+"""fp32: re-association inside GEMMs, over two layers."""
+RANGES = {"batch": (1, 2), "seq": (2, 24)}
+
+
+def source(name: str = "mixtral") -> Source:
+    model = Tokens(for_experts(models.build(name, layers=2))).eval()
+    return Source(name, model, (models.inputs(name, 2, 12)["input_ids"],))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path]:
+    path = tmp_path_factory.mktemp("gpu") / "mixtral.moec"
+    given = source()
+    build(given, path, AotOptions(CompileOptions(target="cuda:sm80", checks="off"), RANGES))
+    return given, path
+
+
+def told(path: Path) -> dict[str, Any]:
+    with Archive(path) as archive:
+        return read_kernels(archive, archive.manifest.blobs[0])
+
+
+def test_it_holds_code_and_says_what_it_takes(made: tuple[Source, Path]) -> None:
+    with Archive(made[1]) as archive:
+        manifest = archive.manifest
+        listed = read_kernels(archive, manifest.blobs[0])
+        kernels = [k for p in listed["programs"] for k in p["kernels"]]
+        for kernel in kernels:
+            assert archive.read(kernel["code"]).startswith(b"\x7fELF")
+            assert b".target sm_80" in archive.read(kernel["assembly"])
+        source_text = archive.read(listed["programs"][-1]["source"]).decode()
+    assert (manifest.target, manifest.blobs[0].kind) == ("cuda:sm80", "triton")
+    assert not any(name.startswith("cpu/") for name in manifest.members)
+    assert {"route", "up_vector", "down_vector"} <= {k["name"] for k in kernels}
+    assert all(k["spills"] == 0 and 0 < k["registers"] <= 255 and k["occupancy"] >= 1 for k in kernels)
+    assert "@triton.jit" in source_text
+    assert len(listed["programs"]) == 2  # both layers have one router and one layer of experts
+    assert len(listed["calls"]["model"]) == 4
+
+
+def test_it_covers_every_number_of_tokens(made: tuple[Source, Path]) -> None:
+    experts = next(p for p in told(made[1])["programs"] if p["launches"])
+    assert experts["launches"][-1]["tokens"] >= 2 * 24
+    for launch in experts["launches"]:
+        assert sum(s["seconds"] for s in launch["steps"]) >= sum(s["limit_seconds"] for s in launch["steps"]) > 0
+
+
+def test_without_a_gpu_it_says_so(made: tuple[Source, Path]) -> None:
+    with pytest.raises(ArtifactError, match="holds kernels for cuda:sm80, and this machine has no GPU"):
+        moec.load(made[1])
+
+
+def test_another_gpu_is_named(made: tuple[Source, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("moec.artifact.gpu.target_of", lambda device: "cuda:sm90")
+    with pytest.raises(ArtifactError, match="for cuda:sm80, and this GPU is cuda:sm90"):
+        moec.load(made[1])
+
+
+def test_in_the_interpreter_it_is_the_model(made: tuple[Source, Path]) -> None:
+    given, path = made
+    model = given.module
+    assert model is not None
+    with interpreting():
+        loaded = moec.load(path)
+        for shape in ((1, 5), (2, 24)):
+            tokens = torch.randint(0, 60, shape, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                want = model(tokens)
+            got = loaded(tokens)
+            assert isinstance(got, torch.Tensor)
+            torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+class Recorded:
+    """A driver that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.launches: list[dict[str, Any]] = []
+
+    def load(self, code: bytes, name: str, threads: int, shared: int) -> Function:
+        self.loaded.append(name)
+        return Function(len(self.loaded), threads, shared)
+
+    def launch(self, function: Function, grid: Any, types: Any, values: Any, stream: int = 0, scratch: int = 0) -> None:
+        name = self.loaded[function.handle - 1]
+        self.launches.append({"name": name, "grid": tuple(grid), "values": dict(zip(types, values, strict=False))})
+        assert len(types) == len(values)
+
+
+def prebuilt(path: Path) -> tuple[PrebuiltExperts, Recorded]:
+    with Archive(path) as archive:
+        program = next(p for p in read_kernels(archive, archive.manifest.blobs[0])["programs"] if p["launches"])
+        op = program_op(parse_graph(archive.read(program["program"]).decode()))
+    driver = Recorded()
+    kernels = [read_kernel(k, lambda: b"code") for k in program["kernels"]]
+    launches = [read_launch(p) for p in program["launches"]]
+    lying = read_spec(op).lying(program["up_nk"], program["down_nk"])
+    return PrebuiltExperts(op, lying, launches, kernels, driver), driver
+
+
+def inputs(kernel: PrebuiltExperts, tokens: int) -> list[torch.Tensor]:
+    s = kernel.spec
+    ids = torch.zeros(tokens, s.top_k, dtype=torch.int64)
+    up, down = torch.empty(s.experts, 2 * s.inner, s.hidden), torch.empty(s.experts, s.out, s.inner)
+    return [torch.empty(tokens, s.hidden), ids, torch.empty(tokens, s.top_k), up, down]
+
+
+def test_binaries_are_launched_with_the_tensors(made: tuple[Source, Path]) -> None:
+    kernel, driver = prebuilt(made[1])
+    given = inputs(kernel, 5)
+    (out,) = kernel.forward(given)
+    assert out.shape == (5, kernel.spec.width)
+    assert [c["name"] for c in driver.launches] == ["up_vector", "down_vector"]
+    assert driver.launches[0]["grid"][0] == 5 * kernel.spec.top_k
+    kernel.forward(given)
+    assert len(driver.loaded) == 2  # once
+
+
+def test_what_the_artifact_was_not_compiled_for_is_told(made: tuple[Source, Path]) -> None:
+    kernel, _ = prebuilt(made[1])
+    with pytest.raises(DriverError, match="a call has 5000 tokens"):
+        kernel.forward(inputs(kernel, 5000))
+    given = inputs(kernel, 5)
+    given[0] = torch.empty(5 * kernel.spec.hidden + 1)[1:].view(5, -1)  # four bytes from a multiple of 16
+    with pytest.raises(DriverError, match="for tensors that lie so"):
+        kernel.forward(given)
+    given = inputs(kernel, 5)
+    given[3] = given[3].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(DriverError, match="lie in memory otherwise"):
+        kernel.forward(given)
+
+
+def test_a_list_of_kernels_that_is_no_list(made: tuple[Source, Path]) -> None:
+    blob = SimpleNamespace(member="cuda-sm80/kernels.json")
+    good = told(made[1])
+    for bad in (
+        b"{",
+        b"[]",
+        b'{"programs": [{}]}',
+        json.dumps({"programs": [{**good["programs"][0], "program": "x"}]}).encode(),
+    ):
+        members = dict.fromkeys(k["code"] for p in good["programs"] for k in p["kernels"])
+        archive = SimpleNamespace(read=lambda _, bad=bad: bad, path="a.moec", manifest=SimpleNamespace(members=members))
+        with pytest.raises(ArtifactError, match=r"list of kernels"):
+            read_kernels(archive, blob)  # type: ignore[arg-type]
+
+
+def test_weights_beside_are_for_cpus(tmp_path: Path) -> None:
+    options = AotOptions(CompileOptions(target="hip:gfx942", checks="off"), RANGES, weights="beside")
+    with pytest.raises(MoecError, match="--weights beside is for CPU targets"):
+        build(source(), tmp_path / "out.moec", options)
+    assert not list(tmp_path.iterdir())

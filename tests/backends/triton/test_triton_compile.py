@@ -1,0 +1,160 @@
+"""Kernels compiled for GPUs that are not here: matrix instructions, registers and memory, read from the code."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import pytest
+
+from moec.backends.base import program_op
+from moec.backends.triton.built import BuiltProgram, build_experts, build_route
+from moec.backends.triton.cross import CrossError, compile_kernel, refusal
+from moec.backends.triton.device import device_of
+from moec.backends.triton.launch import plan_launch
+from moec.backends.triton.module import load_module
+from moec.backends.triton.plan import calls
+from moec.backends.triton.source import write_experts
+from moec.backends.triton.spec import Spec, read_spec
+from moec.backends.triton.usage import usage
+from moec.ir.parser import parse_graph
+
+pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")
+
+SIZES = {
+    "OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8), "gpt-oss-20b": (2880, 2880, 32, 4),
+    "Mixtral-8x7B": (4096, 14336, 8, 2), "DeepSeek-V3": (7168, 2048, 256, 8),
+}  # fmt: skip
+MMA = {"cuda:sm80": "mma.sync", "cuda:sm90": "wgmma.mma_async", "cuda:sm100": "tcgen05.mma", "hip:gfx942": "v_mfma"}
+LAYER = """
+graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
+             %down: bf16[{e}, {h}, {i}]) -> bf16[T, {h}] {{
+  %y = moe.experts %x, %ids, %w, [%up], [%down] {{experts = {e}}} {{
+    (%g: bf16[R, {i}], %u: bf16[R, {i}]) -> bf16[R, {i}] {{
+      %s = torch.call @aten.silu.default(%g) : bf16[R, {i}]
+      %m = torch.call @aten.mul.Tensor(%s, %u) : bf16[R, {i}]
+      return %m
+    }}
+  }} : bf16[T, {h}]
+  return %y
+}}
+"""
+ROUTER = """
+graph @route(%logits: f32[T, 64]) -> (f32[T, 8], i64[T, 8]) {
+  %w, %ids = moe.route %logits {k = 8, renormalize = true} : f32[T, 8], i64[T, 8]
+  return %w, %ids
+}
+"""
+NEAR = 0.35
+"""Of registers that the model expects: they are what the compiler took, give or take so much."""
+
+
+@lru_cache(maxsize=8)
+def spec(name: str) -> Spec:
+    h, i, e, k = SIZES[name]
+    return read_spec(program_op(parse_graph(LAYER.format(h=h, i=i, ii=2 * i, e=e, k=k))))
+
+
+def gemms(name: str, target: str, tokens: int) -> None:
+    """Compile what the model chooses, and look at it."""
+    layer, device = spec(name), device_of(target)
+    launch = plan_launch(layer, tokens, device).launch
+    file = write_experts(layer)
+    module = load_module(file.text)
+    for call in calls(layer, launch, tokens, file):
+        if call.kernel not in ("up", "down", "down_parts"):
+            continue
+        kernel = file.kernels[call.kernel]
+        signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
+        function = getattr(module, call.kernel)
+        binary = compile_kernel(
+            function,
+            signature,
+            dict(call.constants),
+            device,
+            warps=call.warps,
+            stages=call.stages,
+            aligned=call.aligned,
+        )
+        tile, parts = (launch.up, 2) if call.kernel == "up" else (launch.down, 1)
+        taken, expected = binary.resources, usage(device, tile, parts, "bf16")
+        where = (name, target, tokens, call)
+        assert taken.spills == 0, where
+        assert taken.shared <= device.shared_block, where
+        assert taken.occupancy >= 1, where
+        if tokens * layer.top_k >= 64 * layer.experts:
+            assert MMA[target] in taken.mma, where
+        assert taken.columns == expected.columns, where
+        assert taken.shared <= expected.shared, where
+        assert abs(taken.registers - expected.registers) <= NEAR * expected.registers, where
+
+
+@pytest.mark.parametrize("target", MMA)
+def test_the_models_tiles_use_matrix_units_and_spill_nothing(target: str) -> None:
+    gemms("OLMoE", target, 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", MMA)
+@pytest.mark.parametrize("name", SIZES)
+def test_at_the_real_layers(name: str, target: str) -> None:
+    for tokens in (1, 1024, 4096, 16384):
+        gemms(name, target, tokens)
+
+
+def small() -> Spec:
+    return read_spec(program_op(parse_graph(LAYER.format(h=64, i=128, ii=256, e=4, k=2))))
+
+
+def test_a_program_is_compiled_for_every_number_of_tokens() -> None:
+    built = build_experts(small(), device_of("cuda:sm90"), 30, 150)
+    most = [p.tokens for p in built.launches]
+    assert most == sorted(most)
+    assert most[-1] == 256
+    have = {(k.call.kernel, k.call.constants) for k in built.kernels}
+    file = write_experts(small())
+    for tokens in (30, 33, 63, 64, 65, 129, 150):
+        launch = next(p.launch for p in built.launches if tokens <= p.tokens)
+        assert {(c.kernel, c.constants) for c in calls(small(), launch, tokens, file)} <= have, tokens
+    check(built, b"\x7fELF", ".visible .entry")
+
+
+def test_a_router_is_one_kernel() -> None:
+    op = program_op(parse_graph(ROUTER))
+    for target, begin in (("cuda:sm80", ".visible .entry"), ("hip:gfx942", ".amdgcn_target")):
+        built = build_route(op, device_of(target))
+        assert len(built.kernels) == 1
+        assert not built.launches
+        check(built, b"\x7fELF", begin)
+
+
+def check(built: BuiltProgram, magic: bytes, begin: str) -> None:
+    for kernel in built.kernels:
+        assert kernel.binary.code.startswith(magic)
+        assert begin in kernel.binary.assembly
+        assert kernel.binary.resources.spills == 0
+        if ".param" in kernel.binary.assembly:  # run-time arguments, and the two pointers that Triton adds
+            found = re.findall(rf"\.param \.\S+ .*{kernel.binary.name}_param_\d+", kernel.binary.assembly)
+            assert len(found) == len(kernel.types) + 2
+
+
+def test_a_kernel_that_triton_refuses_is_one_error() -> None:
+    file = write_experts(small())
+    kernel = file.kernels["up"]
+    signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
+    constants = {"BLOCK_M": 24, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 1, "TMA": 0}  # 24 is no power of two
+    function = load_module(file.text).up
+    with pytest.raises(CrossError, match="Triton cannot compile up for cuda:sm90"):
+        compile_kernel(function, signature, constants, device_of("cuda:sm90"), warps=4, stages=2)
+
+
+def test_too_many_registers_are_seen_as_spills() -> None:
+    file, layer, device = write_experts(small()), small(), device_of("cuda:sm80")
+    launch = plan_launch(layer, 4096, device).launch
+    call = next(c for c in calls(layer, launch, 4096, file) if c.kernel == "up")
+    kernel = file.kernels["up"]
+    signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
+    constants = dict(call.constants) | {"BLOCK_M": 128, "BLOCK_N": 128}
+    function = load_module(file.text).up
+    taken = compile_kernel(function, signature, constants, device, warps=4, stages=2).resources
+    assert taken.spills > 0
