@@ -62,6 +62,7 @@ def run_checks() -> list[Check]:
         _cache,
         _extras,
         _backends,
+        _gpu,
     ]
     return [line for check in checks for line in check()]
 
@@ -184,6 +185,30 @@ def _backends() -> Iterator[Check]:
             state = "ok" if line.works else "missing"
             detail = line.detail or ("works" if line.works else "does not work")
             yield Check(f"backend {backend.name}: {line.stage}", state, detail)
+
+
+def _gpu() -> Iterator[Check]:
+    from moec.backends.triton.cross import refusal
+    from moec.backends.triton.device import gpu_targets
+
+    if why := refusal():
+        yield Check("compile for a GPU", "missing", why, "pip install 'moec[triton]'")
+    else:
+        targets = ", ".join(gpu_targets())
+        yield Check("compile for a GPU", "ok", f"moec compile --target T without one; T is {targets}")
+    import torch
+
+    if not torch.cuda.is_available():
+        hint = "TRITON_INTERPRET=1 runs kernels on the CPU, slowly: moec selfcheck --target cuda"
+        yield Check("GPU", "missing", "PyTorch sees none: code for GPUs can be made and inspected, not run", hint)
+        return
+    from moec.backends.triton.here import known_kind
+    from moec.backends.triton.launcher import target_of
+
+    here = target_of(torch.device("cuda", torch.cuda.current_device()))
+    like = "" if known_kind(here) == here else f", described as {known_kind(here)} with its own sizes"
+    detail = f"{torch.cuda.get_device_name()}, {here}{like}"
+    yield Check("GPU", "ok", detail, "moec selfcheck --target cuda compares every kernel with the reference")
 
 
 def _dots(numbers: tuple[int, ...]) -> str:

@@ -59,12 +59,13 @@ class BuiltProgram:
         """
         return {
             "name": self.name,
-            "launches": [_launch(p) for p in self.launches],
+            "launches": [launch_json(p) for p in self.launches],
             "kernels": [_kernel(k, *members[i]) for i, k in enumerate(self.kernels)],
         }
 
 
-def _launch(planned: Planned) -> dict[str, Any]:
+def launch_json(planned: Planned) -> dict[str, Any]:
+    """A launch, and the steps that it is expected to take, as JSON types."""
     steps = [{"name": n, "seconds": s, "limit_seconds": limit} for n, s, limit in planned.parts]
     return {"tokens": planned.tokens, "bound": planned.bound, "steps": steps, **asdict(planned.launch)}
 

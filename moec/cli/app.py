@@ -28,6 +28,7 @@ from moec.cli import (
     plan,
     profile,
     run,
+    selfcheck,
     simulate,
 )
 from moec.cli.console import show_error, show_internal
@@ -55,6 +56,7 @@ app.command("simulate")(simulate.simulate)
 app.command("profile")(profile.profile)
 app.command("coverage")(coverage.coverage)
 app.command("doctor")(doctor.doctor)
+app.command("selfcheck")(selfcheck.selfcheck)
 
 
 def _version(wanted: bool) -> None:

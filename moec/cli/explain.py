@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +15,7 @@ from moec.ir.errors import MoecError
 
 if TYPE_CHECKING:
     from moec.cli.model import LoadedModel
+    from moec.gpu_plans import GpuPlan
     from moec.report import Report
 
 
@@ -21,7 +25,22 @@ class NoMoEError(MoecError):
     code = "no-moe"
 
 
-def _explain(loaded: LoadedModel, text: str) -> Report:
+def _show_plans(plans: Sequence[GpuPlan], target: str) -> None:
+    """How the layers would be launched on a GPU."""
+    from moec.cli.gpu_tables import launch_table
+
+    layers = []
+    for plan in plans:
+        more = f" (and {len(plan.blocks) - 1} more)" if len(plan.blocks) > 1 else ""
+        if plan.launches:
+            layers.append((plan.blocks[0] + more, plan.launches))
+        else:
+            err().print(f"{plan.blocks[0]}{more}: no kernels for {target}: {plan.reason}", markup=False, soft_wrap=True)
+    if layers:
+        out().print(launch_table(layers, f"experts on {target}: predicted from its data sheet"))
+
+
+def _explain(loaded: LoadedModel, text: str, target: str) -> Report:
     """The report; where the model itself cannot run on its example input, an error that says so."""
     import torch
 
@@ -30,7 +49,7 @@ def _explain(loaded: LoadedModel, text: str) -> Report:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*")  # Dynamo's advice to authors of the model
         try:
-            return explain_model(loaded.model, loaded.args, loaded.kwargs)
+            return explain_model(loaded.model, loaded.args, loaded.kwargs, target=target)
         except MoecError:
             raise
         except Exception:
@@ -61,18 +80,30 @@ def explain(
         bool, typer.Option("--random-weights", help="Make the weights up instead of reading them.")
     ] = False,
     show_ir: Annotated[bool, typer.Option("--ir", help="Also print the IR of the first fused block.")] = False,
+    target: Annotated[
+        str, typer.Option(help="cuda:sm90, hip:gfx942, ...: how its layers would be launched there; cpu:avx512, ...")
+    ] = "cpu",
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
+    from moec.backends.triton.device import is_gpu
     from moec.cli.model import load_model
+    from moec.gpu_plans import gpu_plans
     from moec.predicted_table import predicted_table
+    from moec.targets import parse_target
 
+    gpu = is_gpu(target)
+    parse_target(target)
     loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, random_weights=random_weights)
-    report = _explain(loaded, model)
+    report = _explain(loaded, model, "cpu" if gpu else target)
+    plans = gpu_plans(report, target) if gpu else []
     if as_json:
-        emit(report.to_json())
+        data = report.to_dict() | ({"target": target, "plans": [asdict(p) for p in plans]} if gpu else {})
+        emit(json.dumps(data, indent=2, default=str))
     elif report.layers:
         out().print(report.table())
-        if predicted := predicted_table([*report.entries()]):
+        if gpu:
+            _show_plans(plans, target)
+        elif predicted := predicted_table([*report.entries()]):
             out().print(predicted)
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")

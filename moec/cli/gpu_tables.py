@@ -11,12 +11,12 @@ from rich.text import Text
 
 
 def tile_text(tile: Mapping[str, Any], form: str) -> str:
-    """``128x256x64, 8 warps, 3 stages, split 2``."""
+    """``128x256x64 8w 3s split 2``: rows, outputs and inputs of a tile, warps, stages."""
     if form == "gemv":
-        return f"{tile['block_n']}x{tile['block_k']}, {tile['num_warps']} warps"
-    split = f", split {tile['split_k']}" if tile["split_k"] > 1 else ""
+        return f"{tile['block_n']}x{tile['block_k']} {tile['num_warps']}w"
+    split = f" split {tile['split_k']}" if tile["split_k"] > 1 else ""
     sizes = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']}"
-    return f"{sizes}, {tile['num_warps']} warps, {tile['num_stages']} stages{split}"
+    return f"{sizes} {tile['num_warps']}w {tile['num_stages']}s{split}"
 
 
 def launch_table(layers: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], title: str = "launches") -> Table:

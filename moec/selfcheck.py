@@ -1,0 +1,270 @@
+"""Every kernel of the triton backend on the GPU that is here, against the reference on the CPU.
+
+Layers are small, so that all of it takes about a minute. Each runs in every form that kernels are launched in, so that
+no kernel is left out; one more run takes what the model of times chooses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moec.backends.base import Kernel, program_op
+from moec.backends.reference import run_graph
+from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.launcher import target_of
+from moec.backends.triton.module import check_interpreter, interpreted, present
+from moec.backends.triton.route import TritonRoute
+from moec.backends.triton.route_source import read_router
+from moec.backends.triton.spec import Spec, read_spec
+from moec.backends.triton.tiles import Launch, Tile
+from moec.ir.core import Op
+from moec.ir.errors import MoecError
+from moec.ir.parser import parse_graph
+from moec.ir.types import TensorType
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}
+"""Of the largest difference over the largest result: sums in another order, and roundings of the type between GEMMs."""
+REPEATS = 5
+
+
+class SelfCheckError(MoecError):
+    """There is nothing to check kernels on, or some are wrong."""
+
+    code = "selfcheck"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        what: The kernels' form.
+        layer: Activation and layout of the layer.
+        error: Largest difference over the largest result of the reference; infinite where a kernel failed.
+        limit: What it may be.
+        seconds: Of a call.
+        failure: What a kernel that failed said.
+    """
+
+    what: str
+    layer: str
+    dtype: str
+    tokens: int
+    error: float
+    limit: float
+    seconds: float
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """The kernels agree with the reference."""
+        return self.error <= self.limit
+
+
+_SWIGLU = """(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
+  %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
+  %m = torch.call @aten.mul.Tensor(%s, %u) : {d}[R, {i}]
+  return %m }}"""
+_SQUARE = """(%g: {d}[R, {i}]) -> {d}[R, {i}] {{
+  %r = torch.call @aten.relu.default(%g) : {d}[R, {i}]
+  %m = torch.call @aten.mul.Tensor(%r, %r) : {d}[R, {i}]
+  return %m }}"""
+_CLAMPED = """(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
+  %c = torch.call @aten.clamp.default(%u, -7.0, 7.0) : {d}[R, {i}]
+  %s = torch.call @aten.sigmoid.default(%g) : {d}[R, {i}]
+  %a = torch.call @aten.mul.Tensor(%s, %g) : {d}[R, {i}]
+  %m = torch.call @aten.mul.Tensor(%a, %c) : {d}[R, {i}]
+  return %m }}"""
+_LAYERS = {
+    "silu(g)*u": (_SWIGLU, 2, "", False),
+    "relu(g)^2": (_SQUARE, 1, ', layout = "single"', False),
+    "clamped, interleaved, biases, transposed": (
+        _CLAMPED, 2, ', layout = "interleaved", up_form = "kn", down_form = "kn"', True,
+    ),
+}  # fmt: skip
+_ROUTERS = {
+    "softmax, renormalised": "k = 4, renormalize = true",
+    "sigmoid, groups": 'k = 4, scoring = "sigmoid", groups = 4, top_groups = 2, group_score = "top2_sum", scale = 2.5',
+    "top k first": 'k = 4, order = "topk_first"',
+}
+EXPERTS, TOP_K = 16, 4
+
+
+def selfcheck(tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Compare all kernels with the reference.
+
+    Args:
+        tell: Hears every row when it is there.
+
+    Raises:
+        SelfCheckError: There is no GPU, and Triton does not interpret either.
+    """
+    device = device_here()
+    rows = []
+    for check in (_routers, _layers):
+        for row in check(device):
+            tell(row)
+            rows.append(row)
+    return rows
+
+
+def device_here() -> torch.device:
+    """Where kernels are checked.
+
+    Raises:
+        SelfCheckError: Nowhere.
+    """
+    if not present():
+        raise SelfCheckError("Triton is not installed", hint="pip install 'moec[triton]'")
+    if interpreted():
+        check_interpreter()
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    raise SelfCheckError(
+        "PyTorch sees no GPU on this machine",
+        hint="TRITON_INTERPRET=1 moec selfcheck --target cuda checks the kernels in Triton's interpreter, slowly",
+    )
+
+
+def _layers(device: torch.device) -> Iterator[Row]:
+    small = device.type == "cpu"
+    hidden, inner = (24, 20) if small else (256, 384)
+    for layer, (activation, parts, attributes, biases) in _LAYERS.items():
+        for dtype in DTYPES:
+            text = _layer_text(activation, parts, attributes, biases, dtype, hidden, inner)
+            graph = parse_graph(text)
+            op = program_op(graph)
+            for tokens in (5,) if small else (1, 5, 130, 1024):
+                given = _inputs(op, tokens)
+                (want,) = run_graph(graph, given)
+                for form, launch in forms(device).items():
+                    kernel = Forced(op, read_spec(op), target_of(device) or "cpu", launch)
+                    yield _row(form, layer, dtype, tokens, kernel, given, want, device)
+
+
+def forms(device: torch.device) -> dict[str, Launch | None]:
+    """The forms that kernels are launched in; None is what the model of times chooses."""
+    tile = Tile(16, 32, 32, 2, num_stages=2) if device.type == "cpu" else Tile(64, 64, 64, 4)
+    whole = Launch("gemm", tile, tile)
+    vector = replace(tile, block_m=1, block_n=16)
+    described = replace(tile, tma=True)
+    return {
+        "chosen": None,
+        "tiles": whole,
+        "tiles, persistent": replace(whole, programs=3),
+        "tiles, descriptors": Launch("gemm", described, described),
+        "tiles, split sums": Launch("gemm", tile, replace(tile, split_k=2)),
+        "tiles, atomic sums": replace(whole, atomic=True),
+        "vectors": Launch("gemv", vector, vector),
+    }
+
+
+class Forced(TritonExperts):
+    """A layer that is launched as it is told."""
+
+    def __init__(self, op: Op, spec: Spec, target: str, forced: Launch | None) -> None:
+        super().__init__(op, spec, target)
+        self.forced = forced
+
+    def launch(self, spec: Spec, tokens: int, device: torch.device) -> Launch:
+        return self.forced or super().launch(spec, tokens, device)
+
+
+def _routers(device: torch.device) -> Iterator[Row]:
+    for name, attributes in _ROUTERS.items():
+        graph = parse_graph(
+            f"graph @route(%logits: f32[T, {EXPERTS}]) -> (f32[T, {TOP_K}], i64[T, {TOP_K}]) {{\n"
+            f"  %w, %ids = moe.route %logits {{{attributes}}} : f32[T, {TOP_K}], i64[T, {TOP_K}]\n"
+            "  return %w, %ids\n}"
+        )
+        for tokens in (1, 130):
+            given = [torch.randn(tokens, EXPERTS, generator=_generator())]
+            weights, ids = run_graph(graph, given)
+            want = torch.zeros(tokens, EXPERTS).scatter(1, ids, weights)
+            kernel = _Dense(TritonRoute(graph, read_router(program_op(graph))))
+            yield _row("router", name, "f32", tokens, kernel, given, want, device)
+
+
+class _Dense(Kernel):
+    """A router's weights by expert: whatever the order of its choices."""
+
+    def __init__(self, route: TritonRoute) -> None:
+        self.route = route
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        weights, ids = self.route.forward(inputs)
+        return [torch.zeros_like(inputs[0]).scatter(1, ids, weights)]
+
+
+def _row(
+    what: str, layer: str, dtype: str, tokens: int, kernel: Kernel, given: list[Tensor], want: Tensor,
+    device: torch.device,
+) -> Row:  # fmt: skip
+    there = [t.to(device) for t in given]
+    try:
+        (got,) = kernel.forward(there)
+        seconds = _time(lambda: kernel.forward(there), device)
+        scale = max(float(want.float().abs().max()), 1e-6)
+        error = float((got.cpu().float() - want.float()).abs().max()) / scale
+        error = error if error == error else float("inf")
+    except Exception as failure:  # noqa: BLE001  (whatever a driver or compiler raises is told in its row)
+        first = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        return Row(what, layer, dtype, tokens, float("inf"), LIMITS[dtype], 0.0, f"{type(failure).__name__}: {first}")
+    return Row(what, layer, dtype, tokens, error, LIMITS[dtype], seconds)
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, the quickest of some."""
+    if device.type == "cpu":
+        return 0.0
+    found = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _layer_text(activation: str, parts: int, attributes: str, biases: bool, dtype: str, hidden: int, inner: int) -> str:
+    e, k, up = EXPERTS, TOP_K, parts * inner
+    kn = "kn" in attributes
+    shapes = [f"%up: {dtype}[{e}, {hidden}, {up}]" if kn else f"%up: {dtype}[{e}, {up}, {hidden}]"]
+    shapes += [f"%down: {dtype}[{e}, {inner}, {hidden}]" if kn else f"%down: {dtype}[{e}, {hidden}, {inner}]"]
+    shapes += [f"%ub: {dtype}[{e}, {up}]", f"%db: {dtype}[{e}, {hidden}]"] if biases else []
+    more = ", [%ub], [%db]" if biases else ""
+    region = activation.format(d=dtype, i=inner)
+    return (
+        f"graph @layer(%x: {dtype}[T, {hidden}], %ids: i64[T, {k}], %w: f32[T, {k}], {', '.join(shapes)})"
+        f" -> {dtype}[T, {hidden}] {{\n"
+        f"  %y = moe.experts %x, %ids, %w, [%up], [%down]{more} {{experts = {e}{attributes}}} {{ {region} }}"
+        f" : {dtype}[T, {hidden}]\n  return %y\n}}"
+    )
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _inputs(op: Op, tokens: int) -> list[Tensor]:
+    """Inputs of a layer: one expert gets no row, and rows are skewed towards the first ones."""
+    generator = _generator()
+    spec = read_spec(op)
+    dtype = DTYPES[spec.dtype]
+    chance = torch.arange(EXPERTS - 1, 0, -1.0).expand(tokens, EXPERTS - 1)
+    ids = torch.multinomial(chance, TOP_K, generator=generator)
+    made = [torch.randn(tokens, spec.hidden, generator=generator).to(dtype), ids]
+    made.append(torch.rand(tokens, TOP_K, generator=generator))
+    for value in op.operands[3:]:
+        assert isinstance(value.type, TensorType)
+        shape = [int(d) for d in value.type.shape]
+        made.append((torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype))
+    return made

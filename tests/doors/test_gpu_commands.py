@@ -1,0 +1,133 @@
+"""What the command line says about GPUs on a machine without one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moec.selfcheck
+from moec import doctor
+from moec.backends.triton.cross import refusal
+from moec.cli import main
+from moec.gpu_plans import gpu_plans
+from moec.ir.errors import MoecError
+from moec.report import BlockReport, Report
+from moec.selfcheck import SelfCheckError, selfcheck
+from moec.targets import TargetError
+from tests.support.interpreter import interpreting
+
+pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")
+
+BLOCK = """
+graph @block(%x: bf16[T, 2048], %ids: i64[T, 8], %w: f32[T, 8], %up: bf16[64, 2048, 2048],
+             %down: bf16[64, 2048, 1024]) -> bf16[T, 2048] {
+  %y = moe.experts %x, %ids, %w, [%up], [%down] {experts = 64} {
+    (%g: bf16[R, 1024], %u: bf16[R, 1024]) -> bf16[R, 1024] {
+      %s = torch.call @aten.silu.default(%g) : bf16[R, 1024]
+      %m = torch.call @aten.mul.Tensor(%s, %u) : bf16[R, 1024]
+      return %m
+    }
+  } : bf16[T, 2048]
+  return %y
+}
+"""
+
+
+def block(name: str, **changes: Any) -> BlockReport:
+    return BlockReport(name, fused=True, ir_after=changes.get("ir_after", BLOCK), reason=changes.get("reason"))
+
+
+def test_equal_layers_have_one_plan() -> None:
+    (plan,) = gpu_plans(Report([block("a"), block("b")]), "cuda:sm90")
+    assert plan.blocks == ("a", "b")
+    tokens = [launch["tokens"] for launch in plan.launches]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == 16384
+    first, last = plan.launches[0], plan.launches[-1]
+    assert (first["form"], first["bound"]) == ("gemv", "memory")
+    assert (last["form"], last["bound"], last["up"]["block_m"]) == ("gemm", "compute", 128)
+    assert 0 < last["up"]["shared"] <= 227 * 1024
+
+
+def test_a_block_without_kernels_says_why() -> None:
+    left = BlockReport("a", fused=False, reason="it is dense")
+    uneven = block("b", ir_after=BLOCK.replace("bf16", "f64"))
+    reasons = {p.blocks[0]: p.reason for p in gpu_plans(Report([left, uneven]), "hip:gfx942")}
+    assert reasons["a"] == "it is dense"
+    assert "f64" in reasons["b"]
+
+
+def test_a_cpu_has_no_plans() -> None:
+    with pytest.raises(TargetError, match="is no GPU"):
+        gpu_plans(Report([block("a")]), "cpu:avx2")
+
+
+def test_the_doctor_says_what_can_be_compiled() -> None:
+    found = {c.name: c for c in doctor._gpu()}
+    assert found["compile for a GPU"].state == "ok"
+    assert "hip:gfx942" in found["compile for a GPU"].detail
+    assert found["GPU"].state == "missing"
+    assert "selfcheck" in found["GPU"].hint
+
+
+def test_selfcheck_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["selfcheck", "--target", "cuda"])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert "PyTorch sees no GPU on this machine" in told
+    assert "TRITON_INTERPRET=1" in told
+
+
+def test_selfcheck_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["selfcheck", "--target", "cpu"])
+    assert "no self-check for target 'cpu'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "clamped, interleaved, biases, transposed"
+    monkeypatch.setattr(moec.selfcheck, "_LAYERS", {name: moec.selfcheck._LAYERS[name]})
+    monkeypatch.setattr(moec.selfcheck, "DTYPES", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(moec.selfcheck, "_ROUTERS", {"top k first": moec.selfcheck._ROUTERS["top k first"]})
+
+
+@pytest.mark.usefixtures("few")
+def test_selfcheck_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    with interpreting(), pytest.raises(SystemExit) as left:
+        main(["selfcheck", "--json"])
+    assert left.value.code in (0, None)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {r["what"] for r in rows} == {"router", *moec.selfcheck.forms(torch.device("cpu"))}
+    assert all(r["ok"] for r in rows)
+
+
+@pytest.mark.usefixtures("few")
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moec.selfcheck.Forced.forward
+
+    def wrong(self: moec.selfcheck.Forced, inputs: list[Tensor]) -> list[Tensor]:
+        (out,) = right(self, inputs)
+        if self.forced is not None and self.forced.atomic:
+            raise MoecError("the device is gone")
+        return [out + out.abs().max() * 0.05] if self.forced is not None and self.forced.form == "gemv" else [out]
+
+    monkeypatch.setattr(moec.selfcheck.Forced, "forward", wrong)
+    all_forms = moec.selfcheck.forms(torch.device("cpu"))
+    some = {form: all_forms[form] for form in ("tiles", "vectors", "tiles, atomic sums")}
+    monkeypatch.setattr(moec.selfcheck, "forms", lambda device: some)
+    with interpreting():
+        bad = [r for r in selfcheck() if not r.ok]
+    assert {r.what for r in bad} == {"vectors", "tiles, atomic sums"}
+    assert any("the device is gone" in r.failure for r in bad)
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moec.selfcheck, "present", lambda: False)
+    with pytest.raises(SelfCheckError, match="Triton is not installed"):
+        selfcheck()
