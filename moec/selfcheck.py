@@ -142,7 +142,7 @@ def _layers(device: torch.device) -> Iterator[Row]:
             graph = parse_graph(text)
             op = program_op(graph)
             for tokens in (5,) if small else (1, 5, 130, 1024):
-                given = _inputs(op, tokens)
+                given = made_up(op, tokens)
                 (want,) = run_graph(graph, given)
                 for form, launch in forms(device).items():
                     kernel = Forced(op, read_spec(op), target_of(device) or "cpu", launch)
@@ -210,7 +210,7 @@ def _row(
     there = [t.to(device) for t in given]
     try:
         (got,) = kernel.forward(there)
-        seconds = _time(lambda: kernel.forward(there), device)
+        seconds = seconds_of(lambda: kernel.forward(there), device)
         scale = max(float(want.float().abs().max()), 1e-6)
         error = float((got.cpu().float() - want.float()).abs().max()) / scale
         error = error if error == error else float("inf")
@@ -220,7 +220,22 @@ def _row(
     return Row(what, layer, dtype, tokens, error, LIMITS[dtype], seconds)
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def timer(op: Op, tokens: int, device: torch.device) -> Callable[[Launch], float]:
+    """Seconds of a layer on made-up inputs, launched as one is told; infinite where it cannot be."""
+    given = [t.to(device) for t in made_up(op, tokens)]
+
+    def seconds(launch: Launch) -> float:
+        kernel = Forced(op, read_spec(op), target_of(device) or "cpu", launch)
+        try:
+            kernel.forward(given)
+            return seconds_of(lambda: kernel.forward(given), device)
+        except Exception:  # noqa: BLE001 - a launch that the compiler or the driver refuses is not the fastest
+            return float("inf")
+
+    return seconds
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, the quickest of some."""
     if device.type == "cpu":
         return 0.0
@@ -254,15 +269,16 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _inputs(op: Op, tokens: int) -> list[Tensor]:
+def made_up(op: Op, tokens: int) -> list[Tensor]:
     """Inputs of a layer: one expert gets no row, and rows are skewed towards the first ones."""
     generator = _generator()
     spec = read_spec(op)
     dtype = DTYPES[spec.dtype]
-    chance = torch.arange(EXPERTS - 1, 0, -1.0).expand(tokens, EXPERTS - 1)
-    ids = torch.multinomial(chance, TOP_K, generator=generator)
+    experts = max(spec.experts - 1, spec.top_k)
+    chance = torch.arange(experts, 0, -1.0).expand(tokens, experts)
+    ids = torch.multinomial(chance, spec.top_k, generator=generator)
     made = [torch.randn(tokens, spec.hidden, generator=generator).to(dtype), ids]
-    made.append(torch.rand(tokens, TOP_K, generator=generator))
+    made.append(torch.rand(tokens, spec.top_k, generator=generator))
     for value in op.operands[3:]:
         assert isinstance(value.type, TensorType)
         shape = [int(d) for d in value.type.shape]

@@ -20,6 +20,8 @@ from moec.backends.triton.usage import Tiles, tiles_for
 SPLITS = (1, 2, 4)
 """Blocks that may share a sum of the down GEMM; the activation needs whole sums of the up GEMM."""
 _EQUAL = 1 + 1e-9
+_NEAR = 4
+"""Tiles of each GEMM and number of rows that are worth measuring."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,15 @@ def _pick(layer: Layer, tokens: int, device: Device) -> Choice:
 
 
 def _best(layer: Layer, load: Load, device: Device) -> Choice:
-    return _Search(layer, load, device).choices(1)[0]
+    return Search(layer, load, device).choices(1)[0]
 
 
 def ranked(layer: Layer, load: Load, device: Device) -> list[Choice]:
     """The best choice for each number of rows of a tile, best first."""
-    return _Search(layer, load, device).choices()
+    return Search(layer, load, device).choices()
 
 
-class _Search:
+class Search:
     """All tiles of both GEMMs with their times."""
 
     def __init__(self, layer: Layer, load: Load, device: Device) -> None:
@@ -122,6 +124,15 @@ class _Search:
         least = min(total) * _EQUAL
         order = sorted(range(len(pairs)), key=lambda i: (max(total[i], least), busy[i]))
         return [self._choice(pairs[i]) for i in order[:most]]
+
+    def near(self, most: int) -> list[Choice]:
+        """Pairs of good tiles of one number of rows, best first: what the model may have ranked wrongly."""
+        found: list[tuple[float, int, int]] = []
+        for m in self.tables[0].rows:
+            if m in self.tables[1].rows:
+                ups, downs = (_nearest(t, f, m) for t, f in zip(self.tables, self.found, strict=True))
+                found += [(self._sum("seconds", (u, d)), u, d) for u in ups for d in downs]
+        return [self._choice((u, d)) for _, u, d in sorted(found)[:most]]
 
     def _sum(self, what: str, pair: Sequence[int]) -> float:
         return sum(float(getattr(f, what)[at]) for f, at in zip(self.found, pair, strict=True))
@@ -144,3 +155,8 @@ def _first(table: Tiles, found: Times, m: int) -> int:
     seconds = found.seconds[at]
     close = at[seconds <= seconds.min() * _EQUAL]
     return int(min(close.tolist(), key=lambda i: (found.unit[i], table.moved[i] * table.ahead[i])))
+
+
+def _nearest(table: Tiles, found: Times, m: int) -> list[int]:
+    """The fastest tiles with ``m`` rows."""
+    return sorted(table.rows[m].tolist(), key=lambda i: (float(found.seconds[i]), float(found.unit[i])))[:_NEAR]

@@ -57,6 +57,7 @@ class Device:
         cache: Bytes of the cache that all units share, the last before memory.
         cache_cycle: Bytes a cycle that it gives to all units together.
         mma: Its matrix instructions, best first.
+        fingerprint: Of the device that is here, for what was measured on it; empty for a description.
     """
 
     target: Target
@@ -74,6 +75,7 @@ class Device:
     cache: int
     cache_cycle: int
     mma: tuple[Mma, ...]
+    fingerprint: str = ""
 
     @property
     def units(self) -> int:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from moec.backends.triton.device import Device, device_of, gpu_targets
+from moec.backends.triton.module import present, triton
+from moec.backends.triton.tuned import fingerprint
 from moec.targets import TargetError
-
-_SMALL_BLOCKS = (86, 89, 120)
-"""Compute capabilities from which on, up to the next known one, units are those of sm89."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ def known_kind(target: str) -> str:
     return f"cuda:sm{max((n for n in (80, 90, 100) if n <= capability), default=80)}"
 
 
-def described(target: str, seen: Properties | None) -> Device:
+def described(target: str, seen: Properties | None, known_as: str = "") -> Device:
     """The description of a target, with what a device has been seen to have in the place of what its kind has.
 
-    Peaks scale with units and clock.
+    Peaks scale with units and clock. ``known_as`` is its fingerprint: what was measured on it goes before the model.
     """
     known = device_of(known_kind(target))
     if seen is None:
@@ -73,8 +72,8 @@ def described(target: str, seen: Properties | None) -> Device:
         memory=seen.memory or known.target.memory,
     )  # fmt: skip
     return replace(
-        known, target=machine, clock=clock, cache=seen.cache or known.cache, shared=seen.shared or known.shared,
-        shared_block=seen.shared_block or known.shared_block,
+        known, fingerprint=known_as, target=machine, clock=clock, cache=seen.cache or known.cache,
+        shared=seen.shared or known.shared, shared_block=seen.shared_block or known.shared_block,
     )  # fmt: skip
 
 
@@ -84,7 +83,10 @@ def device_for(target: str) -> Device:
     from moec.backends.triton.launcher import target_of
 
     if torch.cuda.is_available() and target_of(torch.device("cuda", torch.cuda.current_device())) == target:
-        return described(target, read_properties(torch.cuda.get_device_properties(torch.cuda.current_device())))
+        told = torch.cuda.get_device_properties(torch.cuda.current_device())
+        seen = read_properties(told)
+        versions = f"{torch.__version__} {triton().__version__ if present() else ''}"
+        return described(target, seen, fingerprint(told.name, target, seen.units, seen.memory, versions))
     return described(target, None)
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.backends.triton.choose import Choice, Layer, load_of, pick
+from moec.backends.triton.choose import Choice, Layer, Search, load_of, pick
 from moec.backends.triton.device import Device
 from moec.backends.triton.gemm_time import LAUNCH_SECONDS
 from moec.backends.triton.sort_source import CHUNK
 from moec.backends.triton.spec import Spec
 from moec.backends.triton.tiles import Launch, Tile
+from moec.backends.triton.tuned import Timer, key_of, lookup, measure
 from moec.backends.triton.usage import ITEM_BYTES, usage
 from moec.backends.triton.vector_time import vector_time
 
+_MOST_VECTORS = 64
 MOST_TOKENS = 1 << 17
 """Calls of more are launched as calls of so many are."""
 _TENSOR_MEMORY_ACCESS = 90
@@ -78,7 +80,38 @@ def schedule(spec: Spec, device: Device, low: int, high: int) -> list[Planned]:
 
 def plan_launch(spec: Spec, tokens: int, device: Device) -> Planned:
     """The launch for a call of ``tokens`` tokens (from 1 up): that of the next power of two."""
-    return _planned(layer_of(spec), spec.fp8, spec.stacked, rounded_up(tokens), device)
+    layer, tokens = layer_of(spec), rounded_up(tokens)
+    planned = _planned(layer, spec.fp8, spec.stacked, tokens, device)
+    if (found := lookup(key_of(layer, spec.stacked, tokens), device.fingerprint)) is None:
+        return planned
+    launch, seconds = found
+    return Planned(launch, tokens, planned.bound, (("measured", seconds, planned.limit_seconds),))
+
+
+def candidates(spec: Spec, tokens: int, device: Device, most: int = 12) -> list[Launch]:
+    """Launches that are worth measuring, the model's own first.
+
+    Args:
+        spec: The layer.
+        tokens: Of a call.
+        device: Where it runs.
+        most: How many at most.
+    """
+    layer, tokens = layer_of(spec), rounded_up(tokens)
+    found = [_planned(layer, spec.fp8, spec.stacked, tokens, device).launch]
+    if not spec.fp8 and tokens <= _MOST_VECTORS:
+        times = [vector_time(g, load_of(layer, tokens), device) for g in layer.gemms]
+        found.append(Launch("gemv", times[0].tile, times[1].tile))
+    near = Search(layer, load_of(layer, tokens), device).near(most)
+    found += [_launch(layer, choice, spec.stacked, device) for choice in near]
+    return list(dict.fromkeys(found))[:most]
+
+
+def tune(spec: Spec, tokens: int, device: Device, timer: Timer) -> Launch:
+    """Measure the candidates on the device that is here, and keep the best for calls of so many tokens."""
+    key = key_of(layer_of(spec), spec.stacked, rounded_up(tokens))
+    found = measure(candidates(spec, tokens, device), timer, key, device.fingerprint)
+    return plan_launch(spec, tokens, device).launch if found is None else found[0]
 
 
 @lru_cache(maxsize=4096)

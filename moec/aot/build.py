@@ -38,12 +38,14 @@ class AotOptions:
         dynamic: Ranges of the sizes that vary.
         weights: ``inside`` or ``beside``.
         generate: Make a prefill and a decode entry.
+        tune: For a GPU: measure launches on the one that is here, and take the fastest.
     """
 
     compile: CompileOptions = field(default_factory=CompileOptions)
     dynamic: Ranges = field(default_factory=dict)
     weights: str = "inside"
     generate: bool = False
+    tune: bool = False
 
 
 @dataclass
@@ -102,6 +104,8 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
         from moec.aot.gpu import build_gpu
 
         return build_gpu(source, output, options, told)
+    if options.tune:
+        raise AotError("--tune is for GPU targets", hint="kernels for CPUs choose by moec profile")
     stages = Stages(told)
     stages.begin("export")
     programs, facts = exported_programs(source, options)

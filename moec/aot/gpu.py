@@ -25,8 +25,10 @@ from moec.backends.cpu.operands import form_of
 from moec.backends.partition import claim
 from moec.backends.triton.built import BuiltProgram, build_experts, build_route, spec_of
 from moec.backends.triton.cross import CrossError, refusal
-from moec.backends.triton.device import device_of
-from moec.backends.triton.here import described
+from moec.backends.triton.device import Device, device_of
+from moec.backends.triton.here import described, device_for
+from moec.backends.triton.launch import rounded_up, tune
+from moec.backends.triton.spec import Spec
 from moec.capture import from_exported
 from moec.emit import to_exported
 from moec.exported import report_of
@@ -37,6 +39,7 @@ from moec.options import CompileOptions
 from moec.pipeline import run_pipeline
 from moec.report import Report
 from moec.runtime.programs import program_graph
+from moec.selfcheck import timer
 from moec.session import publish
 
 MOST_TOKENS = 16384
@@ -63,12 +66,14 @@ class Kernels:
 
     Args:
         target: Of the compile.
-        most: Tokens of the largest call.
+        least, most: Tokens of the smallest and of the largest call.
+        tune: Launches are measured on the GPU that is here.
     """
 
     target: str
     least: int
     most: int
+    tune: bool = False
     built: dict[str, BuiltProgram] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     forms: dict[str, tuple[bool, bool]] = field(default_factory=dict)
@@ -87,19 +92,30 @@ class Kernels:
         forms = weight_forms(op, args) if op.name == "moe.experts" else (True, True)
         if (text, *forms) in self.known:
             return self.known[text, *forms]
-        device = described(self.target, None)
+        device = device_for(self.target) if self.tune else described(self.target, None)
         inner = next(o for o in graph.ops if o.name == op.name)
 
         def told(kernel: str) -> None:
             stages.detail(f"{kernel} of program {len(self.built) + 1}")
 
         if op.name == "moe.experts":
+            if self.tune:
+                self._tune(inner, spec_of(inner, *forms), device, stages)
             built = build_experts(spec_of(inner, *forms), device, self.least, self.most, told)
         else:
             built = build_route(inner, device, told)
         self.built[built.name], self.texts[built.name], self.forms[built.name] = built, text, forms
         self.known[text, *forms] = built.name
         return built.name
+
+    def _tune(self, op: Op, spec: Spec, device: Device, stages: Stages) -> None:
+        """Measure a layer's launches for every doubling of tokens."""
+        here = torch.device("cuda", torch.cuda.current_device())
+        tokens = rounded_up(self.least)
+        while tokens <= rounded_up(self.most):
+            stages.detail(f"measuring {tokens} tokens")
+            tune(spec, tokens, device, timer(op, tokens, here))
+            tokens *= 2
 
 
 def weight_forms(op: Op, args: list[Any]) -> tuple[bool, bool]:
@@ -131,11 +147,16 @@ def build_gpu(source: Source, output: Path, options: AotOptions, told: Told) -> 
         raise CrossError(f"kernels for {target} cannot be compiled here: {why}", hint="moec doctor says more")
     if options.weights == "beside":
         raise AotError("--weights beside is for CPU targets", hint="use --weights inside")
+    if options.tune and not device_for(target).fingerprint:
+        raise AotError(
+            f"--tune measures on a GPU of the target {target}, and there is none here",
+            hint="leave it out: the model of times chooses",
+        )
     stages = Stages(told)
     stages.begin("export")
     programs, facts = exported_programs(source, options)
     report = Report()
-    kernels = Kernels(target, *_token_range(programs))
+    kernels = Kernels(target, *_token_range(programs), options.tune)
     entries = {name: _entry(p, options.compile, kernels, report, stages) for name, p in programs.items()}
     if isinstance(source.module, Tokens):
         for block in report.layers:

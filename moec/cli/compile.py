@@ -22,7 +22,8 @@ def compile(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
     target: Annotated[
-        str, typer.Option(help="cpu runs on every processor from AVX2 up; cpu:avx512, cpu:amx from that level up.")
+        str,
+        typer.Option(help="cpu (from AVX2 up), cpu:avx512, cpu:amx; cuda:sm80, cuda:sm90, cuda:sm100, hip:gfx942."),
     ] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16; the model's own by default.")] = None,
     dynamic: Annotated[
@@ -43,6 +44,9 @@ def compile(
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code that the folder brings.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="For a GPU that is here: measure launches, and keep the fastest.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Also list the blocks and who runs them.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the IR after every pass to this folder.")] = None,
@@ -75,7 +79,7 @@ def compile(
             trust_remote_code=trust_remote_code,
             beside=weights == "beside",
         )
-        built = build(source, output, AotOptions(options, ranges, weights, generate), told)
+        built = build(source, output, AotOptions(options, ranges, weights, generate, tune), told)
     if explain:
         out().print(built.report.table())
     if explain or not built.report.all_fused:

@@ -180,6 +180,13 @@ def test_a_list_of_kernels_that_is_no_list(made: tuple[Source, Path]) -> None:
             read_kernels(archive, blob)  # type: ignore[arg-type]
 
 
+def test_tuning_needs_the_gpu(tmp_path: Path) -> None:
+    for target, told in (("cuda:sm90", "measures on a GPU of the target cuda:sm90"), ("cpu", "is for GPU targets")):
+        options = AotOptions(CompileOptions(target=target, checks="off"), RANGES, tune=True)
+        with pytest.raises(MoecError, match=told):
+            build(source(), tmp_path / "out.moec", options)
+
+
 def test_weights_beside_are_for_cpus(tmp_path: Path) -> None:
     options = AotOptions(CompileOptions(target="hip:gfx942", checks="off"), RANGES, weights="beside")
     with pytest.raises(MoecError, match="--weights beside is for CPU targets"):
