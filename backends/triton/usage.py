@@ -28,13 +28,15 @@ PORT_BYTES = 128
 LINK_BYTES = 64
 """A cycle: what a unit gets from the last cache at most."""
 BARRIER_BYTES = 1024
-"""Shared memory for barriers and small tables."""
+"""Shared memory for the barriers of descriptors and asynchronous instructions, where an architecture has them."""
 _BASE_REGISTERS = 40
 """Loop counters, base addresses, masks."""
 _SLICE_REGISTERS = 210
 """What holds sums on their way out of tensor memory at most: the compiler cuts larger tiles of one part."""
 _MOST_SLICED = 256
 """Sums of a thread that leave tensor memory in slices; more of them spill."""
+_SPLIT_REGISTERS = 24
+"""That storing sums in f32 takes besides."""
 _MOST_OUTPUTS = 256
 """Of an instruction of tensor memory; sums of more than one do not leave it without spilling."""
 _MOST_F32 = 32
@@ -78,12 +80,13 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
     instruction = device.mma_for(tile.block_m, tile.num_warps)
     step = (tile.block_m + parts * tile.block_n) * tile.block_k * item
     result = tile.block_m * tile.block_n * item  # on its way out rows are made contiguous
-    shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if instruction.shared else 0)
+    shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if device.mma[0].shared else 0)
     sums = tile.block_m * tile.block_n * parts // threads
     addresses = 2 * math.ceil(step / 16 / threads)
     columns = 0
     if instruction.name.startswith("tcgen05"):
-        columns = max(32, _power(parts * tile.block_n * math.ceil(tile.block_m / 128)))
+        # Sums of 64 rows lie two to a column, those of one part alone.
+        columns = max(32, _power(tile.block_n * max(1, parts * tile.block_m // 128)))
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
         held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= _MOST_SLICED else 3 * sums // 4 + tile.block_k // 2
         registers = max(held, addresses) + _BASE_REGISTERS
@@ -168,7 +171,9 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
         if fits(device, tile := Tile(m, n, k, 1, warps, stages), parts, dtype) and m * n >= 128 * warps
     ]
-    found = [replace(tile, split_k=split) for split in splits for tile in fitting]
+    found = [
+        replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
+    ]
     sizes = np.array([t.block_m for t in found])
     return Tiles(
         tuple(found),
@@ -182,6 +187,15 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
         np.array([float(ahead(device, t)) for t in found]),
         np.array([t.split_k for t in found]),
     )
+
+
+def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
+    """Whether blocks may share the sums of a tile: those are stored in f32, with addresses of twice the width."""
+    sums = tile.block_m * tile.block_n // (device.warp * tile.num_warps)
+    if split == 1:
+        return True
+    fits_registers = usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
+    return fits_registers and (not device.tensor_columns or 2 * sums <= _MOST_SLICED)
 
 
 def step_cycles(device: Device, tile: Tile, parts: int, dtype: str) -> float:

