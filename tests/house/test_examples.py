@@ -18,6 +18,7 @@ TESTED = {
     "expert_parallel.py",
     "overlap.py",
     "mixtral_small.json",
+    "qwen3_30b_a3b.json",
     "block.moe",
 }
 
