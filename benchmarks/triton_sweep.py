@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from moec.backends.base import program_op
-from moec.backends.triton.choose import load_of, pick
-from moec.backends.triton.cross import compile_kernel
-from moec.backends.triton.device import Device, device_of
-from moec.backends.triton.gemm_time import times
-from moec.backends.triton.launch import layer_of
+from moec.backends.triton.compiled.cross import compile_kernel
+from moec.backends.triton.compiled.resources import Resources
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.launches.choose import load_of, pick
+from moec.backends.triton.launches.device import Device, device_of
+from moec.backends.triton.launches.gemm_time import times
+from moec.backends.triton.launches.launch import layer_of
+from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.usage import tiles_for, usage
 from moec.backends.triton.module import load_module
-from moec.backends.triton.resources import Resources
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.tiles import Tile
-from moec.backends.triton.usage import tiles_for, usage
 from moec.ir.parser import parse_graph
 
 LAYERS = {

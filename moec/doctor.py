@@ -188,8 +188,8 @@ def _backends() -> Iterator[Check]:
 
 
 def _gpu() -> Iterator[Check]:
-    from moec.backends.triton.cross import refusal
-    from moec.backends.triton.device import gpu_targets
+    from moec.backends.triton.compiled.cross import refusal
+    from moec.backends.triton.launches.device import gpu_targets
 
     if why := refusal():
         yield Check("compile for a GPU", "missing", why, "pip install 'moec[triton]'")
@@ -202,8 +202,8 @@ def _gpu() -> Iterator[Check]:
         hint = "TRITON_INTERPRET=1 runs kernels on the CPU, slowly: moec selfcheck --target cuda"
         yield Check("GPU", "missing", "PyTorch sees none: code for GPUs can be made and inspected, not run", hint)
         return
-    from moec.backends.triton.here import known_kind
     from moec.backends.triton.launcher import target_of
+    from moec.backends.triton.launches.here import known_kind
 
     here = target_of(torch.device("cuda", torch.cuda.current_device()))
     like = "" if known_kind(here) == here else f", described as {known_kind(here)} with its own sizes"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.backends.registry import get_backend
-from moec.backends.triton.built import launch_json
-from moec.backends.triton.device import Device, device_of
-from moec.backends.triton.launch import schedule
+from moec.backends.triton.compiled.built import launch_json
+from moec.backends.triton.launches.device import Device, device_of
+from moec.backends.triton.launches.launch import schedule
+from moec.backends.triton.launches.usage import usage
 from moec.backends.triton.spec import read_spec
-from moec.backends.triton.usage import usage
 from moec.ir.core import Op
 from moec.ir.parser import parse_graph
 from moec.report import BlockReport, Report

@@ -16,12 +16,12 @@ from torch import Tensor
 from moec.backends.base import Kernel, program_op
 from moec.backends.reference import run_graph
 from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.kernels.route import read_router
 from moec.backends.triton.launcher import target_of
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.module import check_interpreter, interpreted, present
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.route_source import read_router
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.tiles import Launch, Tile
 from moec.ir.core import Op
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph

@@ -6,10 +6,10 @@ from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, p
 from moec.backends.calls import UnsupportedError
 from moec.backends.registry import register_backend
 from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.kernels.route import read_router, write_router
+from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.module import INSTALL, interpreted, present, triton
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.route_source import read_router, write_router
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import read_spec
 from moec.ir.core import Graph, Op
 from moec.ir.types import TensorType

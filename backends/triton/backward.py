@@ -16,7 +16,7 @@ from torch import Tensor
 from moec.backends.aten.backward import Region
 from moec.backends.aten.spec import Params
 from moec.backends.aten.spec import Spec as AtenSpec
-from moec.backends.triton.gradient_source import write_gradients
+from moec.backends.triton.kernels.gradients import write_gradients
 from moec.backends.triton.launcher import Launcher
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.run import Values

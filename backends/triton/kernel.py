@@ -14,13 +14,13 @@ from moec.backends.aten.spec import Params
 from moec.backends.base import Kernel
 from moec.backends.cpu.operands import form_of, one_stride
 from moec.backends.triton.backward import Backward, Rows
-from moec.backends.triton.experts_source import up_biases, up_weights
+from moec.backends.triton.kernels.experts import up_biases, up_weights
+from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher, LaunchKernel, on_device_of, target_of
+from moec.backends.triton.launches.tiles import Launch, choose
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.run import Run
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.tiles import Launch, choose
 from moec.ir.core import Op
 from moec.ir.torch_dtypes import TO_TORCH
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moec.backends.triton.kernels.text import KernelFile
 from moec.backends.triton.module import load_module, triton
-from moec.backends.triton.text import KernelFile
 
 
 @lru_cache(maxsize=16)

@@ -10,9 +10,9 @@ from torch import Tensor
 from moec.backends.aten.region import compile_region
 from moec.backends.base import Kernel
 from moec.backends.reference import AutogradKernel
+from moec.backends.triton.kernels.route import Router, write_router
 from moec.backends.triton.launcher import Launcher, LaunchKernel, on_device_of
 from moec.backends.triton.module import interpreted
-from moec.backends.triton.route_source import Router, write_router
 from moec.ir.core import Graph
 from moec.ir.torch_dtypes import TO_TORCH
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.backends.calls import UnsupportedError
-from moec.backends.triton.dtypes import TL_TYPES
-from moec.backends.triton.expression import Elementwise, compile_elementwise
-from moec.backends.triton.rows import RowFunction, compile_rows
+from moec.backends.triton.kernels.dtypes import TL_TYPES
+from moec.backends.triton.kernels.expression import Elementwise, compile_elementwise
+from moec.backends.triton.kernels.rows import RowFunction, compile_rows
 from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType

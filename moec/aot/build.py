@@ -20,7 +20,7 @@ from moec.aot.source import Source, Tokens, export
 from moec.aot.state import state_of
 from moec.aot.write import EntryParts, Parts, write_artifact
 from moec.backends.cpu.aot import archive
-from moec.backends.triton.device import is_gpu
+from moec.backends.triton.launches.device import is_gpu
 from moec.options import CompileOptions
 from moec.report import Report
 from moec.session import publish

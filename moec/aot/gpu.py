@@ -23,11 +23,11 @@ from moec.aot.source import Source, Tokens
 from moec.aot.state import state_of
 from moec.backends.cpu.operands import form_of
 from moec.backends.partition import claim
-from moec.backends.triton.built import BuiltProgram, build_experts, build_route, spec_of
-from moec.backends.triton.cross import CrossError, refusal
-from moec.backends.triton.device import Device, device_of
-from moec.backends.triton.here import described, device_for
-from moec.backends.triton.launch import rounded_up, tune
+from moec.backends.triton.compiled.built import BuiltProgram, build_experts, build_route, spec_of
+from moec.backends.triton.compiled.cross import CrossError, refusal
+from moec.backends.triton.launches.device import Device, device_of
+from moec.backends.triton.launches.here import described, device_for
+from moec.backends.triton.launches.launch import rounded_up, tune
 from moec.backends.triton.spec import Spec
 from moec.capture import from_exported
 from moec.emit import to_exported

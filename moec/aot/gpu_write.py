@@ -28,7 +28,7 @@ from moec.artifact.archive import MANIFEST
 from moec.artifact.gpu import KERNELS, KIND, folder_of
 from moec.artifact.packing import Pack
 from moec.artifact.weights import NAMES, members_hash, remember
-from moec.backends.triton.built import BuiltProgram
+from moec.backends.triton.compiled.built import BuiltProgram
 from moec.options import CompileOptions
 from moec.passes.pipeline_text import format_pipeline
 from moec.passes.registry import parse_pipeline

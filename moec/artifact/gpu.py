@@ -18,10 +18,8 @@ from moec.artifact.manifest import Blob
 from moec.backends.base import Kernel, program_op
 from moec.backends.reference import run_graph
 from moec.backends.registry import get_backend
-from moec.backends.triton.driver import driver
-from moec.backends.triton.launcher import on_device_of, target_of
-from moec.backends.triton.module import interpreted
-from moec.backends.triton.prebuilt import (
+from moec.backends.triton.compiled.driver import driver
+from moec.backends.triton.compiled.prebuilt import (
     Launches,
     Prebuilt,
     PrebuiltExperts,
@@ -29,6 +27,8 @@ from moec.backends.triton.prebuilt import (
     read_kernel,
     read_launch,
 )
+from moec.backends.triton.launcher import on_device_of, target_of
+from moec.backends.triton.module import interpreted
 from moec.backends.triton.spec import read_spec
 from moec.ir.attributes import ListAttr, Literal
 from moec.ir.core import Graph, Op

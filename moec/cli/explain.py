@@ -85,7 +85,7 @@ def explain(
     ] = "cpu",
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
-    from moec.backends.triton.device import is_gpu
+    from moec.backends.triton.launches.device import is_gpu
     from moec.cli.model import load_model
     from moec.gpu_plans import gpu_plans
     from moec.predicted_table import predicted_table

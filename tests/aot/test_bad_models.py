@@ -62,7 +62,10 @@ def refused(result: Result, message: str) -> None:
         ([str(CONFIG)], "is a configuration, without weights"),
         ([str(CONFIG), "--random-weights", "--weights", "inside-out"], "--weights cannot be 'inside-out'"),
         ([str(CONFIG), "--random-weights", "--weights", "beside"], "is for a folder of safetensors"),
-        ([str(CONFIG), "--random-weights", "--target", "cuda:sm90"], "no ahead-of-time code for target 'cuda:sm90'"),
+        (
+            [str(CONFIG), "--random-weights", "--target", "ascend:910b"],
+            "no ahead-of-time code for target 'ascend:910b'",
+        ),
         ([str(CONFIG), "--random-weights", "--target", "cpu:avx1024"], "unknown target"),
         ([str(CONFIG), "--random-weights", "--dtype", "f8"], "unknown dtype 'f8'"),
         ([str(CONFIG), "--random-weights", "--passes", "fuse-everything"], "unknown pass"),

@@ -17,9 +17,9 @@ from moec.artifact.archive import Archive
 from moec.artifact.errors import ArtifactError
 from moec.artifact.gpu import read_kernels
 from moec.backends.base import program_op
-from moec.backends.triton.cross import refusal
-from moec.backends.triton.driver import DriverError, Function
-from moec.backends.triton.prebuilt import PrebuiltExperts, read_kernel, read_launch
+from moec.backends.triton.compiled.cross import refusal
+from moec.backends.triton.compiled.driver import DriverError, Function
+from moec.backends.triton.compiled.prebuilt import PrebuiltExperts, read_kernel, read_launch
 from moec.backends.triton.spec import read_spec
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moec.selfcheck
 from moec import doctor
-from moec.backends.triton.cross import refusal
+from moec.backends.triton.compiled.cross import refusal
 from moec.cli import main
 from moec.gpu_plans import gpu_plans
 from moec.ir.errors import MoecError

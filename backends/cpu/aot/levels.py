@@ -40,7 +40,9 @@ def declared(target: str) -> tuple[Isa, ...]:
     if kind != "cpu" or level not in LEVELS:
         raise TargetError(
             f"there is no ahead-of-time code for target {target!r}",
-            hint="targets: cpu, " + ", ".join(f"cpu:{n}" for n in LEVELS),
+            hint="targets: cpu, "
+            + ", ".join(f"cpu:{n}" for n in LEVELS)
+            + "; cuda:sm80, cuda:sm90, cuda:sm100, hip:gfx942",
         )
     return tuple(levels[list(LEVELS).index(level) :])
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from moec.backends.base import program_op
 from moec.backends.triton import kernel as kernel_module
 from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
-from moec.backends.triton.source import write_experts
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.tiles import Launch, Tile
 from tests.backends.cases import ExpertsCase
 
 TILE = Tile(block_m=16, block_n=16, block_k=16, group_m=2)

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moec.backends.triton.choose import Choice, Layer, load_of, pick, ranked
-from moec.backends.triton.device import Device, device_of, gpu_targets
-from moec.backends.triton.tiles import Tile
-from moec.backends.triton.usage import fits, usage
+from moec.backends.triton.launches.choose import Choice, Layer, load_of, pick, ranked
+from moec.backends.triton.launches.device import Device, device_of, gpu_targets
+from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.usage import fits, usage
 from moec.targets import TargetError
 
 REAL = {

@@ -8,15 +8,15 @@ from functools import lru_cache
 import pytest
 
 from moec.backends.base import program_op
-from moec.backends.triton.built import BuiltProgram, build_experts, build_route
-from moec.backends.triton.cross import CrossError, compile_kernel, refusal
-from moec.backends.triton.device import device_of
-from moec.backends.triton.launch import plan_launch
+from moec.backends.triton.compiled.built import BuiltProgram, build_experts, build_route
+from moec.backends.triton.compiled.cross import CrossError, compile_kernel, refusal
+from moec.backends.triton.compiled.plan import calls
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.launches.device import device_of
+from moec.backends.triton.launches.launch import plan_launch
+from moec.backends.triton.launches.usage import usage
 from moec.backends.triton.module import load_module
-from moec.backends.triton.plan import calls
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.usage import usage
 from moec.ir.parser import parse_graph
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moec.backends.triton.device import KIB, device_of, gpu_targets, is_gpu
-from moec.backends.triton.here import Properties, described, device_for, known_kind, read_properties
+from moec.backends.triton.launches.device import KIB, device_of, gpu_targets, is_gpu
+from moec.backends.triton.launches.here import Properties, described, device_for, known_kind, read_properties
 from moec.targets import TargetError
 
 

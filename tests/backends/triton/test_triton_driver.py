@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moec.backends.cpu.build import compiler
-from moec.backends.triton.driver import Driver, DriverError, pack
+from moec.backends.triton.compiled.driver import Driver, DriverError, pack
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 

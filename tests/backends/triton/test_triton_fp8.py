@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from moec.backends.base import program_op
+from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.run import Run
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import read_spec
-from moec.backends.triton.tiles import Launch, Tile
 from tests.backends.cases import ExpertsCase, relative_error
 from tests.backends.triton.layers import dirty_memory
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moec.backends.triton.load import counted, even
+from moec.backends.triton.launches.load import counted, even
 
 SAMPLING = 0.02
 """Of 400 draws of a whole routing, the mean differs from the expectation by less."""

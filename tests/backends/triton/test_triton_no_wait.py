@@ -21,8 +21,8 @@ from moec.backends.triton import backward as backward_module
 from moec.backends.triton import kernel as kernel_module
 from moec.backends.triton import launcher as launcher_module
 from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.kernels.route import read_router
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.route_source import read_router
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase, route_graph
 from tests.backends.triton.layers import LAUNCHES

@@ -11,8 +11,8 @@ from torch import Tensor
 from moec.backends.base import program_op
 from moec.backends.reference import run_graph
 from moec.backends.triton import TritonBackend
+from moec.backends.triton.kernels.route import read_router
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.route_source import read_router
 from moec.ir.core import Graph
 from moec.ir.types import DTYPES
 from tests.backends.cases import relative_error, route_graph

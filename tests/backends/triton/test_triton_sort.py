@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moec.backends.base import program_op
+from moec.backends.triton.kernels.sort import CHUNK, most_blocks
+from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
 from moec.backends.triton.run import Run
-from moec.backends.triton.sort_source import CHUNK, most_blocks
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase
 from tests.backends.triton.layers import GEMM, dirty_memory

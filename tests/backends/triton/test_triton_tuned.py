@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from moec.backends.base import program_op
-from moec.backends.triton import tuned
-from moec.backends.triton.device import Device, device_of
-from moec.backends.triton.here import Properties, described
-from moec.backends.triton.launch import candidates, plan_launch, tune
+from moec.backends.triton.launches import tuned
+from moec.backends.triton.launches.device import Device, device_of
+from moec.backends.triton.launches.here import Properties, described
+from moec.backends.triton.launches.launch import candidates, plan_launch, tune
+from moec.backends.triton.launches.tiles import Launch
+from moec.backends.triton.launches.usage import fits
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.tiles import Launch
-from moec.backends.triton.usage import fits
 from moec.cache import cache_dir
 from moec.ir.parser import parse_graph
 

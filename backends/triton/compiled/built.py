@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moec.backends.triton.cross import Binary, compile_kernel
-from moec.backends.triton.device import Device
-from moec.backends.triton.launch import Planned, plan_launch, rounded_up, schedule
+from moec.backends.triton.compiled.cross import Binary, compile_kernel
+from moec.backends.triton.compiled.plan import Call, calls
+from moec.backends.triton.kernels.route import read_router, write_router
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.kernels.text import KernelFile
+from moec.backends.triton.launches.device import Device
+from moec.backends.triton.launches.launch import Planned, plan_launch, rounded_up, schedule
 from moec.backends.triton.module import load_module
-from moec.backends.triton.plan import Call, calls
 from moec.backends.triton.route import tokens_of_a_program
-from moec.backends.triton.route_source import read_router, write_router
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.text import KernelFile
 from moec.ir.core import Op
 
 Told = Callable[[str], None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moec.backends import calls
 from moec.backends.calls import FIRST_ALONE, Emit, UnsupportedError
-from moec.backends.triton.dtypes import TL_TYPES, number, rounded
+from moec.backends.triton.kernels.dtypes import TL_TYPES, number, rounded
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moec.backends.triton.dtypes import TL_TYPES, rounded
+from moec.backends.triton.kernels.dtypes import TL_TYPES, rounded
+from moec.backends.triton.kernels.text import indented
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import indented
 
 HELPERS = '''\
 @triton.jit

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backends.triton.dtypes import POINTERS
-from moec.backends.triton.gemm import SCALED
-from moec.backends.triton.sort_source import most_blocks
+from moec.backends.triton.kernels.dtypes import POINTERS
+from moec.backends.triton.kernels.gemm import SCALED
+from moec.backends.triton.kernels.sort import most_blocks
+from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Argument, Kernel, cdiv, function
 
 ROWS = 16
 """Rows of a program."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.backends.triton.experts_source import up_biases, up_weights
-from moec.backends.triton.expression import Elementwise
+from moec.backends.triton.kernels.experts import up_biases, up_weights
+from moec.backends.triton.kernels.expression import Elementwise
+from moec.backends.triton.kernels.text import Argument, KernelFile
+from moec.backends.triton.launches.tiles import Launch
 from moec.backends.triton.run import Run
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Argument, KernelFile
-from moec.backends.triton.tiles import Launch
 from moec.ir.torch_dtypes import TO_TORCH
 
 ALIGNED = 16

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from moec.backends.triton.combine_source import combine_kernels, row_kernel
-from moec.backends.triton.experts_source import down_kernels, up_kernel
-from moec.backends.triton.expression import helpers_in
-from moec.backends.triton.gemm import DOT, DOT_INTERPRETED, HELPERS
-from moec.backends.triton.quantize_source import HELPER, HELPER_INTERPRETED, quantize_kernels
-from moec.backends.triton.rows import RowFunction
-from moec.backends.triton.sort_source import sort_kernels
+from moec.backends.triton.kernels.combine import combine_kernels, row_kernel
+from moec.backends.triton.kernels.experts import down_kernels, up_kernel
+from moec.backends.triton.kernels.expression import helpers_in
+from moec.backends.triton.kernels.gemm import DOT, DOT_INTERPRETED, HELPERS
+from moec.backends.triton.kernels.quantize import HELPER, HELPER_INTERPRETED, quantize_kernels
+from moec.backends.triton.kernels.rows import RowFunction
+from moec.backends.triton.kernels.sort import sort_kernels
+from moec.backends.triton.kernels.text import Kernel, KernelFile
+from moec.backends.triton.kernels.vector import down_vector, up_vector
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Kernel, KernelFile
-from moec.backends.triton.vector_source import down_vector, up_vector
 
 HEADER = '''\
 """{title} (generated)."""

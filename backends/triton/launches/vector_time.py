@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moec.backends.triton.device import Device
-from moec.backends.triton.gemm_time import DELAY_SECONDS, LAUNCH_SECONDS, Gemm
-from moec.backends.triton.load import Load
-from moec.backends.triton.tiles import Tile
-from moec.backends.triton.usage import ITEM_BYTES, LINK_BYTES
+from moec.backends.triton.launches.device import Device
+from moec.backends.triton.launches.gemm_time import DELAY_SECONDS, LAUNCH_SECONDS, Gemm
+from moec.backends.triton.launches.load import Load
+from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES
 
 _NS, _KS = (4, 8, 16, 32, 64), (64, 128, 256, 512)
 _BASE_REGISTERS = 32

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moec.backends.triton.device import Device, device_of, gpu_targets
+from moec.backends.triton.launches.device import Device, device_of, gpu_targets
+from moec.backends.triton.launches.tuned import fingerprint
 from moec.backends.triton.module import present, triton
-from moec.backends.triton.tuned import fingerprint
 from moec.targets import TargetError
 
 

@@ -56,9 +56,9 @@ def choose(spec: Spec, tokens: int, target: str) -> Launch:
 
     On a GPU the model of times chooses. What is no GPU interprets the kernels, for which small tiles are best.
     """
-    from moec.backends.triton.device import is_gpu
-    from moec.backends.triton.here import device_for
-    from moec.backends.triton.launch import plan_launch
+    from moec.backends.triton.launches.device import is_gpu
+    from moec.backends.triton.launches.here import device_for
+    from moec.backends.triton.launches.launch import plan_launch
 
     if is_gpu(target):
         return plan_launch(spec, tokens, device_for(target)).launch

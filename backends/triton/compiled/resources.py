@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from moec.backends.triton.device import Device
+from moec.backends.triton.launches.device import Device
 from moec.ir.errors import MoecError
 
 _TIMEOUT_SECONDS = 60

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.expression import Elementwise
-from moec.backends.triton.gemm import SCALED, Product, bias_lines, tile_lines
-from moec.backends.triton.sort_source import most_blocks
+from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
+from moec.backends.triton.kernels.expression import Elementwise
+from moec.backends.triton.kernels.gemm import SCALED, Product, bias_lines, tile_lines
+from moec.backends.triton.kernels.sort import most_blocks
+from moec.backends.triton.kernels.text import Argument, Grid, Kernel, cdiv, function, indented
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Argument, Grid, Kernel, cdiv, function, indented
 
 GEMM = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
 """Constants of a GEMM kernel."""

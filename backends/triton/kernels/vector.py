@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.experts_source import (
+from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
+from moec.backends.triton.kernels.experts import (
     activation_lines,
     down_arguments,
     row_arguments,
@@ -19,9 +19,9 @@ from moec.backends.triton.experts_source import (
     up_products,
     up_result,
 )
-from moec.backends.triton.gemm import SCALED, Product, base, bias_lines
+from moec.backends.triton.kernels.gemm import SCALED, Product, base, bias_lines
+from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, indented
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Argument, Kernel, cdiv, function, indented
 
 _IDS = Argument("ids", "*i64")
 CONSTANTS = ("BLOCK_N", "BLOCK_K")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.gemm import DOT, DOT_INTERPRETED, HELPERS
-from moec.backends.triton.source import kernel_file
-from moec.backends.triton.text import Argument, Kernel, KernelFile, cdiv, function, indented
+from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
+from moec.backends.triton.kernels.gemm import DOT, DOT_INTERPRETED, HELPERS
+from moec.backends.triton.kernels.source import kernel_file
+from moec.backends.triton.kernels.text import Argument, Kernel, KernelFile, cdiv, function, indented
 
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 

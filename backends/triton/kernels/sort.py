@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backends.triton.rows import padded
-from moec.backends.triton.text import Argument, Kernel, cdiv, function
+from moec.backends.triton.kernels.rows import padded
+from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function
 
 CHUNK = 128
 """Slots that one program counts and places."""

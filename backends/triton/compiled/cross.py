@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moec.backends.triton.device import Device
+from moec.backends.triton.compiled.resources import Resources, read_resources
+from moec.backends.triton.launches.device import Device
 from moec.backends.triton.module import INSTALL, interpreted, present
-from moec.backends.triton.resources import Resources, read_resources
 from moec.cache import cache_dir
 from moec.ir.errors import MoecError
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
-from moec.backends.triton.driver import DriverError, Function
+from moec.backends.triton.compiled.driver import DriverError, Function
+from moec.backends.triton.compiled.plan import Call, call_of
 from moec.backends.triton.kernel import TritonExperts
+from moec.backends.triton.kernels.route import read_router, write_router
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.kernels.text import KernelFile
 from moec.backends.triton.launcher import LaunchKernel
-from moec.backends.triton.plan import Call, call_of
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.route_source import read_router, write_router
-from moec.backends.triton.source import write_experts
 from moec.backends.triton.spec import Spec, read_spec
-from moec.backends.triton.text import KernelFile
-from moec.backends.triton.tiles import Launch, Tile
 from moec.ir.core import Graph, Op
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.backends.calls import UnsupportedError
-from moec.backends.triton.dtypes import POINTERS, TL_TYPES, number, rounded
-from moec.backends.triton.rows import padded
-from moec.backends.triton.source import kernel_file
-from moec.backends.triton.text import Argument, Kernel, KernelFile, cdiv, function
+from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, number, rounded
+from moec.backends.triton.kernels.rows import padded
+from moec.backends.triton.kernels.source import kernel_file
+from moec.backends.triton.kernels.text import Argument, Kernel, KernelFile, cdiv, function
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType

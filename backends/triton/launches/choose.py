@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moec.backends.triton.device import Device
-from moec.backends.triton.gemm_time import Gemm, Times, times, with_group
-from moec.backends.triton.load import Load, counted, even
-from moec.backends.triton.tiles import Tile
-from moec.backends.triton.usage import Tiles, tiles_for
+from moec.backends.triton.launches.device import Device
+from moec.backends.triton.launches.gemm_time import Gemm, Times, times, with_group
+from moec.backends.triton.launches.load import Load, counted, even
+from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.usage import Tiles, tiles_for
 
 SPLITS = (1, 2, 4)
 """Blocks that may share a sum of the down GEMM; the activation needs whole sums of the up GEMM."""

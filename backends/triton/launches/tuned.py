@@ -13,8 +13,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from moec.backends.triton.choose import Layer
-from moec.backends.triton.tiles import Launch, Tile
+from moec.backends.triton.launches.choose import Layer
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.cache import cache_dir, store
 
 Timer = Callable[[Launch], float]

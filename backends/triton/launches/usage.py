@@ -2,7 +2,7 @@
 
 A tile is ``block_m`` rows of one expert by ``block_n`` outputs of each part (gate and up are two parts), summed over
 ``block_k`` inputs a step. Everything here follows from how Triton lowers ``tl.dot`` with a software pipeline; what the
-compiler really took is read from the compiled kernel (``moec.backends.triton.resources``).
+compiler really took is read from the compiled kernel (``moec.backends.triton.compiled.resources``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.backends.triton.device import Device, Mma
-from moec.backends.triton.tiles import Tile
+from moec.backends.triton.launches.device import Device, Mma
+from moec.backends.triton.launches.tiles import Tile
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

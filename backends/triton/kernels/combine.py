@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.backends.triton.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.experts_source import down_arguments
-from moec.backends.triton.gemm import base
-from moec.backends.triton.rows import RowFunction, padded
-from moec.backends.triton.sort_source import most_blocks
+from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
+from moec.backends.triton.kernels.experts import down_arguments
+from moec.backends.triton.kernels.gemm import base
+from moec.backends.triton.kernels.rows import RowFunction, padded
+from moec.backends.triton.kernels.sort import most_blocks
+from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, indented
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.text import Argument, Kernel, cdiv, function, indented
 
 
 def row_kernel(spec: Spec, name: str, rows: RowFunction, taken: str) -> tuple[Kernel, str]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.backends.triton.choose import Choice, Layer, Search, load_of, pick
-from moec.backends.triton.device import Device
-from moec.backends.triton.gemm_time import LAUNCH_SECONDS
-from moec.backends.triton.sort_source import CHUNK
+from moec.backends.triton.kernels.sort import CHUNK
+from moec.backends.triton.launches.choose import Choice, Layer, Search, load_of, pick
+from moec.backends.triton.launches.device import Device
+from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS
+from moec.backends.triton.launches.tiles import Launch, Tile
+from moec.backends.triton.launches.tuned import Timer, key_of, lookup, measure
+from moec.backends.triton.launches.usage import ITEM_BYTES, usage
+from moec.backends.triton.launches.vector_time import vector_time
 from moec.backends.triton.spec import Spec
-from moec.backends.triton.tiles import Launch, Tile
-from moec.backends.triton.tuned import Timer, key_of, lookup, measure
-from moec.backends.triton.usage import ITEM_BYTES, usage
-from moec.backends.triton.vector_time import vector_time
 
 _MOST_VECTORS = 64
 MOST_TOKENS = 1 << 17

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from moec.backends.calls import UnsupportedError
-from moec.backends.triton.dtypes import TL_TYPES, number, rounded
-from moec.backends.triton.expression import expression
+from moec.backends.triton.kernels.dtypes import TL_TYPES, number, rounded
+from moec.backends.triton.kernels.expression import expression
 from moec.ir.core import Graph, Op, Value
 from moec.ir.torch_dtypes import TO_TORCH
 from moec.ir.types import TensorType
