@@ -97,3 +97,36 @@ def read_call(
         {k: text(v) for k, v in kwargs.items() if v is not None},
         [v for v in map(source, kwargs.values()) if v is not None],
     )
+
+
+def emit_alpha(symbol: str) -> Emit:
+    """``a + b * alpha``, as ``aten.add`` and ``aten.sub`` have it."""
+
+    def emit(a: list[str], kw: dict[str, str]) -> str:
+        alpha = kw.get("alpha")
+        return f"{a[0]} {symbol} {a[1]}" if alpha is None else f"{a[0]} {symbol} {a[1]} * {alpha}"
+
+    return emit
+
+
+def emit_clamp(a: list[str], kw: dict[str, str]) -> str:
+    """Between ``min`` and ``max``; either may be missing."""
+    low = kw.get("min", a[1] if len(a) > 1 else "")
+    high = kw.get("max", a[2] if len(a) > 2 else "")
+    text = f"at_least({a[0]}, {low})" if low else a[0]
+    return f"at_most({text}, {high})" if high else text
+
+
+def emit_function(name: str, arity: int = 1) -> Emit:
+    """A call of the language's own function of that name."""
+    return lambda a, kw: f"{name}({', '.join(a[:arity])})"
+
+
+def emit_binary(symbol: str) -> Emit:
+    """An operator between two arguments."""
+    return lambda a, kw: f"{a[0]} {symbol} {a[1]}"
+
+
+def emit_same(a: list[str], kw: dict[str, str]) -> str:
+    """The first argument as it is."""
+    return a[0]

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.backends import calls
-from moec.backends.calls import FIRST_ALONE, Call, Emit, UnsupportedError
+from moec.backends.calls import (
+    FIRST_ALONE,
+    Call,
+    Emit,
+    UnsupportedError,
+    emit_alpha,
+    emit_binary,
+    emit_clamp,
+    emit_function,
+    emit_same,
+)
 from moec.backends.cpu.cpp import C_TYPES, real
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
@@ -37,55 +47,28 @@ class Activation:
         return "\n        ".join((*self.lines, f"return {self.result};"))
 
 
-def _alpha(symbol: str) -> Emit:
-    def emit(a: list[str], kw: dict[str, str]) -> str:
-        alpha = kw.get("alpha")
-        return f"{a[0]} {symbol} {a[1]}" if alpha is None else f"{a[0]} {symbol} {a[1]} * {alpha}"
-
-    return emit
-
-
-def _clamp(a: list[str], kw: dict[str, str]) -> str:
-    low = kw.get("min", a[1] if len(a) > 1 else "")
-    high = kw.get("max", a[2] if len(a) > 2 else "")
-    text = f"at_least({a[0]}, {low})" if low else a[0]
-    return f"at_most({text}, {high})" if high else text
-
-
-def _function(name: str, arity: int = 1) -> Emit:
-    return lambda a, kw: f"{name}({', '.join(a[:arity])})"
-
-
-def _binary(symbol: str) -> Emit:
-    return lambda a, kw: f"{a[0]} {symbol} {a[1]}"
-
-
-def _same(a: list[str], kw: dict[str, str]) -> str:
-    return a[0]
-
-
 _FUNCTIONS = ("silu", "relu", "sigmoid", "tanh", "exp", "erf", "gelu", "gelu_tanh")
 _OPS: dict[str, Emit] = {
-    **{name: _function(name) for name in _FUNCTIONS},
-    "neg": _function("negate"),
-    "abs": _function("absolute"),
-    "sqrt": _function("root"),
+    **{name: emit_function(name) for name in _FUNCTIONS},
+    "neg": emit_function("negate"),
+    "abs": emit_function("absolute"),
+    "sqrt": emit_function("root"),
     "rsqrt": lambda a, kw: f"set1(1.0f) / root({a[0]})",
     "reciprocal": lambda a, kw: f"set1(1.0f) / {a[0]}",
     **dict.fromkeys(("square", "pow2"), lambda a, kw: f"{a[0]} * {a[0]}"),
     "pow3": lambda a, kw: f"{a[0]} * {a[0]} * {a[0]}",
-    "mul": _binary("*"),
-    "div": _binary("/"),
-    "add": _alpha("+"),
-    "sub": _alpha("-"),
+    "mul": emit_binary("*"),
+    "div": emit_binary("/"),
+    "add": emit_alpha("+"),
+    "sub": emit_alpha("-"),
     "rsub": lambda a, kw: f"{a[1]} - {a[0]}" + (f" * {kw['alpha']}" if "alpha" in kw else ""),
-    "minimum": _function("minimum", 2),
-    "maximum": _function("maximum", 2),
-    "clamp": _clamp,
-    "clamp_min": _function("at_least", 2),
-    "clamp_max": _function("at_most", 2),
-    "hardtanh": _clamp,
-    **dict.fromkeys(FIRST_ALONE, _same),
+    "minimum": emit_function("minimum", 2),
+    "maximum": emit_function("maximum", 2),
+    "clamp": emit_clamp,
+    "clamp_min": emit_function("at_least", 2),
+    "clamp_max": emit_function("at_most", 2),
+    "hardtanh": emit_clamp,
+    **dict.fromkeys(FIRST_ALONE, emit_same),
 }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from moec.backends import routers
 from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.cpp import C_TYPES, boolean, real
+from moec.backends.routers import Router
 from moec.ir.core import Op
-from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 
 MOST_EXPERTS = 4096
@@ -40,108 +40,18 @@ extern "C" __attribute__((visibility("default"))) void moec_route(const RouteCal
 """
 
 
-@dataclass(frozen=True)
-class Router:
-    """What the kernel is generated for.
-
-    Attributes:
-        logit, score, out: Element types of the logits, the scores and the weights.
-        bias: Element type of the bias that the selection adds; empty if there is none.
-        groups: Number of expert groups, 0 for none.
-        two: A group is worth the sum of its best two.
-        masked: Weights are the scores as the groups' mask leaves them.
-        per_group: Experts that every group gives, 0 where they may come from anywhere.
-        by_group: Those come group after group.
-        first: Of equal scores the first is taken; else as torch.topk takes them.
-        fill: Selection score outside the kept groups.
-        eps: Added to the sum that weights are divided by.
-    """
-
-    logit: str
-    score: str
-    out: str
-    bias: str
-    experts: int
-    k: int
-    scoring: str
-    topk_first: bool
-    groups: int
-    top_groups: int
-    two: bool
-    fill: float
-    renormalize: bool
-    eps: float
-    scale: float
-    sorted: bool
-    masked: bool
-    per_group: int
-    by_group: bool
-    first: bool
-
-    @property
-    def choice(self) -> str:
-        """Element type of what is selected by: torch's common type of scores and bias."""
-        return self.score if self.bias in ("", self.score) else "f32"
-
-
 def read_router(op: Op) -> Router:
     """The sizes, types and kind of a ``moe.route`` op.
 
     Raises:
         UnsupportedError: Something in it is not covered; the message ends "cannot run this op: ...".
     """
-    if op.regions:
-        raise UnsupportedError("the router is a region")
     for value in (*op.operands, *op.results):
-        if not isinstance(value.type, TensorType):
-            raise UnsupportedError(f"{value!r} is no tensor")
-        if value.type.device != "cpu":
+        if isinstance(value.type, TensorType) and value.type.device != "cpu":
             raise UnsupportedError(f"{value!r} is on {value.type.device}")
-    get = op_def(op.name).attr
-    logits, weights, ids = (v.type for v in (op.operands[0], *op.results))
-    assert isinstance(logits, TensorType)
-    assert isinstance(weights, TensorType)
-    assert isinstance(ids, TensorType)
-    if not logits.shape[1].is_Integer:
-        raise UnsupportedError(f"the number of experts is not fixed: {logits.shape[1]}")
-    if ids.dtype.name != "i64":
-        raise UnsupportedError(f"ids of type {ids.dtype}")
-    first = get(op, "order") == "topk_first"
-    # A router that takes the top k of the logits looks at neither bias nor groups.
-    bias = "" if first or not op.group("bias") else _name(op.group("bias")[0].type)
-    score = get(op, "score_dtype").name
-    for name in (logits.dtype.name, score, weights.dtype.name, bias or score):
-        if name not in C_TYPES:
-            raise UnsupportedError(f"elements of type {name}; supported are {', '.join(C_TYPES)}")
-    router = Router(
-        logit=logits.dtype.name,
-        score=score,
-        out=weights.dtype.name,
-        bias=bias,
-        experts=int(logits.shape[1]),
-        k=get(op, "k"),
-        scoring=get(op, "scoring"),
-        topk_first=first,
-        groups=0 if first else get(op, "groups"),
-        top_groups=get(op, "top_groups"),
-        two=get(op, "group_score") == "top2_sum",
-        fill=get(op, "group_fill"),
-        renormalize=get(op, "renormalize"),
-        eps=get(op, "renorm_eps"),
-        scale=get(op, "scale"),
-        sorted=get(op, "sorted"),
-        masked=get(op, "masked_weights"),
-        per_group=get(op, "per_group"),
-        by_group=get(op, "by_group"),
-        first=get(op, "ties") == "first",
-    )
+    router = routers.read(op, C_TYPES, Router)
     _check(router)
     return router
-
-
-def _name(type: object) -> str:
-    assert isinstance(type, TensorType)
-    return type.dtype.name
 
 
 def _check(r: Router) -> None:

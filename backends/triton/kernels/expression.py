@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.backends import calls
-from moec.backends.calls import FIRST_ALONE, Emit, UnsupportedError
+from moec.backends.calls import (
+    FIRST_ALONE,
+    Emit,
+    UnsupportedError,
+    emit_alpha,
+    emit_binary,
+    emit_clamp,
+    emit_function,
+    emit_same,
+)
 from moec.backends.triton.kernels.dtypes import TL_TYPES, number, rounded
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
@@ -111,60 +120,36 @@ class Elementwise:
     captures: tuple[tuple[str, bool], ...]
 
 
-def _alpha(symbol: str) -> Emit:
-    def emit(a: list[str], kw: dict[str, str]) -> str:
-        alpha = kw.get("alpha")
-        return f"{a[0]} {symbol} {a[1]}" if alpha is None else f"{a[0]} {symbol} {a[1]} * {alpha}"
-
-    return emit
-
-
-def _clamp(a: list[str], kw: dict[str, str]) -> str:
-    low = kw.get("min", a[1] if len(a) > 1 else "")
-    high = kw.get("max", a[2] if len(a) > 2 else "")
-    text = f"at_least({a[0]}, {low})" if low else a[0]
-    return f"at_most({text}, {high})" if high else text
-
-
-def _function(name: str, arity: int = 1) -> Emit:
-    return lambda a, kw: f"{name}({', '.join(a[:arity])})"
-
-
-def _binary(symbol: str) -> Emit:
-    return lambda a, kw: f"{a[0]} {symbol} {a[1]}"
-
-
-def _same(a: list[str], kw: dict[str, str]) -> str:
-    return a[0]
-
-
 OPS: dict[str, Emit] = {
-    **{name: _function(name) for name in ("silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "softplus")},
-    **{name: _function(f"tl.{name}") for name in ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor")},
+    **{name: emit_function(name) for name in ("silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "softplus")},
+    **{
+        name: emit_function(f"tl.{name}")
+        for name in ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "abs", "floor")
+    },
     "relu": lambda a, kw: f"larger({a[0]}, 0.0)",
     "neg": lambda a, kw: f"-{a[0]}",
-    "sqrt": _function("tl.sqrt_rn"),
+    "sqrt": emit_function("tl.sqrt_rn"),
     "rsqrt": lambda a, kw: f"1.0 / tl.sqrt_rn({a[0]})",
     "reciprocal": lambda a, kw: f"1.0 / {a[0]}",
     **dict.fromkeys(("square", "pow2"), lambda a, kw: f"{a[0]} * {a[0]}"),
     "pow3": lambda a, kw: f"{a[0]} * {a[0]} * {a[0]}",
-    "mul": _binary("*"),
-    "div": _binary("/"),
-    "add": _alpha("+"),
-    "sub": _alpha("-"),
+    "mul": emit_binary("*"),
+    "div": emit_binary("/"),
+    "add": emit_alpha("+"),
+    "sub": emit_alpha("-"),
     "rsub": lambda a, kw: f"{a[1]} - {a[0]}" + (f" * {kw['alpha']}" if "alpha" in kw else ""),
-    "minimum": _function("smaller", 2),
-    "maximum": _function("larger", 2),
-    "clamp": _clamp,
-    "clamp_min": _function("at_least", 2),
-    "clamp_max": _function("at_most", 2),
-    "hardtanh": _clamp,
+    "minimum": emit_function("smaller", 2),
+    "maximum": emit_function("larger", 2),
+    "clamp": emit_clamp,
+    "clamp_min": emit_function("at_least", 2),
+    "clamp_max": emit_function("at_most", 2),
+    "hardtanh": emit_clamp,
     "leaky_relu": lambda a, kw: f"tl.where({a[0]} > 0, {a[0]}, {a[0]} * {a[1] if len(a) > 1 else '0.01'})",
     "elu": lambda a, kw: f"tl.where({a[0]} > 0, {a[0]}, tl.exp({a[0]}) - 1.0)",
     "hardswish": lambda a, kw: f"{a[0]} * at_most(at_least({a[0]} + 3.0, 0.0), 6.0) / 6.0",
     "hardsigmoid": lambda a, kw: f"at_most(at_least({a[0]} + 3.0, 0.0), 6.0) / 6.0",
     "mish": lambda a, kw: f"{a[0]} * tanh(softplus({a[0]}))",
-    **dict.fromkeys(FIRST_ALONE, _same),
+    **dict.fromkeys(FIRST_ALONE, emit_same),
 }
 """An expression for every op that a region may call."""
 _FEWER_ARGUMENTS = {"elu": 1, "softplus": 1}

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moec.backends import routers
 from moec.backends.calls import UnsupportedError
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, number, rounded
 from moec.backends.triton.kernels.rows import padded
 from moec.backends.triton.kernels.source import kernel_file
 from moec.backends.triton.kernels.text import Argument, Kernel, KernelFile, cdiv, function
 from moec.ir.core import Op
-from moec.ir.opdef import op_def
-from moec.ir.types import TensorType
 
 MOST_EXPERTS = 4096
 """Columns that a program holds."""
@@ -38,38 +37,8 @@ def best_of(key, column):
 
 
 @dataclass(frozen=True)
-class Router:
-    """What the kernel is generated for: types, sizes and the attributes of ``moe.route``.
-
-    Attributes:
-        logit, score, out: Element types of the logits, the scores and the weights.
-        bias: Element type of the bias that the selection adds; empty if there is none.
-        groups: Number of expert groups, 0 for none.
-    """
-
-    logit: str
-    score: str
-    out: str
-    bias: str
-    experts: int
-    k: int
-    scoring: str
-    topk_first: bool
-    groups: int
-    top_groups: int
-    two: bool
-    fill: float
-    masked: bool
-    per_group: int
-    by_group: bool
-    renormalize: bool
-    eps: float
-    scale: float
-
-    @property
-    def choice(self) -> str:
-        """Element type of what is selected by: torch's common type of scores and bias."""
-        return self.score if self.bias in ("", self.score) else "f32"
+class Router(routers.Router):
+    """What the kernel is generated for, and how its experts lie in columns."""
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -89,43 +58,7 @@ def read_router(op: Op) -> Router:
     Raises:
         UnsupportedError: Something in it is not covered; the message ends "cannot run this op: ...".
     """
-    if op.regions:
-        raise UnsupportedError("the router is a region")
-    get = op_def(op.name).attr
-    logits, weights, ids = (v.type for v in (op.operands[0], *op.results))
-    if not (isinstance(logits, TensorType) and isinstance(weights, TensorType) and isinstance(ids, TensorType)):
-        raise UnsupportedError("an operand or a result is no tensor")
-    if not logits.shape[1].is_Integer:
-        raise UnsupportedError(f"the number of experts is not fixed: {logits.shape[1]}")
-    if ids.dtype.name != "i64":
-        raise UnsupportedError(f"ids of type {ids.dtype}")
-    first = get(op, "order") == "topk_first"
-    # A router that takes the top k of the logits looks at neither bias nor groups.
-    bias = "" if first or not op.group("bias") else _name(op.group("bias")[0].type)
-    score = get(op, "score_dtype").name
-    for name in (logits.dtype.name, score, weights.dtype.name, bias or score):
-        if name not in TL_TYPES:
-            raise UnsupportedError(f"elements of type {name}; supported are {', '.join(TL_TYPES)}")
-    router = Router(
-        logit=logits.dtype.name,
-        score=score,
-        out=weights.dtype.name,
-        bias=bias,
-        experts=int(logits.shape[1]),
-        k=get(op, "k"),
-        scoring=get(op, "scoring"),
-        topk_first=first,
-        groups=0 if first else get(op, "groups"),
-        top_groups=get(op, "top_groups"),
-        two=get(op, "group_score") == "top2_sum",
-        fill=get(op, "group_fill"),
-        masked=get(op, "masked_weights"),
-        per_group=0 if first else get(op, "per_group"),
-        by_group=get(op, "by_group"),
-        renormalize=get(op, "renormalize"),
-        eps=get(op, "renorm_eps"),
-        scale=get(op, "scale"),
-    )
+    router = routers.read(op, TL_TYPES, Router)
     if router.columns > MOST_EXPERTS:
         raise UnsupportedError(f"{router.experts} experts; at most {MOST_EXPERTS} are supported")
     if router.experts % router.rows[0]:
@@ -133,11 +66,6 @@ def read_router(op: Op) -> Router:
     if router.groups and not router.per_group and router.two and router.rows[1] < 2:
         raise UnsupportedError("a group of one expert has no best two")
     return router
-
-
-def _name(type: object) -> str:
-    assert isinstance(type, TensorType)
-    return type.dtype.name
 
 
 def _score(r: Router, name: str, there: str) -> list[str]:
