@@ -6,6 +6,7 @@ no kernel is left out; one more run takes what the model of times chooses.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from moec.ir.parser import parse_graph
 from moec.ir.types import TensorType
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+LOG = logging.getLogger("moec.triton")
 LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}
 """Of the largest difference over the largest result: sums in another order, and roundings of the type between GEMMs."""
 REPEATS = 5
@@ -229,7 +231,8 @@ def timer(op: Op, tokens: int, device: torch.device) -> Callable[[Launch], float
         try:
             kernel.forward(given)
             return seconds_of(lambda: kernel.forward(given), device)
-        except Exception:  # noqa: BLE001 - a launch that the compiler or the driver refuses is not the fastest
+        except Exception as refused:  # noqa: BLE001 - whatever a compiler or a driver raises: it is not the fastest
+            LOG.warning("launch %s does not run: %s: %s", launch, type(refused).__name__, refused)
             return float("inf")
 
     return seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,11 @@ from moec.aot.errors import AotError
 from moec.aot.licences import licences_of
 from moec.aot.source import Source, State
 from moec.aot.spec import entry_spec
+from moec.aot.whole import write_whole
 from moec.artifact import manifest as m
-from moec.artifact.archive import MANIFEST
 from moec.artifact.gpu import KERNELS, KIND, folder_of
 from moec.artifact.packing import Pack
-from moec.artifact.weights import NAMES, members_hash, remember
+from moec.artifact.weights import NAMES
 from moec.backends.triton.compiled.built import BuiltProgram
 from moec.options import CompileOptions
 from moec.passes.pipeline_text import format_pipeline
@@ -60,19 +59,7 @@ def write_gpu_artifact(path: Path, parts: GpuParts, told: Callable[[str], None] 
     Raises:
         AotError: The disk is full, or the folder cannot be written to. What was written is removed.
     """
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            made = Path(folder) / "artifact"
-            with Behind(made) as file:
-                pack = Pack(file)
-                manifest = _write_members(pack, file, parts, told)
-                pack.add(MANIFEST, manifest.to_json().encode())
-                pack.finish()
-            made.replace(path)
-    except OSError as error:
-        raise AotError(f"{path} cannot be written: {error.strerror or error}") from error
-    remember(path, members_hash(manifest))
-    return path.stat().st_size
+    return write_whole(path, lambda pack, file: _write_members(pack, file, parts, told))
 
 
 def _write_members(pack: Pack, file: Behind, parts: GpuParts, told: Callable[[str], None]) -> m.Manifest:

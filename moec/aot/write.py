@@ -1,11 +1,8 @@
-"""Writing an artifact: under another name first, so that nothing half-written is ever found under its own."""
+"""Writing an artifact for CPUs: IR, AOTInductor's package, and weights inside it or beside the artifact."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,14 +18,12 @@ from moec.aot.beside import FileTable, put_tensor
 from moec.aot.blob import write_blob
 from moec.aot.checkpoint import Stored
 from moec.aot.code import Code, Constant
-from moec.aot.errors import AotError
 from moec.aot.licences import licences_of
 from moec.aot.source import Source, State
 from moec.aot.spec import entry_spec
+from moec.aot.whole import write_whole
 from moec.artifact import manifest as m
-from moec.artifact.archive import MANIFEST
 from moec.artifact.packing import Pack
-from moec.artifact.weights import members_hash, remember
 from moec.options import CompileOptions
 from moec.passes.pipeline_text import format_pipeline
 from moec.passes.registry import parse_pipeline
@@ -67,33 +62,8 @@ def write_artifact(path: Path, parts: Parts, told: Callable[[str], None] = lambd
     Raises:
         AotError: The disk is full, or the folder cannot be written to. What was written is removed.
     """
-    _give_back(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            made = Path(folder) / "artifact"
-            with Behind(made) as file:
-                pack = Pack(file)
-                manifest = _write_members(pack, file, parts, FileTable(path.parent, told), told)
-                pack.add(MANIFEST, manifest.to_json().encode())
-                pack.finish()
-            made.replace(path)
-    except OSError as error:
-        raise AotError(f"{path} cannot be written: {error.strerror or error}") from error
-    remember(path, members_hash(manifest))
-    return path.stat().st_size
-
-
-def _give_back(path: Path) -> None:
-    """Take the file that is to be replaced out of the system's cache: the new one goes into its memory.
-
-    Memory that a virtual machine has not touched yet comes from its host page by page, at a third of the speed.
-    """
-    with contextlib.suppress(OSError):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)
+    beside = FileTable(path.parent, told)
+    return write_whole(path, lambda pack, file: _write_members(pack, file, parts, beside, told))
 
 
 def _write_members(
