@@ -16,7 +16,7 @@ import torch
 from moec import __version__
 from moec.aot.inductor import InductorError, generate, settings
 from moec.aot.lowering import Embedding
-from moec.aot.regions import Region
+from moec.aot.region import Region
 from moec.backends.cpu.aot import compile_object, object_path
 
 _INTERFACE = re.compile(

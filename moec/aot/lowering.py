@@ -10,7 +10,8 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.aot.ops import torch_op
-from moec.aot.regions import Region, share_layers
+from moec.aot.region import Region
+from moec.aot.regions import share_layers
 from moec.aot.strides import outputs_as_rows, recorded_weights
 from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moec.aot.regions import FEWEST, Region
+from moec.aot.region import Region
+from moec.aot.regions import FEWEST
 from tests.support.by_hand import WIDTH, ByHand
 
 aten: Any = torch.ops.aten

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from moec.aot.generation import DECODE, PREFILL, export_pair
-from moec.aot.regions import FEWEST, Region, share_layers
+from moec.aot.region import Region
+from moec.aot.regions import FEWEST, share_layers
 from moec.aot.source import Source, Tokens, export, for_experts
 from moec.exported import optimize
 from tests.support import models

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from moec.aot.regions import Region, share_layers
+from moec.aot.region import Region
+from moec.aot.regions import share_layers
 
 WIDTH = 4
 
