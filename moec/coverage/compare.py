@@ -103,3 +103,10 @@ def gradient_error(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Ten
             error = error if error == error else float("inf")
             worst = (error, name) if error > worst[0] else worst
     return worst
+
+
+def worse(
+    got: Mapping[str, torch.Tensor], eager: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether gradients are further from float64's than twice eager's: where sums cancel out, eager's are off too."""
+    return gradient_error(got, exact)[0] > max(GRADIENT_TOLERANCE, 2 * gradient_error(eager, exact)[0])

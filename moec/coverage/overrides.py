@@ -87,6 +87,7 @@ OVERRIDES: dict[str, Override] = {
     "granitemoehybrid": Override({"layer_types": ["mamba", "attention"]}),
     "granitemoeshared": Override({"shared_intermediate_size": INNER}),
     "hunyuan_v1_moe": Override({"num_experts": EXPERTS, "moe_topk": 2, "head_dim": HEAD_DIM}),
+    "hy_v4_vl": Override({"rope_parameters": {**_ROPE, "mrope_section": [1, 2, 1]}}),
     "lfm2_moe": Override({"layer_types": ["conv", "conv", "full_attention"]}),
     "longcat_flash": Override({"moe_topk": 3}),  # of real and zero experts together
     "qwen4_exp": Override(_INDEXER),

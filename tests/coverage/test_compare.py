@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moec.coverage.compare import TIE_MARGIN, error_of, gradient_error, near_ties, output_of, ties_in
+from moec.coverage.compare import TIE_MARGIN, error_of, gradient_error, near_ties, output_of, ties_in, worse
 
 
 def test_errors_are_relative_to_the_largest_value() -> None:
@@ -64,3 +64,12 @@ def test_a_model_is_judged_by_its_logits() -> None:
     assert output_of(SimpleNamespace(logits=logits, last_hidden_state=hidden)) is logits
     assert output_of(SimpleNamespace(logits=None, last_hidden_state=hidden)) is hidden
     assert output_of(SimpleNamespace(feature_maps=(hidden, logits))) is logits
+
+
+def test_a_gradient_that_eager_itself_rounds_badly_is_judged_by_float64() -> None:
+    exact = {"a": torch.tensor([1.0], dtype=torch.float64)}
+    near, far = ({"a": torch.tensor([1.0 + error])} for error in (2e-3, 1e-2))
+    assert not worse(near, far, exact)
+    assert not worse({"a": torch.tensor([1.0 - 1e-2])}, far, exact)
+    assert worse(far, near, exact)
+    assert worse({"a": torch.tensor([math.nan])}, far, exact)
