@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -26,10 +27,17 @@ def target_of(device: torch.device) -> str:
     return f"cuda:sm{properties.major}{properties.minor}"
 
 
-@lru_cache(maxsize=1)
-def _allocate_descriptors() -> None:
-    """Give kernels that make tensor descriptors the memory for them."""
-    triton().set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+def _with_descriptors(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes tensor descriptors, with memory for them.
+
+    Triton asks an allocator of the context, which another thread has not, and the user may have set one of their own.
+    """
+
+    def inside() -> None:
+        triton().set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        launch()
+
+    copy_context().run(inside)
 
 
 class LaunchKernel(Protocol):
@@ -81,10 +89,12 @@ class Launcher:
         grid = kernel.grid(tokens, constants)
         given = [arguments[a.name] for a in kernel.arguments]
         fixed = {c: constants[c] for c in kernel.constants}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        launch = partial(getattr(self.module, name)[grid], *given, **fixed, **options)
         if fixed.get("TMA"):
-            _allocate_descriptors()
-        launch = getattr(self.module, name)[grid]
-        launch(*given, **fixed, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+            _with_descriptors(launch)
+        else:
+            launch()
 
 
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:

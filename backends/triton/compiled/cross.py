@@ -17,6 +17,9 @@ from moec.backends.triton.module import INSTALL, interpreted, present
 from moec.cache import cache_dir
 from moec.ir.errors import MoecError
 
+_USUAL = {"num_ctas": 1, "profile_scratch_size": 0, "launch_cooperative_grid": False, "launch_pdl": False}
+"""What Triton says of a launch, where it is one that ``driver.Driver.launch`` makes."""
+
 
 class CrossError(MoecError):
     """A kernel that Triton cannot compile, or no Triton to do it."""
@@ -99,6 +102,9 @@ def compile_kernel(
         name = getattr(function, "__name__", "kernel")
         raise CrossError(f"Triton cannot compile {name} for {device.target.name}: {first}") from error
     asm, meta = made.asm, made.metadata
+    if odd := [name for name, usual in _USUAL.items() if getattr(meta, name, usual) not in (usual, None)]:
+        name = getattr(function, "__name__", "kernel")
+        raise CrossError(f"{name} is to be launched with {', '.join(odd)}, which moec's launches do not give")
     code, text = (asm["hsaco"], asm["amdgcn"]) if device.hip else (asm["cubin"], asm["ptx"])
     taken = int(meta.shared)
     columns = int(getattr(meta, "tmem_size", 0) or 0)

@@ -1,21 +1,28 @@
 """Loading compiled kernels and launching them through a GPU's own driver: CUDA's or HIP's, with nothing but ctypes.
 
 Both drivers have the same three calls under other names. A kernel's arguments are the ones it was compiled with, then
-two pointers that Triton adds: memory for descriptors of tensors, and for profiling (never used).
+two pointers that Triton adds: memory for descriptors of tensors, and for profiling (never used). Tests compare every
+call with what Triton's own launcher makes of the same kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from moec.ir.errors import MoecError
 
 _MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
 _SHARED_WITHOUT_ASKING = 48 * 1024
+_HIP = "libamdhip64.so"
 _SCALARS: dict[str, Any] = {
     "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
     "u32": ctypes.c_uint32, "u64": ctypes.c_uint64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
@@ -49,13 +56,14 @@ class Driver:
     Args:
         path: Of the library.
         prefix: What its functions begin with: ``cu`` or ``hip``.
+        current: The number of the current device.
 
     Raises:
         DriverError: It is no such library.
     """
 
-    def __init__(self, path: str, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, path: str, prefix: str, current: Callable[[], int] = torch.cuda.current_device) -> None:
+        self.prefix, self._current = prefix, current
         try:
             self._library = ctypes.CDLL(path)
             self._load = self._library[f"{prefix}ModuleLoadData"]
@@ -77,12 +85,14 @@ class Driver:
         Raises:
             DriverError: The device does not take it: it is another architecture, or has less shared memory.
         """
+        self._enter()
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self._load(ctypes.byref(module), code), f"load {name}")
         self._modules.append(module)
         self._check(self._find(ctypes.byref(function), module, name.encode()), f"find {name}")
         if self.prefix == "cu" and shared > _SHARED_WITHOUT_ASKING:
-            ask = self._library["cuFuncSetAttribute"]
+            prefer, ask = self._library["cuFuncSetCacheConfig"], self._library["cuFuncSetAttribute"]
+            self._check(prefer(function, _PREFER_SHARED), f"give {name} shared memory before cache")
             self._check(ask(function, _MOST_DYNAMIC_SHARED, shared), f"give {name} {shared} bytes of shared memory")
         return Function(function.value or 0, threads, shared)
 
@@ -109,15 +119,44 @@ class Driver:
         x, y, z = (*grid, 1, 1)[:3]
         if not x * y * z:
             return
+        self._enter()
         told = self._launch(
             ctypes.c_void_p(function.handle), x, y, z, function.threads, 1, 1, function.shared,
             ctypes.c_void_p(stream), addresses, None,
         )  # fmt: skip
         self._check(told, "launch a kernel")
 
+    def _enter(self) -> None:
+        """Make the device's context current in this thread: CUDA's driver, unlike its runtime, does not by itself."""
+        if self.prefix != "cu":
+            return
+        context, device = ctypes.c_void_p(), ctypes.c_int()
+        self._check(self._library["cuCtxGetCurrent"](ctypes.byref(context)), "tell its context")
+        if not context.value:
+            self._check(self._library["cuDeviceGet"](ctypes.byref(device), self._current()), "find the device")
+            self._check(self._library["cuDevicePrimaryCtxRetain"](ctypes.byref(context), device), "give a context")
+            self._check(self._library["cuCtxSetCurrent"](context), "take its context")
+
     def _check(self, code: int, what: str) -> None:
         if code:
-            raise DriverError(f"the GPU driver cannot {what}: its error {code}", hint="moec doctor says what is here")
+            raise DriverError(
+                f"the GPU driver cannot {what}: its error {code}{self._name_of(code)}",
+                hint="moec doctor says what is here",
+            )
+
+    def _name_of(self, code: int) -> str:
+        """What the driver calls an error: `` (CUDA_ERROR_INVALID_IMAGE)``; empty where it does not say."""
+        name = ctypes.c_char_p()
+        try:
+            if self.prefix == "cu":
+                self._library["cuGetErrorName"](code, ctypes.byref(name))
+            else:
+                tell = self._library["hipGetErrorName"]
+                tell.restype = ctypes.c_char_p
+                name.value = tell(code)
+        except AttributeError:
+            return ""
+        return f" ({name.value.decode()})" if name.value else ""
 
 
 def pack(type: str, value: int | float) -> Any:
@@ -140,4 +179,12 @@ def driver(kind: str) -> Driver:
     Raises:
         DriverError: There is none.
     """
-    return Driver("libcuda.so.1", "cu") if kind == "cuda" else Driver("libamdhip64.so", "hip")
+    return Driver("libcuda.so.1", "cu") if kind == "cuda" else Driver(_hip_library(), "hip")
+
+
+def _hip_library() -> str:
+    """HIP's library: the one that PyTorch has loaded, wherever it lies; a second copy would know none of its memory."""
+    maps = Path("/proc/self/maps")
+    text = maps.read_text(encoding="utf-8", errors="replace") if maps.exists() else ""
+    loaded = re.search(rf"\S+/{re.escape(_HIP)}\S*$", text, re.M)
+    return loaded[0] if loaded else _HIP
