@@ -7,6 +7,7 @@ from typing import Any
 
 from moec.backends.registry import get_backend
 from moec.backends.triton.compiled.built import launch_json
+from moec.backends.triton.compiled.plan import MOST_TOKENS
 from moec.backends.triton.launches.device import Device, device_of
 from moec.backends.triton.launches.launch import schedule
 from moec.backends.triton.launches.usage import usage
@@ -15,8 +16,6 @@ from moec.ir.core import Op
 from moec.ir.parser import parse_graph
 from moec.report import BlockReport, Report
 from moec.targets import parse_target
-
-MOST_TOKENS = 16384
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from moec.backends.cpu.operands import form_of
 from moec.backends.partition import claim
 from moec.backends.triton.compiled.built import BuiltProgram, build_experts, build_route, spec_of
 from moec.backends.triton.compiled.cross import CrossError, refusal
+from moec.backends.triton.compiled.plan import MOST_TOKENS
 from moec.backends.triton.launches.device import Device, device_of
 from moec.backends.triton.launches.here import described, device_for
 from moec.backends.triton.launches.launch import rounded_up, tune
@@ -41,9 +42,6 @@ from moec.report import Report
 from moec.runtime.programs import program_graph
 from moec.selfcheck import timer
 from moec.session import publish
-
-MOST_TOKENS = 16384
-"""Of a call, where the range of sizes has no end."""
 
 
 @dataclass
@@ -227,7 +225,7 @@ def _check_signature(program: ExportedProgram) -> None:
 
 
 def _token_range(programs: Mapping[str, ExportedProgram]) -> tuple[int, int]:
-    """The least and the largest number of tokens of a call.
+    """The least and the largest number of tokens of a call that kernels are compiled for.
 
     It is the product of the first input's sizes: of all where it holds token numbers, else of all but the last.
     """

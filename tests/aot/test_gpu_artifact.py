@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,10 @@ from moec.artifact.gpu import read_kernels
 from moec.backends.base import program_op
 from moec.backends.triton.compiled.cross import refusal
 from moec.backends.triton.compiled.driver import DriverError, Function
+from moec.backends.triton.compiled.plan import MOST_TOKENS, calls
 from moec.backends.triton.compiled.prebuilt import PrebuiltExperts, read_kernel, read_launch
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.spec import read_spec
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph
@@ -118,8 +122,7 @@ class Recorded:
 
     def launch(self, function: Function, grid: Any, types: Any, values: Any, stream: int = 0, scratch: int = 0) -> None:
         name = self.loaded[function.handle - 1]
-        self.launches.append({"name": name, "grid": tuple(grid), "values": dict(zip(types, values, strict=False))})
-        assert len(types) == len(values)
+        self.launches.append({"name": name, "grid": tuple(grid), "all": [*zip(types, values, strict=True)]})
 
 
 def prebuilt(path: Path) -> tuple[PrebuiltExperts, Recorded]:
@@ -151,12 +154,35 @@ def test_binaries_are_launched_with_the_tensors(made: tuple[Source, Path]) -> No
     assert len(driver.loaded) == 2  # once
 
 
+def test_views_of_wider_tensors_are_copied(made: tuple[Source, Path]) -> None:
+    kernel, driver = prebuilt(made[1])
+    given = inputs(kernel, 5)
+    hidden = kernel.spec.hidden
+    for x in (torch.empty(5 * hidden + 1)[1:].view(5, -1), torch.empty(5, hidden + 1)[:, :-1]):
+        kernel.forward([x, *given[1:]])
+        told = driver.launches[-2]
+        assert told["name"] == "up_vector"
+        assert not any(v % 16 for t, v in told["all"] if t.startswith("*"))
+        assert (("i64", hidden)) in told["all"]
+
+
+def test_calls_of_any_size_are_launched_as_the_largest(made: tuple[Source, Path]) -> None:
+    kernel, _ = prebuilt(made[1])
+    largest = replace(kernel._launches[-1][1], form="gemm")
+    kernel._launches[-1] = MOST_TOKENS, largest
+    assert kernel.launch(kernel._lying, 5 * MOST_TOKENS, torch.device("cpu")) == largest
+    file = write_experts(kernel._lying)
+    tile = Tile(64, 32, 32)
+    at = Launch("gemm", tile, tile, programs=66)
+    assert calls(kernel._lying, at, 16 * MOST_TOKENS, file) == calls(kernel._lying, at, MOST_TOKENS, file)
+
+
 def test_what_the_artifact_was_not_compiled_for_is_told(made: tuple[Source, Path]) -> None:
     kernel, _ = prebuilt(made[1])
     with pytest.raises(DriverError, match="a call has 5000 tokens"):
         kernel.forward(inputs(kernel, 5000))
     given = inputs(kernel, 5)
-    given[0] = torch.empty(5 * kernel.spec.hidden + 1)[1:].view(5, -1)  # four bytes from a multiple of 16
+    given[4] = torch.empty(given[4].numel() + 1)[1:].view(given[4].shape)  # four bytes from a multiple of 16
     with pytest.raises(DriverError, match="for tensors that lie so"):
         kernel.forward(given)
     given = inputs(kernel, 5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.triton.compiled.driver import DriverError, Function
-from moec.backends.triton.compiled.plan import Call, call_of
+from moec.backends.triton.compiled.plan import ALIGNED, MOST_TOKENS, Call, call_of
 from moec.backends.triton.kernel import TritonExperts
 from moec.backends.triton.kernels.route import read_router, write_router
 from moec.backends.triton.kernels.source import write_experts
@@ -101,7 +101,7 @@ class PrebuiltLauncher:
         if not fitting:
             raise DriverError(
                 f"the artifact holds no kernel {name} with {dict(call.constants)} for tensors that lie so",
-                hint="give contiguous tensors from the start of their memory, or compile the model again",
+                hint="weights have to lie as they did when it was compiled; compile the model again",
             )
         kernel = max(fitting, key=lambda k: len(k.call.aligned))
         if kernel not in self._loaded:
@@ -145,13 +145,18 @@ class PrebuiltExperts(TritonExperts):
         self._launches = list(launches)
         self._launcher = PrebuiltLauncher(write_experts(lying), kernels, driver)
 
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return super().forward([*map(_plain, inputs[:3]), *inputs[3:]])
+
     def launch(self, spec: Spec, tokens: int, device: torch.device) -> Launch:
         if spec != self._lying:
             raise DriverError("the weights lie in memory otherwise than the kernels were compiled for")
         for most, launch in self._launches:
             if tokens <= most:
                 return launch
-        most = self._launches[-1][0]
+        most, launch = self._launches[-1]
+        if most >= MOST_TOKENS:
+            return launch
         raise DriverError(
             f"a call has {tokens} tokens, and the artifact was compiled for {most} at most",
             hint="compile it again with a larger --dynamic",
@@ -167,3 +172,11 @@ class PrebuiltRoute(TritonRoute):
     def __init__(self, graph: Graph, op: Op, kernels: Sequence[Prebuilt], driver: Launches) -> None:
         router = read_router(op)
         super().__init__(graph, router, PrebuiltLauncher(write_router(router), kernels, driver))
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return super().forward([_plain(inputs[0]), *inputs[1:]])
+
+
+def _plain(t: Tensor) -> Tensor:
+    """``t`` as binaries count on it: without gaps, from an aligned address on. A view of a wider tensor is copied."""
+    return t if t.is_contiguous() and not t.data_ptr() % ALIGNED else t.clone(memory_format=torch.contiguous_format)
