@@ -189,12 +189,13 @@ def _backends() -> Iterator[Check]:
 
 def _gpu() -> Iterator[Check]:
     from moec.backends.triton.compiled.cross import refusal
-    from moec.backends.triton.launches.device import gpu_targets
+    from moec.backends.triton.launches.device import is_gpu
+    from moec.targets import known_targets
 
     if why := refusal():
         yield Check("compile for a GPU", "missing", why, "pip install 'moec[triton]'")
     else:
-        targets = ", ".join(gpu_targets())
+        targets = ", ".join(filter(is_gpu, known_targets()))
         yield Check("compile for a GPU", "ok", f"moec compile --target T without one; T is {targets}")
     import torch
 

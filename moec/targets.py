@@ -87,6 +87,13 @@ _DEVICES = [
     _npu("910c", 376e12, 94e12, 1.6e12, 64e9, 392e9, 24),
 ]
 
+_LIKE = {
+    **dict.fromkeys(("cuda:sm86", "cuda:sm87", "cuda:sm120", "cuda:sm121"), "cuda:sm89"),
+    "cuda:sm103": "cuda:sm100",
+    **dict.fromkeys(("hip:gfx90a", "hip:gfx950"), "hip:gfx942"),
+}
+"""GPUs that code can be made for and that have no numbers here: those of what they are most like stand for them."""
+
 # f32 operations a cycle and core (two FMA pipes), bf16 the same, and the flags of /proc/cpuinfo that the level needs.
 _CPU_LEVELS: dict[str, tuple[int, int, frozenset[str]]] = {
     "scalar": (8, 8, frozenset()),
@@ -148,7 +155,12 @@ def _cpu(level: str | None) -> Target:
 
 def known_targets() -> list[str]:
     """The names that ``parse_target`` takes, without options."""
-    return ["cpu", *(f"cpu:{level}" for level in _CPU_LEVELS), *(t.name for t in _DEVICES)]
+    return ["cpu", *(f"cpu:{level}" for level in _CPU_LEVELS), *(t.name for t in _DEVICES), *_LIKE]
+
+
+def described_as(name: str) -> str:
+    """The target whose numbers stand for those of ``name``: itself, where there are numbers of its own."""
+    return _LIKE.get(name, name)
 
 
 _NUMBERS = {"ranks", "cores"}
@@ -183,8 +195,8 @@ def parse_target(text: str) -> Target:
 
 def _find(name: str) -> Target:
     for device in _DEVICES:
-        if device.name == name:
-            return device
+        if device.name == described_as(name):
+            return replace(device, name=name)
     if name == "cpu":
         return _cpu(None)
     kind, _, level = name.partition(":")

@@ -8,10 +8,10 @@ sm89's is what public microbenchmarks see, the others are A100's 5120 for every 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.targets import Target, TargetError, known_targets, parse_target
+from moec.targets import Target, TargetError, described_as, known_targets, parse_target
 
 KINDS = ("cuda", "hip")
 KIB = 1024
@@ -116,7 +116,7 @@ _BLACKWELL_SYNC = Mma("mma.sync", 16, 1, 0.25)
 
 
 def _device(target: Target) -> Device:
-    name = target.name.partition(":")[2]
+    name = described_as(target.name).partition(":")[2]
     if target.kind == "hip":
         return Device(
             target, "gfx942", 64, 2.1e9, 4 * 512 * 64, 512, 32, 32, 64 * KIB, 64 * KIB, 0, 0, 256 * MIB, 8192,
@@ -152,8 +152,10 @@ def device_of(target: str) -> Device:
     """
     parsed = parse_target(target)
     if parsed.kind not in KINDS:
-        raise TargetError(f"{parsed.name} is no GPU", hint="targets: " + ", ".join(gpu_targets()))
-    return _device(parsed)
+        hint = "targets: " + ", ".join(filter(is_gpu, known_targets()))
+        raise TargetError(f"{parsed.name} is no GPU", hint=hint)
+    name = parsed.name.partition(":")[2]
+    return replace(_device(parsed), arch=name if parsed.kind == "hip" else int(name.removeprefix("sm")))
 
 
 def is_gpu(target: str) -> bool:
@@ -162,5 +164,5 @@ def is_gpu(target: str) -> bool:
 
 
 def gpu_targets() -> list[str]:
-    """The names of targets that have a description here."""
-    return [name for name in known_targets() if is_gpu(name)]
+    """The names of targets that have numbers of their own here."""
+    return [name for name in known_targets() if is_gpu(name) and described_as(name) == name]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from moec.backends.triton.launches.device import Device, device_of, gpu_targets
+from moec.backends.triton.launches.device import Device, device_of, gpu_targets, is_gpu
 from moec.backends.triton.launches.tuned import fingerprint
 from moec.backends.triton.module import present, triton
-from moec.targets import TargetError
+from moec.targets import TargetError, described_as, known_targets
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def known_kind(target: str) -> str:
     Raises:
         TargetError: It is no GPU's text.
     """
-    if target in gpu_targets():
-        return target
+    if is_gpu(target) and target in known_targets():
+        return described_as(target)
     kind, _, arch = target.partition(":")
     if kind == "hip":
         return "hip:gfx942"
@@ -60,7 +60,7 @@ def described(target: str, seen: Properties | None, known_as: str = "") -> Devic
 
     Peaks scale with units and clock. ``known_as`` is its fingerprint: what was measured on it goes before the model.
     """
-    known = device_of(known_kind(target))
+    known = device_of(target if target in known_targets() else known_kind(target))
     if seen is None:
         return known
     clock = seen.clock or known.clock

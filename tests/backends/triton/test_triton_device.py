@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from moec.backends.triton.launches.device import KIB, device_of, gpu_targets, is_gpu
 from moec.backends.triton.launches.here import Properties, described, device_for, known_kind, read_properties
-from moec.targets import TargetError
+from moec.targets import TargetError, described_as, known_targets
 
 
 @pytest.mark.parametrize("target", gpu_targets())
@@ -52,13 +53,21 @@ def test_the_instruction_goes_by_rows() -> None:
     ("target", "kind"),
     [
         ("cuda:sm90", "cuda:sm90"), ("cuda:sm86", "cuda:sm89"), ("cuda:sm103", "cuda:sm100"),
-        ("cuda:sm120", "cuda:sm89"), ("cuda:sm75", "cuda:sm80"), ("hip:gfx90a", "hip:gfx942"),
+        ("cuda:sm120", "cuda:sm89"), ("cuda:sm75", "cuda:sm80"), ("cuda:sm130", "cuda:sm89"), ("hip:gfx90a", "hip:gfx942"),
     ],
 )  # fmt: skip
 def test_an_unknown_device_is_like_a_known_one(target: str, kind: str) -> None:
     assert known_kind(target) == kind
     assert is_gpu(target)
-    assert device_for(target).target.name == kind
+    assert device_for(target).target.flops == device_of(kind).target.flops
+
+
+@pytest.mark.parametrize("target", [t for t in known_targets() if is_gpu(t) and t not in gpu_targets()])
+def test_a_gpu_without_numbers_is_compiled_for_itself(target: str) -> None:
+    device, like = device_of(target), device_of(described_as(target))
+    assert str(device.arch) == target.partition(":")[2].removeprefix("sm")
+    assert device == replace(like, arch=device.arch, target=replace(like.target, name=target))
+    assert described(target, None) == device
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda:ampere", "ascend:910b"])
