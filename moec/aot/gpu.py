@@ -101,7 +101,7 @@ class Kernels:
                 self._tune(inner, spec_of(inner, *forms), device, stages)
             built = build_experts(spec_of(inner, *forms), device, self.least, self.most, told)
         else:
-            built = build_route(inner, device, told)
+            built = build_route(inner, device, self.most, told)
         self.built[built.name], self.texts[built.name], self.forms[built.name] = built, text, forms
         self.known[text, *forms] = built.name
         return built.name

@@ -54,20 +54,29 @@ def launch_table(layers: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], titl
 
 
 def kernel_table(told: Mapping[str, Any]) -> Table:
-    """What every kernel of an artifact takes of the hardware."""
+    """What every kernel of an artifact takes of the hardware, and its time in the largest call that it is for."""
     table = Table(title=f"kernels for {told['target']}", title_justify="left", title_style="bold")
     table.add_column("program", overflow="fold")
     table.add_column("kernel")
     table.add_column("constants", overflow="fold")
-    for column in ("registers", "spills", "shared", "occupancy"):
+    for column in ("regs", "spills", "shared", "resident", "tokens", "predicted, us", "roofline, us"):
         table.add_column(column, justify="right")
     table.add_column("matrix instructions", overflow="fold")
     for program in told["programs"]:
         for i, kernel in enumerate(program["kernels"]):
             constants = ", ".join(f"{k}={v}" for k, v in kernel["constants"].items())
             mma = ", ".join(f"{count} {name}" for name, count in kernel["mma"].items())
-            numbers = (kernel[key] for key in ("registers", "spills", "shared", "occupancy"))
+            numbers = [str(kernel[key]) for key in ("registers", "spills", "shared", "occupancy")] + _expected(kernel)
             names = Text(program["name"] if i == 0 else ""), Text(PurePosixPath(kernel["code"]).stem)
             last = i + 1 == len(program["kernels"])
-            table.add_row(*names, Text(constants), *map(str, numbers), Text(mma), end_section=last)
+            table.add_row(*names, Text(constants), *numbers, Text(mma), end_section=last)
     return table
+
+
+def _expected(kernel: Mapping[str, Any]) -> list[str]:
+    """Tokens, predicted and least microseconds; a kernel that no limit is known for has none."""
+    told = kernel.get("expected")
+    if not told:
+        return ["", "", ""]
+    seconds, limit = told["seconds"] * 1e6, told["limit_seconds"] * 1e6
+    return [str(told["tokens"]), f"{seconds:.1f}", f"{limit:.1f}" if limit else ""]

@@ -18,13 +18,16 @@ from moec.artifact.archive import Archive
 from moec.artifact.errors import ArtifactError
 from moec.artifact.gpu import read_kernels
 from moec.backends.base import program_op
+from moec.backends.triton.compiled.built import Expected, expected
 from moec.backends.triton.compiled.cross import refusal
 from moec.backends.triton.compiled.driver import DriverError, Function
-from moec.backends.triton.compiled.plan import MOST_TOKENS, calls
+from moec.backends.triton.compiled.plan import MOST_TOKENS, Call, calls
 from moec.backends.triton.compiled.prebuilt import PrebuiltExperts, read_kernel, read_launch
 from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.launches.launch import Planned
 from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.spec import read_spec
+from moec.cli import main
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph
 from moec.options import CompileOptions
@@ -79,6 +82,37 @@ def test_it_covers_every_number_of_tokens(made: tuple[Source, Path]) -> None:
     assert experts["launches"][-1]["tokens"] >= 2 * 24
     for launch in experts["launches"]:
         assert sum(s["seconds"] for s in launch["steps"]) >= sum(s["limit_seconds"] for s in launch["steps"]) > 0
+
+
+def test_kernels_share_the_time_of_their_steps(made: tuple[Source, Path]) -> None:
+    program = next(p for p in told(made[1])["programs"] if p["launches"])
+    largest = program["launches"][-1]
+    last = [k["expected"] for k in program["kernels"] if k["expected"]["tokens"] == largest["tokens"]]
+    for key in ("seconds", "limit_seconds"):
+        assert sum(e[key] for e in last) == pytest.approx(sum(s[key] for s in largest["steps"]))
+    (route,) = next(p for p in told(made[1])["programs"] if not p["launches"])["kernels"]
+    assert route["expected"]["seconds"] > route["expected"]["limit_seconds"] > 0
+
+
+def test_kernels_of_a_step_divide_it() -> None:
+    tile = Tile(64, 32, 32)
+    planned = Planned(Launch("gemm", tile, tile), 128, "memory", (("sort", 6e-6, 0.0), ("up", 3e-6, 2e-6)))
+    together = [Call(name, (), 4, 3, frozenset()) for name in ("count", "offsets", "place", "up", "post")]
+    found = {call.kernel: expected(call, together, planned) for call in together}
+    assert found == {
+        **dict.fromkeys(("count", "offsets", "place"), Expected(128, 2e-6, 0.0)),
+        "up": Expected(128, 3e-6, 2e-6),
+        "post": None,
+    }
+
+
+def test_inspect_shows_what_kernels_take(made: tuple[Source, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", str(made[1])])
+    assert left.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for word in ("kernels for cuda:sm80", "spills", "resident", "roofline", "up_vector.0", "bound by"):
+        assert word in shown
 
 
 def test_without_a_gpu_it_says_so(made: tuple[Source, Path]) -> None:

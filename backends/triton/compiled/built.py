@@ -6,7 +6,7 @@ Which kernels those are depends on the number of tokens alone, so a range of tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from moec.backends.triton.kernels.route import read_router, write_router
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.kernels.text import KernelFile
 from moec.backends.triton.launches.device import Device
+from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS
 from moec.backends.triton.launches.launch import Planned, plan_launch, rounded_up, schedule
+from moec.backends.triton.launches.usage import ITEM_BYTES
 from moec.backends.triton.module import load_module
 from moec.backends.triton.route import tokens_of_a_program
 from moec.backends.triton.spec import Spec, read_spec
@@ -26,13 +28,37 @@ Told = Callable[[str], None]
 ROUTE_STAGES, ROUTE_WARPS = 3, 4
 
 
+STEPS = {
+    **dict.fromkeys(("sort_few", "count", "offsets", "place"), "sort"),
+    **dict.fromkeys(("up", "up_vector"), "up"),
+    **dict.fromkeys(("down", "down_parts", "down_atomic", "down_vector"), "down"),
+    **dict.fromkeys(("combine", "combine_parts"), "combine"),
+}
+"""Which step of a plan a kernel is; those of one step share its time."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model of times expects of a kernel.
+
+    Attributes:
+        tokens: Of the largest call that the kernel is for.
+        seconds, limit_seconds: Predicted, and what no kernel of its kind can beat.
+    """
+
+    tokens: int
+    seconds: float
+    limit_seconds: float
+
+
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A binary, the launch it is for, and Triton's types of its run-time arguments."""
+    """A binary, the launch it is for, Triton's types of its run-time arguments, and what is expected of it."""
 
     call: Call
     types: tuple[tuple[str, str], ...]
     binary: Binary
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,7 @@ def _kernel(built: BuiltKernel, code: str, assembly: str) -> dict[str, Any]:
         "threads": binary.threads,
         "scratch": binary.scratch,
         "scratch_align": binary.scratch_align,
+        "expected": None if built.expected is None else asdict(built.expected),
         **asdict(binary.resources),
     }
 
@@ -96,21 +123,38 @@ def build_experts(spec: Spec, device: Device, low: int, high: int, told: Told = 
         CrossError: Triton refuses a kernel.
     """
     file = write_experts(spec)
-    wanted: dict[Call, None] = {}
+    wanted: dict[Call, Expected | None] = {}
     tokens = rounded_up(max(1, low))
     while True:
-        launch = plan_launch(spec, tokens, device).launch
-        for count in {max(1, low, tokens // 2 + 1), tokens}:  # sorting depends on the number itself
-            wanted |= dict.fromkeys(calls(spec, launch, count, file))
+        planned = plan_launch(spec, tokens, device)
+        for count in sorted({max(1, low, tokens // 2 + 1), tokens}):  # sorting depends on the number itself
+            found = calls(spec, planned.launch, count, file)
+            wanted |= {call: expected(call, found, planned) for call in found}
         if tokens >= high:
             break
         tokens *= 2
-    kernels = _compiled(file, list(wanted), device, told)
+    kernels = _compiled(file, wanted, device, told)
     return BuiltProgram(_name("experts", file.text, spec), file.text, tuple(schedule(spec, device, low, high)), kernels)
 
 
-def build_route(op: Op, device: Device, told: Told = lambda _: None) -> BuiltProgram:
-    """Compile a router; one kernel serves all numbers of tokens.
+def expected(call: Call, together: Sequence[Call], planned: Planned) -> Expected | None:
+    """A kernel's part of a plan; None where the plan has no such step (row functions; what was measured as a whole).
+
+    Args:
+        call: The kernel's launch.
+        together: All launches of the layer.
+        planned: The plan that they follow.
+    """
+    step = STEPS.get(call.kernel)
+    sharing = sum(STEPS.get(c.kernel) == step for c in together)
+    for name, seconds, limit in planned.parts:
+        if name == step:
+            return Expected(planned.tokens, seconds / sharing, limit / sharing)
+    return None
+
+
+def build_route(op: Op, device: Device, high: int, told: Told = lambda _: None) -> BuiltProgram:
+    """Compile a router; one kernel serves all numbers of tokens, which is expected to read and write at full speed.
 
     Raises:
         UnsupportedError: There is no kernel for the router.
@@ -122,7 +166,10 @@ def build_route(op: Op, device: Device, told: Told = lambda _: None) -> BuiltPro
     whole = router.experts % 16 == 0
     aligned = frozenset(a.name for a in declared if a.type.startswith("*") or (a.name == "logits_s" and whole))
     call = Call("route", (("BLOCK_T", tokens_of_a_program(router)),), ROUTE_WARPS, ROUTE_STAGES, aligned)
-    return BuiltProgram(_name("route", file.text, router), file.text, (), _compiled(file, [call], device, told))
+    row = router.experts * ITEM_BYTES[router.logit] + router.k * (ITEM_BYTES[router.out] + 8)
+    seconds = high * row / device.target.memory_bandwidth
+    wanted = {call: Expected(high, seconds + LAUNCH_SECONDS, seconds)}
+    return BuiltProgram(_name("route", file.text, router), file.text, (), _compiled(file, wanted, device, told))
 
 
 def spec_of(op: Op, up_nk: bool, down_nk: bool) -> Spec:
@@ -130,10 +177,12 @@ def spec_of(op: Op, up_nk: bool, down_nk: bool) -> Spec:
     return read_spec(op).lying(up_nk, down_nk)
 
 
-def _compiled(file: KernelFile, wanted: list[Call], device: Device, told: Told) -> tuple[BuiltKernel, ...]:
+def _compiled(
+    file: KernelFile, wanted: Mapping[Call, Expected | None], device: Device, told: Told
+) -> tuple[BuiltKernel, ...]:
     module = load_module(file.text)
     made = []
-    for call in wanted:
+    for call, worth in wanted.items():
         told(call.kernel)
         kernel = file.kernels[call.kernel]
         types = tuple((a.name, a.type) for a in kernel.arguments)
@@ -142,7 +191,7 @@ def _compiled(file: KernelFile, wanted: list[Call], device: Device, told: Told) 
             getattr(module, call.kernel), signature, dict(call.constants), device,
             warps=call.warps, stages=call.stages, aligned=call.aligned,
         )  # fmt: skip
-        made.append(BuiltKernel(call, types, binary))
+        made.append(BuiltKernel(call, types, binary, worth))
     return tuple(made)
 
 

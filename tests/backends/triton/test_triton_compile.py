@@ -123,7 +123,7 @@ def test_a_program_is_compiled_for_every_number_of_tokens() -> None:
 def test_a_router_is_one_kernel() -> None:
     op = program_op(parse_graph(ROUTER))
     for target, begin in (("cuda:sm80", ".visible .entry"), ("hip:gfx942", ".amdgcn_target")):
-        built = build_route(op, device_of(target))
+        built = build_route(op, device_of(target), 64)
         assert len(built.kernels) == 1
         assert not built.launches
         check(built, b"\x7fELF", begin)
