@@ -182,7 +182,7 @@ def _entry(
     graph = from_exported(program)
     before = str(graph)
     ctx, raised = run_pipeline(graph, options)
-    claims = claim(graph, ("triton",), options.target)
+    claims = claim(graph, ("triton", "aten"), options.target)
     made = report_of(graph, claims, ctx, raised)
     report.layers += made.layers
     report.remarks += made.remarks
@@ -194,6 +194,11 @@ def _entry(
         for block in report.layers:
             block.fused, block.reason = False, refused[0]
         return GpuEntry(program, before, before)
+    report.remarks += [
+        f"{op.loc.module or op.name}: PyTorch's operations run {op.name} on the device: {'; '.join(claims.reasons(op))}"
+        for op in _moe_ops(graph)
+        if claims[op].name != "triton"
+    ]
     after = str(graph)
     stages.begin("kernels")
     names: dict[Op, str] = {}
@@ -201,7 +206,7 @@ def _entry(
 
     def noted(op: Op, fx: torch.fx.Graph, args: list[Any]) -> Sequence[Any] | None:
         if op.name in ("moe.experts", "moe.route"):
-            names[op] = kernels.enter(op, args, stages)
+            names[op] = kernels.enter(op, args, stages) if claims[op].name == "triton" else ""
         return lower(op, fx, args)
 
     emitted = to_exported(graph, program, lower_op=noted)

@@ -33,6 +33,7 @@ from moec.backends.triton.spec import read_spec
 from moec.ir.attributes import ListAttr, Literal
 from moec.ir.core import Graph, Op
 from moec.ir.parser import parse_graph
+from moec.runtime.programs import program_graph
 
 KIND = "triton"
 """Of a blob."""
@@ -92,18 +93,18 @@ class GpuEntryRunner:
         graph: Its IR.
         constants: Which weight an argument is.
         weights: By name, on the device.
-        kernels: Of the moe dialect's ops, in order; none where PyTorch runs them.
+        kernels: Of the moe dialect's ops, in order; None for one that PyTorch's operations run.
         device: Where it runs.
     """
 
     def __init__(
-        self, graph: Graph, constants: Mapping[str, str], weights: Mapping[str, Tensor], kernels: Sequence[Kernel],
+        self, graph: Graph, constants: Mapping[str, str], weights: Mapping[str, Tensor], kernels: Sequence[Kernel | None],
         device: torch.device,
     ) -> None:  # fmt: skip
         self.graph, self.device = graph, device
         self._given = [weights[constants[a.name]] if a.name in constants else None for a in graph.args]
         ops = [op for op in graph.ops if op.dialect == "moe"]
-        self._kernels = dict(zip(ops, kernels, strict=True)) if kernels else {}
+        self._kernels = {op: kernel or _by_torch(op) for op, kernel in zip(ops, kernels, strict=True)}
         for op in graph.walk():
             op.attrs = _on_device(op.attrs, str(device))
 
@@ -134,8 +135,15 @@ def load_runners(archive: Archive, blob: Blob, weights: Mapping[str, Tensor]) ->
     for name, constants in blob.entries.items():
         graph = parse_graph(archive.read(f"ir/{name}.after.moe").decode())
         with on_device_of(next(iter(moved.values()), torch.empty(0))):
-            runners[name] = GpuEntryRunner(graph, constants, moved, [programs[p] for p in told["calls"][name]], device)
+            kernels = [programs[p] if p else None for p in told["calls"][name]]
+            runners[name] = GpuEntryRunner(graph, constants, moved, kernels, device)
     return runners
+
+
+def _by_torch(op: Op) -> Kernel:
+    """An op that there is no kernel for, by PyTorch's operations."""
+    backend = get_backend("aten")
+    return backend.load(backend.lower(program_graph(op), "cpu"))
 
 
 def _kernel(archive: Archive, told: Mapping[str, Any], launches: Launches | None) -> Kernel:

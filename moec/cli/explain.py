@@ -96,6 +96,9 @@ def explain(
     loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, random_weights=random_weights)
     report = _explain(loaded, model, "cpu" if gpu else target)
     plans = gpu_plans(report, target) if gpu else []
+    planned = {name for plan in plans if plan.launches for name in plan.blocks}
+    for block in report.entries() if gpu else ():  # the model was traced here, and would run there
+        block.backend = ("triton" if block.name in planned else "aten") if block.fused else None
     if as_json:
         data = report.to_dict() | ({"target": target, "plans": [asdict(p) for p in plans]} if gpu else {})
         emit(json.dumps(data, indent=2, default=str))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import moec
 from moec.aot.build import AotOptions, build
@@ -252,3 +253,22 @@ def test_weights_beside_are_for_cpus(tmp_path: Path) -> None:
     with pytest.raises(MoecError, match="--weights beside is for CPU targets"):
         build(source(), tmp_path / "out.moec", options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_router_without_a_kernel_leaves_the_experts_theirs(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "use_cache": False}
+    config = transformers.PhimoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    torch.manual_seed(0)
+    model = Tokens(for_experts(transformers.PhimoeForCausalLM(config))).eval()
+    tokens = torch.arange(10)[None] * 5 % 64
+    options = AotOptions(CompileOptions(target="cuda:sm80", checks="off"), {"batch": (1, 1), "seq": (2, 12)})
+    built = build(Source("phimoe", model, (tokens,)), tmp_path / "phimoe.moec", options)
+    (block,) = built.report.layers
+    assert (block.fused, block.backend) == (True, "triton")
+    assert any("PyTorch's operations run moe.route on the device" in str(r) for r in built.report.remarks)
+    calls = told(tmp_path / "phimoe.moec")["calls"]["model"]
+    assert [bool(name) for name in calls] == [False, True]
+    with interpreting(), torch.no_grad():
+        torch.testing.assert_close(
+            moec.load(tmp_path / "phimoe.moec")(tokens), model(tokens), atol=TOLERANCE, rtol=TOLERANCE
+        )
