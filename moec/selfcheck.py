@@ -1,7 +1,7 @@
 """Every kernel of the triton backend on the GPU that is here, against the reference on the CPU.
 
-Layers are small, so that all of it takes about a minute. Each runs in every form that kernels are launched in, so that
-no kernel is left out; one more run takes what the model of times chooses.
+Layers are small: what takes time is compiling, a minute or some. Each runs in every form that kernels are launched in,
+so that no kernel is left out; one more run takes what the model of times chooses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moec.backends.base import Kernel, program_op
 from moec.backends.reference import run_graph
+from moec.backends.registry import get_backend
 from moec.backends.triton.kernel import TritonExperts
 from moec.backends.triton.kernels.route import read_router
 from moec.backends.triton.launcher import target_of
@@ -27,11 +28,14 @@ from moec.ir.core import Op
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph
 from moec.ir.types import TensorType
+from moec.selfcheck_layers import EXPERTS, LAYERS, ROUTERS, TOP_K
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 LOG = logging.getLogger("moec.triton")
 LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}
 """Of the largest difference over the largest result: sums in another order, and roundings of the type between GEMMs."""
+BACKWARD_LIMITS = {"f32": 1e-4, "bf16": 6e-2}
+"""The same of gradients: sums over the rows of an expert, of values that were rounded once more."""
 REPEATS = 5
 
 
@@ -69,35 +73,6 @@ class Row:
         return self.error <= self.limit
 
 
-_SWIGLU = """(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
-  %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
-  %m = torch.call @aten.mul.Tensor(%s, %u) : {d}[R, {i}]
-  return %m }}"""
-_SQUARE = """(%g: {d}[R, {i}]) -> {d}[R, {i}] {{
-  %r = torch.call @aten.relu.default(%g) : {d}[R, {i}]
-  %m = torch.call @aten.mul.Tensor(%r, %r) : {d}[R, {i}]
-  return %m }}"""
-_CLAMPED = """(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
-  %c = torch.call @aten.clamp.default(%u, -7.0, 7.0) : {d}[R, {i}]
-  %s = torch.call @aten.sigmoid.default(%g) : {d}[R, {i}]
-  %a = torch.call @aten.mul.Tensor(%s, %g) : {d}[R, {i}]
-  %m = torch.call @aten.mul.Tensor(%a, %c) : {d}[R, {i}]
-  return %m }}"""
-_LAYERS = {
-    "silu(g)*u": (_SWIGLU, 2, "", False),
-    "relu(g)^2": (_SQUARE, 1, ', layout = "single"', False),
-    "clamped, interleaved, biases, transposed": (
-        _CLAMPED, 2, ', layout = "interleaved", up_form = "kn", down_form = "kn"', True,
-    ),
-}  # fmt: skip
-_ROUTERS = {
-    "softmax, renormalised": "k = 4, renormalize = true",
-    "sigmoid, groups": 'k = 4, scoring = "sigmoid", groups = 4, top_groups = 2, group_score = "top2_sum", scale = 2.5',
-    "top k first": 'k = 4, order = "topk_first"',
-}
-EXPERTS, TOP_K = 16, 4
-
-
 def selfcheck(tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """Compare all kernels with the reference.
 
@@ -109,7 +84,7 @@ def selfcheck(tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """
     device = device_here()
     rows = []
-    for check in (_routers, _layers):
+    for check in (_routers, _layers, _gradients):
         for row in check(device):
             tell(row)
             rows.append(row)
@@ -138,10 +113,9 @@ def device_here() -> torch.device:
 def _layers(device: torch.device) -> Iterator[Row]:
     small = device.type == "cpu"
     hidden, inner = (24, 20) if small else (256, 384)
-    for layer, (activation, parts, attributes, biases) in _LAYERS.items():
-        for dtype in DTYPES:
-            text = _layer_text(activation, parts, attributes, biases, dtype, hidden, inner)
-            graph = parse_graph(text)
+    for number, (layer, described) in enumerate(LAYERS.items()):
+        for dtype in DTYPES if number == 0 else DTYPES.keys() & {"bf16"}:  # what is compiled takes most of the time
+            graph = parse_graph(described.text(dtype, hidden, inner))
             op = program_op(graph)
             for tokens in (5,) if small else (1, 5, 130, 1024):
                 given = made_up(op, tokens)
@@ -149,6 +123,35 @@ def _layers(device: torch.device) -> Iterator[Row]:
                 for form, launch in forms(device).items():
                     kernel = Forced(op, read_spec(op), target_of(device) or "cpu", launch)
                     yield _row(form, layer, dtype, tokens, kernel, given, want, device)
+
+
+def _gradients(device: torch.device) -> Iterator[Row]:
+    tokens, (hidden, inner) = (5, (24, 20)) if device.type == "cpu" else (130, (256, 384))
+    for layer, described in LAYERS.items():
+        for dtype in sorted(DTYPES.keys() & BACKWARD_LIMITS):
+            graph = parse_graph(described.text(dtype, hidden, inner))
+            op = program_op(graph)
+            given = made_up(op, tokens)
+            grad = torch.randn(tokens, hidden, generator=_generator()).to(DTYPES[dtype])
+            reference = get_backend("reference")
+            whole = _Gradients(reference.load(reference.lower(graph, "cpu")), grad)
+            (want,) = whole.forward(given)
+            kernel = _Gradients(TritonExperts(op, read_spec(op), target_of(device) or "cpu"), grad, whole.scales)
+            yield _row("backward", layer, dtype, tokens, kernel, given, want, device, BACKWARD_LIMITS[dtype])
+
+
+class _Gradients(Kernel):
+    """All gradients of a layer in one row, each over the largest of the reference's."""
+
+    def __init__(self, kernel: Kernel, grad: Tensor, scales: list[float] | None = None) -> None:
+        self.kernel, self.grad, self.scales = kernel, grad, scales or []
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        needs = [t.is_floating_point() for t in inputs]
+        found = self.kernel.backward([self.grad.to(inputs[0].device)], inputs, needs)
+        made = [g.float().flatten() for g in found if g is not None]
+        self.scales = self.scales or [max(float(g.abs().max()), 1e-6) for g in made]
+        return [torch.cat([g / scale for g, scale in zip(made, self.scales, strict=True)])]
 
 
 def forms(device: torch.device) -> dict[str, Launch | None]:
@@ -180,7 +183,7 @@ class Forced(TritonExperts):
 
 
 def _routers(device: torch.device) -> Iterator[Row]:
-    for name, attributes in _ROUTERS.items():
+    for name, attributes in ROUTERS.items():
         graph = parse_graph(
             f"graph @route(%logits: f32[T, {EXPERTS}]) -> (f32[T, {TOP_K}], i64[T, {TOP_K}]) {{\n"
             f"  %w, %ids = moe.route %logits {{{attributes}}} : f32[T, {TOP_K}], i64[T, {TOP_K}]\n"
@@ -207,8 +210,9 @@ class _Dense(Kernel):
 
 def _row(
     what: str, layer: str, dtype: str, tokens: int, kernel: Kernel, given: list[Tensor], want: Tensor,
-    device: torch.device,
+    device: torch.device, limit: float = 0.0,
 ) -> Row:  # fmt: skip
+    limit = limit or LIMITS[dtype]
     there = [t.to(device) for t in given]
     try:
         (got,) = kernel.forward(there)
@@ -218,8 +222,8 @@ def _row(
         error = error if error == error else float("inf")
     except Exception as failure:  # noqa: BLE001  (whatever a driver or compiler raises is told in its row)
         first = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
-        return Row(what, layer, dtype, tokens, float("inf"), LIMITS[dtype], 0.0, f"{type(failure).__name__}: {first}")
-    return Row(what, layer, dtype, tokens, error, LIMITS[dtype], seconds)
+        return Row(what, layer, dtype, tokens, float("inf"), limit, 0.0, f"{type(failure).__name__}: {first}")
+    return Row(what, layer, dtype, tokens, error, limit, seconds)
 
 
 def timer(op: Op, tokens: int, device: torch.device) -> Callable[[Launch], float]:
@@ -250,22 +254,6 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return min(found)
-
-
-def _layer_text(activation: str, parts: int, attributes: str, biases: bool, dtype: str, hidden: int, inner: int) -> str:
-    e, k, up = EXPERTS, TOP_K, parts * inner
-    kn = "kn" in attributes
-    shapes = [f"%up: {dtype}[{e}, {hidden}, {up}]" if kn else f"%up: {dtype}[{e}, {up}, {hidden}]"]
-    shapes += [f"%down: {dtype}[{e}, {inner}, {hidden}]" if kn else f"%down: {dtype}[{e}, {hidden}, {inner}]"]
-    shapes += [f"%ub: {dtype}[{e}, {up}]", f"%db: {dtype}[{e}, {hidden}]"] if biases else []
-    more = ", [%ub], [%db]" if biases else ""
-    region = activation.format(d=dtype, i=inner)
-    return (
-        f"graph @layer(%x: {dtype}[T, {hidden}], %ids: i64[T, {k}], %w: f32[T, {k}], {', '.join(shapes)})"
-        f" -> {dtype}[T, {hidden}] {{\n"
-        f"  %y = moe.experts %x, %ids, %w, [%up], [%down]{more} {{experts = {e}{attributes}}} {{ {region} }}"
-        f" : {dtype}[T, {hidden}]\n  return %y\n}}"
-    )
 
 
 def _generator() -> torch.Generator:

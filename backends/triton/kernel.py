@@ -26,8 +26,8 @@ from moec.ir.torch_dtypes import TO_TORCH
 
 LEAST_ROWS = 16
 """Rows of a block in the backward, at least: what tensor cores multiply."""
-_TABLES = 8
-"""Tables of addresses that a layer keeps: of weights and biases, and as many of those before."""
+_TABLES = 4096
+"""Tables of addresses that are kept: equal layers of a model share this kernel, and each has some of its own."""
 
 
 @lru_cache(maxsize=256)
@@ -140,5 +140,7 @@ class TritonExperts(Kernel):
             host = torch.tensor(key, dtype=torch.int64)
             device = tensors[0].device
             found = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-            self.tables = {**self.tables, key: found} if len(self.tables) < _TABLES else {key: found}
+            self.tables[key] = found
+            while len(self.tables) > _TABLES:
+                self.tables.pop(next(iter(self.tables)), None)
         return found

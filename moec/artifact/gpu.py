@@ -98,8 +98,8 @@ class GpuEntryRunner:
     """
 
     def __init__(
-        self, graph: Graph, constants: Mapping[str, str], weights: Mapping[str, Tensor], kernels: Sequence[Kernel | None],
-        device: torch.device,
+        self, graph: Graph, constants: Mapping[str, str], weights: Mapping[str, Tensor],
+        kernels: Sequence[Kernel | None], device: torch.device,
     ) -> None:  # fmt: skip
         self.graph, self.device = graph, device
         self._given = [weights[constants[a.name]] if a.name in constants else None for a in graph.args]

@@ -97,8 +97,8 @@ def explain(
     report = _explain(loaded, model, "cpu" if gpu else target)
     plans = gpu_plans(report, target) if gpu else []
     planned = {name for plan in plans if plan.launches for name in plan.blocks}
-    for block in report.entries() if gpu else ():  # the model was traced here, and would run there
-        block.backend = ("triton" if block.name in planned else "aten") if block.fused else None
+    for entry in report.entries() if gpu else ():  # the model was traced here, and would run there
+        entry.backend = ("triton" if entry.name in planned else "aten") if entry.fused else None
     if as_json:
         data = report.to_dict() | ({"target": target, "plans": [asdict(p) for p in plans]} if gpu else {})
         emit(json.dumps(data, indent=2, default=str))

@@ -11,12 +11,18 @@ from torch import Tensor
 
 import moec.selfcheck
 from moec import doctor
+from moec.backends.base import program_op
 from moec.backends.triton.compiled.cross import refusal
+from moec.backends.triton.compiled.plan import calls
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.spec import read_spec
 from moec.cli import main
 from moec.gpu_plans import gpu_plans
 from moec.ir.errors import MoecError
+from moec.ir.parser import parse_graph
 from moec.report import BlockReport, Report
 from moec.selfcheck import SelfCheckError, selfcheck
+from moec.selfcheck_layers import LAYERS, ROUTERS
 from moec.targets import TargetError
 from tests.support.interpreter import interpreting
 
@@ -92,9 +98,9 @@ def test_selfcheck_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "clamped, interleaved, biases, transposed"
-    monkeypatch.setattr(moec.selfcheck, "_LAYERS", {name: moec.selfcheck._LAYERS[name]})
+    monkeypatch.setattr(moec.selfcheck, "LAYERS", {name: LAYERS[name]})
     monkeypatch.setattr(moec.selfcheck, "DTYPES", {"bf16": torch.bfloat16})
-    monkeypatch.setattr(moec.selfcheck, "_ROUTERS", {"top k first": moec.selfcheck._ROUTERS["top k first"]})
+    monkeypatch.setattr(moec.selfcheck, "ROUTERS", {"top k first": ROUTERS["top k first"]})
 
 
 @pytest.mark.usefixtures("few")
@@ -103,8 +109,36 @@ def test_selfcheck_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> Non
         main(["selfcheck", "--json"])
     assert left.value.code in (0, None)
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {r["what"] for r in rows} == {"router", *moec.selfcheck.forms(torch.device("cpu"))}
+    assert {r["what"] for r in rows} == {"router", "backward", *moec.selfcheck.forms(torch.device("cpu"))}
     assert all(r["ok"] for r in rows)
+
+
+def test_no_kernel_is_left_out() -> None:
+    """Of those of a layer: by what is launched on a GPU for the numbers of tokens that are checked there."""
+    there, launched = set(), set()
+    for layer in LAYERS.values():
+        spec = read_spec(program_op(parse_graph(layer.text("bf16", 256, 384))))
+        file = write_experts(spec)
+        there |= set(file.kernels)
+        for form in moec.selfcheck.forms(torch.device("cuda")).values():
+            for tokens in (1, 130):
+                launched |= {c.kernel for c in calls(spec, form, tokens, file)} if form else set()
+    assert there == launched
+
+
+@pytest.mark.usefixtures("few")
+def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moec.selfcheck.TritonExperts.backward
+
+    def wrong(self: Any, grads: Any, inputs: Any, needs: Any) -> Any:
+        found = right(self, grads, inputs, needs)
+        found[-1] = found[-1] * 1.1  # of a bias: small beside the others
+        return found
+
+    monkeypatch.setattr(moec.selfcheck.TritonExperts, "backward", wrong)
+    monkeypatch.setattr(moec.selfcheck, "forms", lambda device: {})
+    with interpreting():
+        assert [r.ok for r in moec.selfcheck._gradients(torch.device("cpu"))] == [False]
 
 
 @pytest.mark.usefixtures("few")

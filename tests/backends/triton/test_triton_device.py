@@ -53,7 +53,8 @@ def test_the_instruction_goes_by_rows() -> None:
     ("target", "kind"),
     [
         ("cuda:sm90", "cuda:sm90"), ("cuda:sm86", "cuda:sm89"), ("cuda:sm103", "cuda:sm100"),
-        ("cuda:sm120", "cuda:sm89"), ("cuda:sm75", "cuda:sm80"), ("cuda:sm130", "cuda:sm89"), ("hip:gfx90a", "hip:gfx942"),
+        ("cuda:sm120", "cuda:sm89"), ("cuda:sm75", "cuda:sm80"), ("cuda:sm130", "cuda:sm89"),
+        ("hip:gfx90a", "hip:gfx942"),
     ],
 )  # fmt: skip
 def test_an_unknown_device_is_like_a_known_one(target: str, kind: str) -> None:

@@ -20,7 +20,7 @@ QUICK = (
     ExpertsCase(sentinels=True, layout="separate", stacked=False, dtype="bf16"),
     ExpertsCase(captures=True, post=True),
 )
-"""Between them: all kinds of weights, both forms, epilogues and functions of rows, f32 and bf16, ids that go nowhere."""
+"""Between them: all kinds of weights, both forms, epilogues and functions of rows, two types, ids that go nowhere."""
 
 
 def quickly(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
