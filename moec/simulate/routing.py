@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.ir.errors import nearest
+from moec.routing.store import load_routing
 from moec.simulate.errors import SimulationError
 
 KINDS = ("balanced", "uniform", "zipf:1.2", "a .json file")
@@ -41,10 +42,11 @@ class Routing:
     def parse(text: str, seed: int = 0) -> Routing:
         """A routing from its text: ``balanced``, ``uniform``, ``zipf:1.2``, or a file.
 
-        The file is JSON: a list of counts, or a routing profile, an object whose ``layers`` have ``loads``.
+        The file is JSON: a list of counts, or a profile of ``moec profile --routing``.
 
         Raises:
             SimulationError: It is none of these.
+            RoutingError: It is a routing profile that cannot be used.
         """
         if text == "balanced":
             return Routing(seed=seed)
@@ -134,11 +136,13 @@ def _read(path: Path) -> tuple[tuple[float, ...], ...]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise SimulationError(f"the histogram {path} cannot be read: {e}") from e
-    try:
-        lists = [layer["loads"] for layer in data["layers"]] if isinstance(data, dict) else [data]
-        found = tuple(tuple(float(v) for v in counts) for counts in lists)
-    except (KeyError, TypeError, ValueError):
-        found = ()
+    if isinstance(data, dict):
+        found = tuple(tuple(map(float, layer.loads)) for layer in load_routing(path).layers)
+    else:
+        try:
+            found = (tuple(float(count) for count in data),)
+        except (TypeError, ValueError):
+            found = ()
     if not found or any(not counts or min(counts) < 0 or not sum(counts) > 0 for counts in found):
         raise SimulationError(
             f"{path} holds no histogram", hint="a list of counts from 0 up, one for each expert, or a routing profile"

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec.routing.profile import LayerRouting, RoutingProfile
+from moec.routing.store import RoutingError, save_routing
 from moec.simulate.errors import SimulationError
 from moec.simulate.routing import Routing
 
@@ -68,10 +70,13 @@ def test_a_histogram(tmp_path: Path) -> None:
 
 
 def test_a_routing_profile_has_a_histogram_a_layer(tmp_path: Path) -> None:
-    file = tmp_path / "p.json"
-    file.write_text(json.dumps({"format": "moec-routing", "layers": [{"loads": [1, 0]}, {"loads": [0, 5]}]}))
+    layers = (LayerRouting("a", 2, 1, (1, 0)), LayerRouting("b", 2, 1, (0, 5)))
+    file = save_routing(RoutingProfile("m", 6, 1, 1, layers), tmp_path / "p.json")
     routing = Routing.parse(str(file))
     assert [routing.ids(0, 3, 1, 2, layer=n).flatten().tolist() for n in range(3)] == [[0] * 3, [1] * 3, [0] * 3]
+    file.write_text(file.read_text().replace('"version": 1', '"version": 99'))
+    with pytest.raises(RoutingError, match="cannot be used: it has version 99"):
+        Routing.parse(str(file))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_a_skew_that_is_none(text: str, says: str) -> None:
         Routing.parse(text)
 
 
-@pytest.mark.parametrize("content", ["[]", "[1, -1]", "[0, 0]", '{"counts": [1]}', '["a"]', '{"layers": []}', "3"])
+@pytest.mark.parametrize("content", ["[]", "[1, -1]", "[0, 0]", '["a"]', "[[1]]", "3"])
 def test_a_file_without_a_histogram(content: str, tmp_path: Path) -> None:
     (tmp_path / "h.json").write_text(content)
     with pytest.raises(SimulationError, match="holds no histogram"):
