@@ -1,4 +1,4 @@
-"""From measurements to a profile: probes, one layer for the curves, three more for what is no GEMM."""
+"""From measurements to a profile: probes, one layer for the curves, three more for what is no GEMM, and links."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from functools import partial
 from itertools import product
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moec.backends.cpu.isa import Isa, isa_of
 from moec.calibration.layers import SyntheticLayer
+from moec.calibration.links import measure_links
 from moec.calibration.probes import Probes, beyond_caches
 from moec.calibration.times import Times, take_times
 from moec.cost import GemmCurve, LayerShape, MachineProfile, ProfileError, predict
+from moec.cost.links import Link
 from moec.cost.machine import ITEM_BYTES, ROWS, Overhead, rising
 from moec.cost.store import fingerprint, processor_name
+from moec.targets import cpu_cores
 
 Progress = Callable[[str, float], None]
 """Told what is measured, and the part of the whole that is done (0 to 1)."""
@@ -29,6 +33,7 @@ _ROUNDS, _CALLS, _TINY_CALLS = 3, 3, 300
 """All points of all types are measured in rounds, so that what changes with time (clock rates, the bandwidth that a
 virtual machine's neighbours leave, other work) meets them alike."""
 _TIMES_SOLVED = 3
+_LINKS_FROM, _MOST_PROCESSES = 0.95, 8
 _TOUCHED = ((32, 8), (64, 4), (128, 2))
 """(rows up to which, experts touched by a call): calls of some milliseconds, short enough to go by undisturbed."""
 
@@ -38,10 +43,10 @@ def calibrate(
 ) -> MachineProfile:
     """Measure this machine with up to ``threads`` threads; under a minute on two cores.
 
-    torch's number of threads is changed meanwhile and put back.
+    torch's number of threads is changed meanwhile and put back. Links are those of processes made for it.
 
     Raises:
-        ProfileError: This processor has none of the cpu backend's instruction sets.
+        ProfileError: This processor has none of the cpu backend's instruction sets, or processes cannot talk.
         BuildError: There is no C++ compiler.
     """
     isa = isa_of("cpu")
@@ -80,8 +85,20 @@ def _calibrate(isa: Isa, threads: int, dtypes: Sequence[str], progress: Progress
     machine = replace(machine, overheads=tuple(_overhead(machine, layer, ends) for layer in layers.values()))
     seen = Times()
     machine = _with_curves(machine, layers, ends, seen, progress)
+    del layers
+    machine = replace(machine, links=_links(progress))
     progress("done", 1.0)
     return replace(machine, interrupted=len(seen.interrupted) / len(seen.clean + seen.interrupted))
+
+
+def _links(progress: Progress) -> tuple[tuple[int, Link], ...]:
+    """Of two processes, and of as many as there are cores; of none where one core would take turns."""
+    counts = sorted({2, min(cpu_cores(), _MOST_PROCESSES)}) if cpu_cores() > 1 and dist.is_available() else []
+    found = []
+    for count in counts:
+        progress(f"links of {count} processes", _LINKS_FROM)
+        found.append((count, measure_links(count)))
+    return tuple(found)
 
 
 def _teams(threads: int) -> list[int]:
@@ -170,7 +187,8 @@ def _with_curves(
     for turn, (n, ((dtype, threads), calls)) in product(range(_ROUNDS), enumerate(curves.items())):
         done = (turn + n / len(curves)) / _ROUNDS
         for call in calls:
-            progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", 0.1 + 0.9 * done)
+            part = 0.1 + (_LINKS_FROM - 0.1) * done
+            progress(f"{dtype}, {threads} threads, round {turn + 1}, {call.rows} rows an expert", part)
             call.times.add(layers[dtype].fixed_rows(call.rows, call.touched, threads, _CALLS))
     for (dtype, threads), calls in curves.items():
         for call in calls:

@@ -111,6 +111,9 @@ def _machine_table(machine: MachineProfile) -> Table:
             table.add_row(name, f"{1e-9 / seconds:.1f} GB/s" if seconds else "hidden")
         for team, seconds in o.tasks:
             table.add_row(f"a task in {o.dtype}, {_threads(team)}", f"{seconds * 1e6:.2f} µs")
+    for count, link in machine.links:
+        shown = f"{link.alpha_s * 1e6:.0f} µs, {link.bytes_per_s / 1e9:.2f} GB/s"
+        table.add_row(f"links between {count} processes (gloo)", shown)
     return table
 
 

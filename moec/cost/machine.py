@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from moec.cost.links import Link
 from moec.targets import Target, detect_level, parse_target
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
@@ -100,6 +101,8 @@ class MachineProfile:
         overheads: By element type; one that is not among them is taken to cost what the first does.
         interrupted: Part of the measured calls that other work interrupted; they do not count where others went by.
         measured: When, as text; empty for assumed numbers.
+        links: (processes of this machine, links between any two of them while all send) pairs; () where there are no
+            such processes, or nobody measured them.
     """
 
     name: str
@@ -115,6 +118,7 @@ class MachineProfile:
     overheads: tuple[Overhead, ...]
     interrupted: float = 0.0
     measured: str = ""
+    links: tuple[tuple[int, Link], ...] = ()
 
     def bytes_per_s(self, threads: int) -> float:
         """Bytes that ``threads`` threads read from memory in a second."""

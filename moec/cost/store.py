@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from moec.cache import cache_dir, write_atomic
+from moec.cost.links import Link
 from moec.cost.machine import ITEM_BYTES, GemmCurve, MachineProfile, Overhead, Points, defaults_for
 from moec.ir.errors import MoecError
 from moec.targets import Target, cpu_cores, cpu_flags
 
 FORMAT = "moec-profile"
 VERSION = 2
-"""Of the file. A file of another version is not read: a profile is measured again in a minute."""
+"""Of the file. A file of another version is not read: a profile is measured again in a minute. One without links, as
+they came later, says that they were not measured."""
 
 _told: set[tuple[Path, str]] = set()
 
@@ -82,6 +84,10 @@ def to_json(machine: MachineProfile) -> str:
         "gemm_ns_per_weight_element_by_rows": [
             {"dtype": c.dtype, "isa": c.isa, "threads": c.threads, "points": c.points} for c in machine.curves
         ],
+        "links_between_processes": [
+            {"processes": n, "alpha_seconds": link.alpha_s, "bytes_per_s": link.bytes_per_s}
+            for n, link in machine.links
+        ],
     }
     return json.dumps({"format": FORMAT, "version": VERSION, "machine": numbers}, indent=1) + "\n"
 
@@ -131,6 +137,10 @@ def _machine(m: Mapping[str, Any]) -> MachineProfile:
             for o in _some(m["overheads_by_threads"])
         ),
         interrupted=_number(m["interrupted_part_of_calls"], least=0.0),
+        links=tuple(
+            (int(_number(n["processes"], least=2)), Link(_number(n["alpha_seconds"], 0.0), _number(n["bytes_per_s"])))
+            for n in m.get("links_between_processes", [])
+        ),
     )
 
 

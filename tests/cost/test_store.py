@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moec.cost import ProfileError, ProfileWarning, load_profile, machine_for, save_profile
+from moec.cost.links import Link
 from moec.cost.store import fingerprint, from_json, profile_path, to_json
 from moec.targets import parse_target
 from tests.cost.machines import overhead, round_machine
@@ -27,8 +28,17 @@ def here() -> dict[str, object]:
 
 
 def test_round_trip() -> None:
-    machine = round_machine(interrupted=0.25, measured="today", overheads=(overhead(rows=((1, 1e-10),)),))
+    machine = round_machine(
+        interrupted=0.25,
+        measured="today",
+        overheads=(overhead(rows=((1, 1e-10),)),),
+        links=((2, Link(1e-4, 2e9)), (8, Link(2e-4, 1e9))),
+    )
     assert dataclasses.asdict(from_json(to_json(machine))) == dataclasses.asdict(machine)
+
+
+def test_a_profile_from_before_links_were_measured() -> None:
+    assert from_json(without("links_between_processes")).links == ()
 
 
 def test_saved_and_loaded_by_processor() -> None:
