@@ -20,7 +20,7 @@ from moec.cost.curve import EFFICIENCY, TILE
 from moec.ir.parallel_semantics import chunk_sizes, owners
 from moec.simulate import Routing, Topology, load_topology, simulate
 from moec.simulate.collectives import all_gather, all_to_all, reduce_scatter
-from moec.simulate.events import Collective, Compute, Flow, Start, Step, Wait
+from moec.simulate.steps import Collective, Compute, Flow, Start, Step, Wait
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "simulator.md"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moec.simulate.errors import SimulationError
-from moec.simulate.events import Timeline, simulate
+from moec.simulate.events import simulate
 from moec.simulate.report import Report, make_report
 from moec.simulate.routing import Routing
 from moec.simulate.run import Outcome, Setting, run_graphs
+from moec.simulate.steps import Timeline
 from moec.simulate.topology import Topology, known_topologies, load_topology
 from moec.simulate.trace import Trace, trace
 

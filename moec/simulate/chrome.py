@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moec.simulate.events import Timeline
+from moec.simulate.steps import Timeline
 
 
 def chrome_trace(timeline: Timeline, name: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.simulate.events import Flow
+from moec.simulate.steps import Flow
 from moec.simulate.topology import Topology
 
 Matrix = Sequence[Sequence[float]]

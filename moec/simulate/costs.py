@@ -1,18 +1,21 @@
 """How long an op keeps a rank's compute stream busy.
 
 Experts take what the layer's curve of rows says (:mod:`moec.cost.curve`). A product of matrices takes the longer of its
-multiply-adds and its bytes. Anything else takes its bytes, read and written once; views take nothing.
+multiply-adds and its bytes. Anything else takes its bytes, read and written once; views take nothing. Beside a
+collective an op has fewer units for its arithmetic, and the same memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moec.cost.curve import EFFICIENCY, LayerCurve, assumed_curve
+from moec.cost.curve import EFFICIENCY, LayerCurve, assumed_curve, measured_curve
 from moec.cost.layer import LayerShape
 from moec.cost.machine import ITEM_BYTES
 from moec.ir.core import Op
@@ -64,16 +67,29 @@ class Costs:
             time = max(time, _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY))
         return self.device.launch_s + time
 
+    @cached_property
+    def beside(self) -> Costs | None:
+        """Times of ops while a collective is under way; None where it takes nothing from them."""
+        device = self.device
+        return Costs(replace(device, target=device.beside_collective, comm_units=0.0)) if device.comm_units else None
+
     def curve_of(self, shape: LayerShape, backward: bool = False) -> LayerCurve:
         """Seconds of a layer's experts by their rows.
 
         A backward is the up GEMM again, and for each GEMM one for the gradients of rows and one for those of weights.
         """
         if (shape, backward) not in self._curves:
-            curve = assumed_curve(shape, self.device.target)
+            curve = self._curve(shape)
             again = shape.parts * shape.hidden / (shape.parts * shape.hidden + shape.width)
             self._curves[shape, backward] = curve.times(2 + again) if backward else curve
         return self._curves[shape, backward]
+
+    def _curve(self, shape: LayerShape) -> LayerCurve:
+        machine = self.device.machine
+        if machine is None:
+            return assumed_curve(shape, self.device.target)
+        together = measured_curve(shape, machine, machine.cores)  # all cores on one layer, here each on its own
+        return LayerCurve(machine.call_seconds, together.times(machine.cores).points)
 
     def _rate(self, dtype: torch.dtype) -> float:
         return self.device.target.flops_per_s(_name(dtype))

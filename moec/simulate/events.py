@@ -4,7 +4,8 @@ A rank has one stream for its ops, and one for each group that it communicates i
 program order. ``Start`` puts the rank's part of a collective on the group's stream, where parts go one after the other;
 ``Wait`` holds the ops up until that part is done. A message moves when both its ends have come so far, after the time
 that a collective takes to begin and the latency of its way. A part is done when all messages of its rank are. Links are
-shared max-min fairly (:mod:`moec.simulate.network`).
+shared max-min fairly (:mod:`moec.simulate.network`). While a part is under way, from the head of its stream on, it
+holds some of the rank's compute units, whether its messages move or wait for others' parts: ops then go on more slowly.
 """
 
 from __future__ import annotations
@@ -12,104 +13,11 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from moec.simulate.errors import SimulationError
 from moec.simulate.network import Network
+from moec.simulate.steps import Collective, Compute, Span, Start, Step, Timeline
 from moec.simulate.topology import Topology
-
-
-@dataclass(frozen=True)
-class Compute:
-    """An op of a rank: ``seconds`` of its compute stream."""
-
-    label: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Start:
-    """This rank's part of a collective begins, once its stream is free."""
-
-    collective: int
-
-
-@dataclass(frozen=True)
-class Wait:
-    """The ops behind it need what the collective brings."""
-
-    collective: int
-
-
-Step = Compute | Start | Wait
-
-
-@dataclass(frozen=True)
-class Flow:
-    """One message.
-
-    Attributes:
-        source, to: Ranks.
-        bytes: How long.
-        hops: Latencies before its last byte can follow its first, as a ring hands messages on.
-    """
-
-    source: int
-    to: int
-    bytes: float
-    hops: int = 1
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Messages that belong together.
-
-    Attributes:
-        label: What it carries.
-        group: Name of the group; its stream.
-        ranks: Who takes part.
-        flows: Its messages.
-        sent: Bytes that each rank sends to others as its program sees it, whatever way they take.
-    """
-
-    label: str
-    group: str
-    ranks: tuple[int, ...]
-    flows: tuple[Flow, ...]
-    sent: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Span:
-    """What a stream did between two moments, in seconds. ``kind`` is ``compute``, ``comm`` or ``wait``."""
-
-    rank: int
-    stream: str
-    kind: str
-    label: str
-    begin: float
-    end: float
-
-
-@dataclass
-class Timeline:
-    """What happened.
-
-    Attributes:
-        seconds: When the last rank was done.
-        ends: When every rank was.
-        spans: What every stream did, in order of their beginnings.
-        network: The links' own account.
-    """
-
-    seconds: float
-    ends: list[float]
-    spans: list[Span]
-    network: Network
-
-    def total(self, rank: int, kind: str) -> float:
-        """Seconds that a rank spent in spans of a kind."""
-        return sum(s.end - s.begin for s in self.spans if s.rank == rank and s.kind == kind)
 
 
 class _Rank:
@@ -117,6 +25,10 @@ class _Rank:
         self.steps, self.at = steps, 0
         self.waits: int | None = None
         self.since = self.end = 0.0
+        self.op: Compute | None = None  # what it computes, since when, how much is left, and at which planned end
+        self.op_begin = self.op_since = 0.0
+        self.op_left, self.planned = 0.0, 0
+        self.parts = 0  # under way
         self.queues: dict[str, list[int]] = defaultdict(list)  # parts of a stream, the first is under way
         self.begun: dict[int, float] = {}
         self.done: set[int] = set()
@@ -169,7 +81,7 @@ class Engine:
             while self.events and self.events[0][0] <= time:
                 _, _, what, a, b = heapq.heappop(self.events)
                 if what == "op":
-                    self._go(a, time)
+                    self._ended(a, time, b)
                 elif what == "flow":
                     starting.append(a)
                 else:
@@ -194,8 +106,8 @@ class Engine:
             if isinstance(step, Compute):
                 rank.at += 1
                 if step.seconds > 0:
-                    self.spans.append(Span(number, "ops", "compute", step.label, now, now + step.seconds))
-                    self._at(now + step.seconds, "op", number)
+                    rank.op, rank.op_left, rank.op_begin, rank.op_since = step, 1.0, now, now
+                    self._plan(number, now)
                     return
             elif isinstance(step, Start):
                 rank.at += 1
@@ -209,9 +121,36 @@ class Engine:
                 rank.waits, rank.since = step.collective, now
                 return
 
+    def _plan(self, number: int, now: float) -> None:
+        """When the op that a rank computes will end, if no other part begins or ends before."""
+        rank = self.ranks[number]
+        assert rank.op is not None
+        rank.planned = self.number + 1
+        self._at(now + rank.op_left * _seconds(rank.op, rank.parts), "op", number, rank.planned)
+
+    def _take_units(self, number: int, parts: int, now: float) -> None:
+        """So many parts more are under way; what the rank computes goes on at the new pace."""
+        rank = self.ranks[number]
+        before, rank.parts = rank.parts, rank.parts + parts
+        if rank.op is None or _seconds(rank.op, before) == _seconds(rank.op, rank.parts):
+            return
+        rank.op_left = max(0.0, rank.op_left - (now - rank.op_since) / _seconds(rank.op, before))
+        rank.op_since = now
+        self._plan(number, now)
+
+    def _ended(self, number: int, now: float, planned: int) -> None:
+        """The op of a rank is done, unless that was planned before its pace changed."""
+        rank = self.ranks[number]
+        if rank.op is None or rank.planned != planned:
+            return
+        self.spans.append(Span(number, "ops", "compute", rank.op.label, rank.op_begin, now))
+        rank.op = None
+        self._go(number, now)
+
     def _begin(self, number: int, collective: int, now: float) -> None:
         """A part reaches the head of its stream."""
         self.ranks[number].begun[collective] = now
+        self._take_units(number, 1, now)
         if not self.missing[collective][number]:
             self._at(now + self.topology.device.start_s, "part", collective, number)
         for i in self.of_part[collective, number]:
@@ -236,6 +175,7 @@ class Engine:
         queue.pop(0)
         if queue:
             self._begin(number, queue[0], now)
+        self._take_units(number, -1, now)
         if rank.waits == collective:
             rank.waits = None
             if now > rank.since:
@@ -250,6 +190,11 @@ class Engine:
                 f"{len(stuck)} ranks wait without end: {which}",
                 hint="all ranks of a group must begin the same collectives in the same order",
             )
+
+
+def _seconds(op: Compute, parts: int) -> float:
+    """Of a whole op while so many parts are under way."""
+    return op.seconds if op.beside is None or not parts else op.beside
 
 
 def simulate(

@@ -13,7 +13,7 @@ from torch import Tensor
 from moec.ir.comm_semantics import Call, CommError, Pending, World
 from moec.simulate.abstract import META, known
 from moec.simulate.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
-from moec.simulate.events import Collective, Flow
+from moec.simulate.steps import Collective, Flow
 from moec.simulate.topology import Topology
 
 Groups = Mapping[str, Sequence[Sequence[int]]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.calibration.picture import PictureError, require_matplotlib
-from moec.simulate.events import Span, Timeline
+from moec.simulate.steps import Span, Timeline
 
 COLOURS = {"compute": "#4878a8", "experts": "#1f4e79", "wait": "#d9d9d9", "comm": "#e08b3e"}
 _MOST_RANKS = 8

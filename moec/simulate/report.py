@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moec.simulate.events import Timeline
+from moec.simulate.steps import Timeline
 from moec.simulate.trace import Trace
 
 

@@ -13,11 +13,12 @@ from moec.ir.types import TensorType
 from moec.parallel.plan import Plan
 from moec.passes.base import Pass, PassContext, Remark
 from moec.simulate.abstract import sizes_of
-from moec.simulate.events import Timeline, simulate
+from moec.simulate.events import simulate
 from moec.simulate.job import check_fits, chosen_experts, given_choices, group_ranks, make_job, token_symbols
 from moec.simulate.planning import MachineCosts, RoutedRows
 from moec.simulate.report import Report, make_report
 from moec.simulate.routing import Routing
+from moec.simulate.steps import Timeline
 from moec.simulate.topology import Topology
 from moec.simulate.trace import trace
 

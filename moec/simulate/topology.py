@@ -21,6 +21,7 @@ from typing import Any
 import networkx as nx
 
 from moec.cost.links import Link
+from moec.cost.machine import MachineProfile
 from moec.ir.errors import nearest
 from moec.simulate.errors import SimulationError
 from moec.targets import Target, TargetError, parse_target
@@ -37,11 +38,22 @@ class Device:
         target: Peaks; the memory bandwidth is what streams reach.
         launch_s: What every op costs beside its work.
         start_s: What every collective costs before its first message.
+        comm_units: Part of its units (multiprocessors, cores) that a collective holds while it is under way. Arithmetic
+            then takes that much longer; what memory binds does not.
+        machine: A measured processor, whose curves hold for experts; one rank is one of its cores.
     """
 
     target: Target
     launch_s: float
     start_s: float
+    comm_units: float = 0.0
+    machine: MachineProfile | None = None
+
+    @property
+    def beside_collective(self) -> Target:
+        """What is left of the device while a collective is under way."""
+        left = 1.0 - self.comm_units
+        return replace(self.target, flops=tuple((dtype, rate * left) for dtype, rate in self.target.flops))
 
 
 @dataclass(frozen=True)
@@ -158,11 +170,15 @@ class Way:
 
 
 def load_topology(text: str) -> Topology:
-    """The preset of that name, or the only topology of a file in the format of the presets.
+    """The preset of that name, this machine (``here``), or the only topology of a file in the format of the presets.
 
     Raises:
-        SimulationError: No such preset (the nearest are named), or a file that cannot be read.
+        SimulationError: No such preset (the nearest are named), a file that cannot be read, or no measurement.
     """
+    from moec.simulate.here import HERE, here  # which makes topologies
+
+    if text == HERE:
+        return here()
     if text.endswith(".json"):
         data = _read(Path(text))
         if len(data["topologies"]) != 1:
@@ -171,8 +187,8 @@ def load_topology(text: str) -> Topology:
     data = _read(PRESETS)
     if text not in data["topologies"]:
         raise SimulationError(
-            f"unknown topology {text!r}; {nearest(text, data['topologies'])}",
-            hint="topologies: " + ", ".join(data["topologies"]) + ", or a .json file",
+            f"unknown topology {text!r}; {nearest(text, [*data['topologies'], HERE])}",
+            hint=f"topologies: {', '.join(data['topologies'])}, {HERE} for this machine, or a .json file",
         )
     return _topology(text, data, str(PRESETS.name))
 
@@ -207,8 +223,12 @@ def _topology(name: str, data: Mapping[str, Any], file: str) -> Topology:
         between = None if t["between"] is None else _link(data["links"][t["between"]])
         d = data["devices"][t["device"]]
         target = parse_target(d["target"])
-        streams = replace(target, memory_bandwidth=target.memory_bandwidth * _number(d["memory_efficiency"]))
-        device = Device(streams, _number(d["launch_s"]), _number(d["start_s"]))
+        bandwidth = _number(d["memory_bandwidth"]) if "memory_bandwidth" in d else target.memory_bandwidth
+        streams = replace(target, memory_bandwidth=bandwidth * _number(d["memory_efficiency"]))
+        units = _number(d["comm_units"]) if "comm_units" in d else 0.0
+        if units >= 1:
+            raise ValueError(f"a collective cannot take {units:g} of all units")
+        device = Device(streams, _number(d["launch_s"]), _number(d["start_s"]), units)
         inside = _link(data["links"][t["inside"]])
         return Topology(name, str(t["about"]), device, int(t["nodes"]), int(t["per_node"]), inside, between)
     except KeyError as e:

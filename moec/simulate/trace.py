@@ -20,9 +20,9 @@ from moec.ir.opdef import op_def
 from moec.simulate.abstract import argument, execute, known
 from moec.simulate.costs import Costs, rows_of_experts
 from moec.simulate.errors import SimulationError
-from moec.simulate.events import Collective, Compute, Start, Step, Wait
 from moec.simulate.exchange import Exchange, Groups, Promise, RankWorld
 from moec.simulate.routing import Routing
+from moec.simulate.steps import Collective, Compute, Start, Step, Wait
 from moec.simulate.topology import Topology
 
 Run = Generator[None, None, list[Any]]
@@ -102,7 +102,8 @@ class _Rank:
             self.steps.append(Start(results[0].meeting.number))
         elif seconds := self.costs.seconds(op, values, results):
             name = str(op.attrs.get("target", "")) if op.name == "torch.call" else op.name
-            self.steps.append(Compute(name, seconds))
+            beside = self.costs.beside.seconds(op, values, results) if self.costs.beside else None
+            self.steps.append(Compute(name, seconds, beside))
         return results
 
     def nested(self, graph: Graph, inputs: Sequence[Any]) -> list[Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.simulate.collectives import all_gather, all_reduce, all_to_all, hierarchical, reduce_scatter
 from moec.simulate.errors import SimulationError
-from moec.simulate.events import Collective, Compute, Flow, Start, Step, Timeline, Wait, simulate
+from moec.simulate.events import simulate
+from moec.simulate.report import union
+from moec.simulate.steps import Collective, Compute, Flow, Start, Step, Timeline, Wait
 from tests.simulate.machines import ALPHA, BANDWIDTH, machine
+from tests.simulate.strategies import Job, jobs
 
 CLOSE = 1e-9
 
@@ -119,54 +123,74 @@ def test_no_schedule_beats_the_lower_bound(found: list[tuple[float, float, float
     assert seconds <= sum(there) + sum(back) + sum(c[1] for c in found) + 1e-9
 
 
-@st.composite
-def jobs(draw: st.DrawFn) -> tuple[list[list[Step]], list[Collective], int]:
-    """Random programs that all ranks run in the same order of collectives, waits anywhere behind their starts."""
-    ranks, count = draw(st.integers(2, 5)), draw(st.integers(1, 6))
-    groups = [draw(st.sampled_from(("a", "b"))) for _ in range(count)]
-    size = st.sampled_from((0.0, 10.0, 1000.0, 7000.0))
-    collectives = [
-        one(all_to_all(range(ranks), [[draw(size) for _ in range(ranks)] for _ in range(ranks)]), ranks, group)
-        for group in groups
-    ]
-    programs = []
-    for _ in range(ranks):
-        steps: list[Step] = []
-        open_: list[int] = []
-        for i in range(count):
-            steps += [Compute("x", draw(st.sampled_from((0.0, 0.001, 0.01)))), Start(i)]
-            open_.append(i)
-            while open_ and draw(st.booleans()):
-                steps.append(Wait(open_.pop(draw(st.integers(0, len(open_) - 1)))))
-        programs.append([*steps, *(Wait(i) for i in open_)])
-    return programs, collectives, ranks
-
-
 @given(jobs())
-@settings(max_examples=60, deadline=None)
-def test_no_rule_is_ever_broken(job: tuple[list[list[Step]], list[Collective], int]) -> None:
-    """No dependency, no stream, no link: ops in order, parts of a group one by one, waits end after their part."""
-    programs, collectives, ranks = job
-    made = machine(5, start_s=1e-4)
-    found = simulate(programs, collectives, made, watch=True)
-    for rank in range(ranks):
+@settings(max_examples=80, deadline=None)
+def test_no_rule_is_ever_broken(job: Job) -> None:
+    """No dependency, no stream: ops in order, parts of a group one by one, waits end after their part."""
+    found = simulate(job.programs, job.collectives, job.machine)
+    for rank, program in enumerate(job.programs):
         spans = [s for s in found.spans if s.rank == rank]
         for stream in {s.stream for s in spans}:
             on = [s for s in spans if s.stream == stream]
             assert all(a.end <= b.begin + 1e-12 for a, b in itertools.pairwise(on)), stream
-        compute = [s for s in programs[rank] if isinstance(s, Compute)]
+        compute = [s for s in program if isinstance(s, Compute)]
         assert found.total(rank, "compute") == pytest.approx(sum(c.seconds for c in compute))
         assert found.ends[rank] == pytest.approx(found.total(rank, "compute") + found.total(rank, "wait"))
-        assert sum(s.kind == "comm" for s in spans) == len(collectives)
-    network = found.network
-    flows = [f for c in collectives for f in c.flows if f.bytes > 0]
-    assert (network.ended - network.begun >= [f.bytes / BANDWIDTH * (1 - 1e-6) for f in flows]).all()
-    limit = [made.graph.edges[e]["bytes_per_s"] for e in made.links]
-    moved = 0.0
-    for begin, end, carried in network.segments or []:
-        assert (carried <= [b * (1 + 1e-9) for b in limit]).all()
-        moved += carried.sum() * (end - begin)
-    assert moved == pytest.approx(2 * sum(f.bytes for f in flows), rel=1e-6)  # each crosses two links
+        done = {s.label: s.end for s in spans if s.kind == "comm"}
+        assert sorted(done) == sorted(c.label for c in job.collectives)
+        assert all(done[s.label] == pytest.approx(s.end) for s in spans if s.kind == "wait")
+
+
+@given(jobs())
+@settings(max_examples=80, deadline=None)
+def test_links_carry_all_bytes_and_never_more_than_they_can(job: Job) -> None:
+    """On one tier and on two: each message crosses the links of its way, and no link is ever faster than it is."""
+    made = job.machine
+    found = simulate(job.programs, job.collectives, made, watch=True)
+    flows = [f for c in job.collectives for f in c.flows if f.bytes > 0]
+    limit = np.array([made.graph.edges[e]["bytes_per_s"] for e in made.links])
+    carried, wanted = np.zeros(len(limit)), np.zeros(len(limit))
+    for begin, end, rates in found.network.segments or []:
+        assert (rates <= limit * (1 + 1e-9)).all()
+        carried += rates * (end - begin)
+    for f in flows:
+        wanted[list(made.way(f.source, f.to).links)] += f.bytes
+    assert carried == pytest.approx(wanted, rel=1e-6)
+    assert found.seconds >= (wanted / limit).max(initial=0.0) * (1 - 1e-6)
+    slowest = [min(limit[list(made.way(f.source, f.to).links)]) for f in flows]
+    least = [f.bytes / rate * (1 - 1e-6) for f, rate in zip(flows, slowest, strict=True)]
+    assert (found.network.ended - found.network.begun >= least).all()
+
+
+@given(jobs(slowed=1.5))
+@settings(max_examples=80, deadline=None)
+def test_an_op_beside_a_collective_is_slower_for_as_long(job: Job) -> None:
+    """What an op does in its span, at one pace beside parts of collectives and at another without, is the whole op."""
+    found = simulate(job.programs, job.collectives, job.machine)
+    for rank, program in enumerate(job.programs):
+        spans = [s for s in found.spans if s.rank == rank]
+        under_way = [(s.begin, s.end) for s in spans if s.kind == "comm"]
+        ran = [s for s in spans if s.kind == "compute"]
+        ops = [s for s in program if isinstance(s, Compute) and s.seconds]
+        for op, span in zip(ops, ran, strict=True):
+            clipped = [(max(b, span.begin), min(e, span.end)) for b, e in under_way if e > span.begin and b < span.end]
+            beside = union(clipped)
+            assert op.beside is not None
+            alone = span.end - span.begin - beside
+            assert beside / op.beside + alone / op.seconds == pytest.approx(1.0, abs=1e-6)
+
+
+def test_units_that_a_collective_holds_by_hand() -> None:
+    """An op of 10 s, 20 s where a collective holds half of the units, which it does for the first 4 s: 12 s."""
+    made = machine(2)
+    steps: list[Step] = [Start(0), Compute("x", 10.0, 20.0), Wait(0)]
+    flows = [Flow(0, 1, (4.0 - ALPHA) * BANDWIDTH), Flow(1, 0, 1.0)]
+    found = simulate([steps] * 2, [one(flows, 2)], made)
+    assert found.total(0, "comm") == pytest.approx(4.0)
+    assert found.total(0, "compute") == pytest.approx(12.0)
+    late = simulate([[Compute("y", 1.0), *steps], steps], [one(flows, 2)], made)
+    assert late.total(1, "comm") == pytest.approx(5.0), "rank 1 waits for rank 0's part"
+    assert late.total(1, "compute") == pytest.approx(12.5), "and holds its units meanwhile"
 
 
 def test_a_stream_for_each_group() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from moec.cost import LayerShape
 from moec.simulate.collectives import all_to_all
 from moec.simulate.costs import Costs, rows_of_experts
-from moec.simulate.events import Collective, Start, Wait, simulate
+from moec.simulate.events import simulate
 from moec.simulate.planning import MachineCosts, RoutedRows
 from moec.simulate.routing import Routing
+from moec.simulate.steps import Collective, Start, Wait
 from moec.simulate.topology import Topology, load_topology
 from tests.parallel.layers import Layer
 from tests.simulate.machines import machine
@@ -61,3 +65,14 @@ def test_rows_are_those_of_the_routing() -> None:
     assert rows[1] == torch.bincount(routing.ids(1, 32, 2, 8).flatten(), minlength=8).tolist()
     assert RoutedRows(routing, 32, 9).rows("", 4, 8) is None
     assert "nothing shows clusters" in RoutedRows(routing, 32, 2).least_saving(8, 2, 2, ())
+
+
+def test_arithmetic_beside_a_collective_has_fewer_units_and_the_same_memory() -> None:
+    device = replace(machine(4).device, comm_units=0.25)
+    costs = Costs(device)
+    assert costs.beside is not None
+    assert Costs(machine(4).device).beside is None
+    shape = LayerShape(4096, 4096, 4096, experts=1, top_k=1, dtype="bf16")
+    alone, slowed = costs.curve_of(shape), costs.beside.curve_of(shape)
+    assert slowed.expert_seconds(8192) == pytest.approx(alone.expert_seconds(8192) / 0.75)
+    assert slowed.expert_seconds(1) == alone.expert_seconds(1), "one row is bound by reading weights"

@@ -52,7 +52,7 @@ def test_the_first_ranks() -> None:
     assert (whole.first(4).nodes, whole.first(4).per_node) == (1, 4)
     with pytest.raises(SimulationError, match="12 ranks are not whole nodes of 8"):
         whole.first(12)
-    with pytest.raises(SimulationError, match="take fewer ranks, or a larger topology: 256xh800, cloudmatrix384"):
+    with pytest.raises(SimulationError, match="take fewer ranks, or a larger topology: 256xh800, 256xa100, cloudmatrix384"):
         whole.first(100)
 
 
@@ -89,6 +89,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (lambda d: d["links"]["nvlink4"]["alpha_s"].update(value=-1), "a value that cannot be"),
         (lambda d: d["links"]["nvlink4"]["alpha_s"].update(source=""), "and its source belong"),
         (lambda d: d["devices"]["h100"].update(target="cuda:sm9000"), "unknown target"),
+        (lambda d: d["devices"]["h100"]["comm_units"].update(value=1.5), "cannot take 1.5 of all units"),
     ],
 )
 def test_a_file_that_is_wrong(change: Any, says: str, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from moec.ir.core import Graph
 from moec.ir.parser import parse_graph
 from moec.parallel.formula import layer_bytes
 from moec.simulate.errors import SimulationError
-from moec.simulate.events import Compute, Start, Wait, simulate
+from moec.simulate.events import simulate
 from moec.simulate.report import make_report
 from moec.simulate.routing import Routing
+from moec.simulate.steps import Compute, Start, Wait
 from moec.simulate.trace import Trace, trace
 from tests.parallel.layers import HISTOGRAMS, Layer
-from tests.simulate.machines import machine
+from tests.simulate.machines import ALPHA, BANDWIDTH, machine
 
 FORMS = {
     "flat": "expert-parallel",
@@ -72,17 +73,44 @@ def test_bytes_are_those_of_the_formula(form: str, histogram: str) -> None:
     assert simulate(found.programs, found.collectives, machine(2, 2)).seconds > 0
 
 
-@given(st.sampled_from(sorted(FORMS)), st.data())
-@settings(max_examples=25, deadline=None)
-def test_bytes_of_any_routing(form: str, data: st.DataObject) -> None:
-    layer = Layer(4, 6, 2, nodes=2)
-    ids = [
-        torch.tensor(
-            data.draw(st.lists(st.lists(st.integers(-1, 6), min_size=2, max_size=2), max_size=5)), dtype=torch.int64
-        ).view(-1, 2)
-        for _ in range(4)
-    ]
-    check(layer, form, ids)
+LAYERS = (Layer(4, 6, 2, nodes=2), Layer(4, 4, 1, nodes=2), Layer(3, 5, 2), Layer(3, 3, 3), Layer(2, 7, 2))
+
+
+@given(st.sampled_from(LAYERS), st.sampled_from(sorted(FORMS)), st.data())
+@settings(max_examples=40, deadline=None)
+def test_bytes_of_any_routing(layer: Layer, form: str, data: st.DataObject) -> None:
+    """Ranks without tokens, experts without rows, ids of nobody, one expert for all; one tier and two, three ranks."""
+    if form == "hierarchical" and layer.nodes == 1:
+        form = "flat"
+    expert = st.one_of(st.integers(-1, layer.experts), st.just(0))
+    rows = st.lists(st.lists(expert, min_size=layer.top_k, max_size=layer.top_k), max_size=5)
+    ids = [torch.tensor(data.draw(rows), dtype=torch.int64).view(-1, layer.top_k) for _ in range(layer.ranks)]
+    found = check(layer, form, ids)
+    made = machine(layer.ranks // layer.nodes, layer.nodes)
+    assert simulate(found.programs, found.collectives, made).seconds >= 0
+
+
+def test_no_tokens_at_all() -> None:
+    """Counts are still exchanged; no row travels, and no expert runs."""
+    layer = Layer(3, 5, 2)
+    found = check(layer, "flat", [torch.zeros(0, 2, dtype=torch.int64)] * 3)
+    assert found.rows == [0, 0, 0]
+    assert [sum(f.bytes for f in c.flows) for c in found.collectives] == [pytest.approx(2 * 5 * 8), 0, 0]
+
+
+def test_a_skewed_layer_takes_what_its_fullest_rank_receives() -> None:
+    """All tokens of three ranks choose the first rank's experts: two ranks' rows come in through its one link."""
+    layer = Layer(3, 3, 1, hidden=64)
+    tokens, row = 500, 64 * 4
+    found = traced(layer, FORMS["flat"], [torch.zeros(tokens, 1, dtype=torch.int64)] * 3)
+    timeline = simulate(found.programs, found.collectives, machine(3))
+    there, back = [[s for s in timeline.spans if s.rank == 0 and s.kind == "comm"][i] for i in (1, 2)]
+    wanted = ALPHA + 2 * tokens * row / BANDWIDTH
+    assert there.end - there.begin == pytest.approx(wanted, rel=1e-2)  # others begin a little later
+    assert back.end - back.begin == pytest.approx(wanted)
+    report = make_report(found, timeline)
+    assert report.imbalance == 3.0
+    assert [r.rows for r in report.ranks] == [3 * tokens, 0, 0]
 
 
 def total(found: Trace) -> int:
