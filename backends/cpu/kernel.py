@@ -24,6 +24,9 @@ from moec.backends.cpu.source import Shape, write_source
 from moec.backends.cpu.uneven import alike, later, row_bytes, table_of
 from moec.ir.core import Op
 
+RECENT = 16
+"""Places of weights that a kernel remembers: chunks of a layer that hold equally many experts share their kernel."""
+
 
 class Code:
     """The functions of a compiled layer, and what working memory it wants (bytes)."""
@@ -65,7 +68,7 @@ class CpuExperts(Kernel):
         self.apart = 1 if self.spec.stacked else shape.experts  # weights of a kind, and of a part
         self.codes: dict[tuple[bool, bool], Code] = {}
         self.lock = threading.Lock()
-        self.last: tuple[list[tuple[int, tuple[int, ...]]], Placed] | None = None
+        self.recent: dict[tuple[tuple[int, tuple[int, ...]], ...], Placed] = {}
         self.code(self.spec.up_nk, self.spec.down_nk)
 
     def code(self, up_nk: bool, down_nk: bool) -> Code:
@@ -117,15 +120,15 @@ class CpuExperts(Kernel):
         return [out]
 
     def _placed(self, inputs: list[Tensor]) -> Placed | None:
-        """Where this call's weights lie, mostly where those of the last call lay; None where kernels cannot read them.
+        """Where this call's weights lie, mostly where those of a recent call lay; None where kernels cannot read them.
 
         While a model decodes, what Python does for a layer is done on caches that the weights have just swept: looking
         the fields up again costs a tenth of the layer's time.
         """
-        key = [(t.data_ptr(), t.stride()) for t in inputs[3:]]
-        last = self.last
-        if last is not None and last[0] == key:
-            return last[1]
+        key = tuple((t.data_ptr(), t.stride()) for t in inputs[3:])
+        known = self.recent.get(key)
+        if known is not None:
+            return known
         check_readable(inputs[3:])
         p, spec = self.spec.params(inputs), self.spec
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
@@ -145,7 +148,9 @@ class CpuExperts(Kernel):
         placed = Placed(self.code(up_nk, down_nk), fields, keep)
         small = (*p.captures, *p.post_captures, *p.up_bias, *p.down_bias)
         if all(t.is_contiguous() for t in small):  # otherwise there may be a copy among them, good for this call alone
-            self.last = (key, Placed(placed.code, fields, keep.without_tensors()))
+            if len(self.recent) >= RECENT:
+                self.recent = {}
+            self.recent[key] = Placed(placed.code, fields, keep.without_tensors())
         return placed
 
     def backward(

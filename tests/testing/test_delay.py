@@ -78,7 +78,6 @@ def costs(pg: Any, rank: int) -> dict[str, Any]:
     quick = delayed_group(QUICK)
     agreed = agree("ep", quick, "cpu", lambda: (own.machine, own.isa))
     nobody = agree("none", quick, "cpu", lambda: None)
-    quick.shutdown()
     assert agreed is not None and costs_of("ep") is agreed
     return {"link": agreed.link, "isa": agreed.isa, "threads": agreed.threads, "nobody": nobody}
 
@@ -89,7 +88,6 @@ def main(rank: int, folder: str) -> None:
     pg = delayed_group(LINK)
     found = {f.__name__: f(pg, rank) for f in (transfers, layer, costs)}
     torch.save(found, Path(folder) / f"{rank}.pt")
-    pg.shutdown()
     dist.barrier()
     dist.destroy_process_group()
 
