@@ -8,8 +8,8 @@ Every rank has one thread. Rows travel by gloo, and come when the links of the c
 as a curve says, so that more ranks than cores can be measured. For several ratios of the experts' time to the links'
 the table shows the step (forward or backward of one layer, slowest rank, median) without overlap, in two equal chunks,
 and as the pass chooses, beside what was predicted; and the communication that was not hidden beside what no order could
-hide. What a layer does beside its experts (sorting rows, adding them up, Python) is timed before, whole and without
-delays, and added to what is predicted.
+hide. What a layer does beside its experts (sorting rows, adding them up, Python) is timed before, whole, and added to
+what is predicted; links, and what a chunk costs, are measured as ``moec.parallelize`` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import socket
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,32 @@ from torch import Tensor
 
 from moec.backends.base import program_op
 from moec.backends.distributed import groups
+from moec.cost.chunks import ChunkCosts
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.ir.core import Op
+from moec.parallel.chunk_costs import measure_chunks
+from moec.parallel.costs import measure
 from moec.passes import PassContext, PassManager
 from moec.passes.overlap.plan import BACKWARD, plan, read_layer
 from moec.passes.overlap.policies import Schedule
 from moec.runtime.programs import program_graph
-from moec.testing import SleepingLayer, delayed_group
-from overlap_layers import ALPHA, ClockedLayer, Costs, Loads, Sizes, asleep, link_for, measured, routes, table
+from moec.testing import delayed_group
+from overlap_layers import (
+    ALPHA,
+    AsleepLayer,
+    Clocked,
+    Costs,
+    Loads,
+    Sizes,
+    WorkingLayer,
+    asleep,
+    copy_rate,
+    link_for,
+    measured,
+    routes,
+    table,
+)
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 POLICIES = ("none", "two", "auto")
@@ -97,15 +114,22 @@ class Bench:
         self.spread = sizes.graph()
         PassManager("expert-parallel", repro=None).run(self.spread, PassContext())
         self.curves = curves_of(sizes, self.spread.ops[0], self.weights, compute)
+        self.chunks, self.copies = self.cutting()
         self.outside = [self.beside(place) for place in range(len(DIRECTIONS))]
 
+    def cutting(self) -> tuple[ChunkCosts, float]:
+        """What chunks cost and how fast rows are copied; sleeping experts leave their cores to threads that send."""
+        link, sending = measure(self.group, "cpu")
+        chunks = measure_chunks("ep", self.group, "cpu", link, sending)
+        rates: list[Any] = [None] * self.sizes.ranks
+        dist.all_gather_object(rates, copy_rate())
+        return replace(chunks, burden=None if self.compute == "sleep" else chunks.burden), min(rates)
+
     def beside(self, place: int) -> float:
-        """Seconds of a call on links without delay that are not its experts': sorting, adding up, Python, gloo."""
-        self.bind(Link(0.0, 1e15))
+        """Seconds of a call that are neither its experts' nor waited: sorting, adding up, Python."""
         kernel, ids = self.kernel("none", PassContext()), routes(self.sizes, False)
         inputs = [self.x, ids[self.rank], self.factors, *self.weights]
-        took = [self.step(kernel, inputs, place) for _ in range(6)][1:]
-        return statistics.median(step - compute for step, compute in took)
+        return statistics.median([self.step(kernel, inputs, place)[2] for _ in range(6)][1:])
 
     def bind(self, link: Link) -> None:
         """Such links from now on, for the group that programs name; all ranks call this together."""
@@ -117,11 +141,11 @@ class Bench:
         """All policies at one ratio, routing and direction."""
         ids = routes(self.sizes, zipf)
         profile, op = Loads(table(self.sizes, ids)), self.spread.ops[0]
-        some = PassContext(cost_model=Costs(*self.curves, Link(ALPHA, 1e9)), profile=profile)
-        link = link_for(read_layer(op, place, some), ratio)
-        ctx = PassContext(cost_model=Costs(*self.curves, link), profile=profile)
+        costs = Costs(*self.curves, Link(ALPHA, 1e9), self.chunks, self.copies)
+        self.bind(link_for(read_layer(op, place, PassContext(cost_model=costs, profile=profile)), ratio))
+        link, _ = measure(self.group, "cpu")  # with the time that gloo takes
+        ctx = PassContext(cost_model=replace(costs, link=link), profile=profile)
         layer = read_layer(op, place, ctx)
-        self.bind(link)
         kernels = {policy: self.kernel(policy, ctx) for policy in POLICIES}
         inputs = [self.x, ids[self.rank], self.factors, *self.weights]
         seen: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
@@ -129,28 +153,32 @@ class Bench:
             for policy, kernel in kernels.items():
                 took = self.step(kernel, inputs, place)
                 if turn:
-                    seen[policy].append(took)
+                    seen[policy].append(took[:2])
         schedules = {policy: plan(layer, place, policy, own_first=True) for policy in POLICIES}
         return [
             Row(
                 ratio, "zipf" if zipf else "balanced", DIRECTIONS[place], policy, told(schedules[policy]),
                 schedules[policy].seconds + self.outside[place], statistics.median(s for s, _ in took),
-                statistics.median(c for _, c in took), self.outside[place], schedules[policy].floor,
+                statistics.median(c for _, c in took), self.outside[place] + schedules[policy].beside,
+                schedules[policy].floor,
             )
             for policy, took in seen.items()
         ]  # fmt: skip
 
-    def kernel(self, policy: str, ctx: PassContext) -> ClockedLayer | SleepingLayer:
+    def kernel(self, policy: str, ctx: PassContext) -> Clocked:
         """The layer as a policy cuts it."""
         graph = self.spread.clone()
         PassManager(f"overlap{{policy={policy},rank={self.rank}}}", repro=None).run(graph, ctx)
         op = graph.ops[0]
         op.attrs["backend"] = "cpu" if self.compute == "cpu" else "aten"
         program = program_op(program_graph(op))
-        return SleepingLayer(program, "cpu", *self.curves) if self.compute == "sleep" else ClockedLayer(program, "cpu")
+        return AsleepLayer(program, "cpu", *self.curves) if self.compute == "sleep" else WorkingLayer(program, "cpu")
 
-    def step(self, kernel: ClockedLayer | SleepingLayer, inputs: list[Tensor], place: int) -> tuple[float, float]:
-        """Seconds of one call, from the first rank's start to the last one's end; and of the busiest rank's experts."""
+    def step(self, kernel: Clocked, inputs: list[Tensor], place: int) -> tuple[float, float, float]:
+        """Seconds of one call, from the first rank's start to the last one's end.
+
+        And of the busiest rank's experts, and of a rank at most that are neither its experts' nor waited.
+        """
         dist.barrier()
         start = time.monotonic()
         if place == BACKWARD:
@@ -158,8 +186,9 @@ class Bench:
         else:
             kernel.forward(inputs)
         facts: list[Any] = [None] * self.sizes.ranks
-        dist.all_gather_object(facts, (start, time.monotonic(), kernel.computed))
-        return max(e for _, e, _ in facts) - min(s for s, _, _ in facts), max(c for _, _, c in facts)
+        dist.all_gather_object(facts, (start, time.monotonic(), kernel.computed, kernel.waited))
+        whole = max(e for _, e, _, _ in facts) - min(s for s, _, _, _ in facts)
+        return whole, max(c for _, _, c, _ in facts), max(e - s - c - w for s, e, c, w in facts)
 
 
 def told(schedule: Schedule) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,36 +14,21 @@ from torch import Tensor
 from moec.backends.base import Kernel
 from moec.backends.distributed.kernel import ParallelKernel, local_program
 from moec.backends.registry import get_backend
+from moec.cost.chunks import ChunkCosts
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.cost.machine import rising
 from moec.ir.core import Graph, Op
-from moec.ir.parser import parse_graph
+from moec.parallel.sample import sample_layer
 from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.policies import uncut
+from moec.testing import SleepingLayer
 
 ALPHA = 5e-4
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 SKEW = 1.0
 BACKWARD = 8 / 3
 """Work of a backward over that of a forward: the up GEMM again, and two GEMMs for each of the three matrices' one."""
-
-TEXT = """
-graph @layer(%x: {d}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: {d}[{own}, {i2}, {h}], %down: {d}[{own}, {h}, {i}]) -> {d}[T, {h}] {{
-  %a = comm.all_gather.start %up {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %ups = comm.wait %a : {d}[{e}, {i2}, {h}]
-  %b = comm.all_gather.start %down {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %downs = comm.wait %b : {d}[{e}, {h}, {i}]
-  %y = moe.experts %x, %ids, %w, [%ups], [%downs] {{experts = {e}}} {{
-    @activation(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
-      %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
-      %m = torch.call @aten.mul.Tensor(%s, %u) : {d}[R, {i}]
-      return %m
-    }}
-  }} : {d}[T, {h}]
-  return %y
-}}
-"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -59,12 +45,7 @@ class Sizes:
     def graph(self) -> Graph:
         """A rank's part, weights gathered as the model says it."""
         own = self.experts // self.ranks
-        return parse_graph(
-            TEXT.format(
-                d="f32", h=self.hidden, k=self.top_k, i=self.inner, i2=2 * self.inner, e=self.experts, own=own,
-                n=self.ranks, sizes=(own,) * self.ranks,
-            )
-        )  # fmt: skip
+        return sample_layer((own,) * self.ranks, own, self.top_k, self.hidden, self.inner)
 
 
 @dataclass(frozen=True)
@@ -74,6 +55,8 @@ class Costs:
     curve: LayerCurve
     backward_curve: LayerCurve
     link: Link
+    chunks: ChunkCosts
+    copy_rate: float  # bytes a second
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve:
         return self.backward_curve if backward else self.curve
@@ -82,8 +65,13 @@ class Costs:
         return self.link
 
     def copying(self, group: str, bytes: float) -> float:
-        """Nothing: what is beside experts and links is timed beforehand."""
-        return 0.0
+        return bytes / self.copy_rate
+
+    def chunk_seconds(self, op: Op, place: int, along: str) -> float:
+        return self.chunks.of(place, along)
+
+    def burden(self, group: str) -> Link | None:
+        return self.chunks.burden
 
 
 @dataclass(frozen=True)
@@ -160,6 +148,12 @@ def measured(layer: Op, sizes: Sizes, weights: list[Tensor]) -> tuple[LayerCurve
     return curves[0], curves[1]
 
 
+def copy_rate(bytes: int = 1 << 23) -> float:
+    """Bytes a second that are put together from two pieces."""
+    half = torch.zeros(bytes // 2, dtype=torch.uint8)
+    return bytes / timed(lambda: torch.cat([half, half]), 0.1)
+
+
 def link_for(layer: Layer, ratio: float) -> Link:
     """Links that the uncut layer's experts take ``ratio`` times as long as."""
     whole = uncut(layer).chunks[0]
@@ -170,18 +164,31 @@ def link_for(layer: Layer, ratio: float) -> Link:
     return Link(ALPHA, rows * (layer.there_bytes + layer.back_bytes) / wire)
 
 
-class ClockedLayer(ParallelKernel):
-    """A layer that knows how long its experts took in the last call."""
+class Clocked(ParallelKernel):
+    """A layer that knows how long its experts took in the last call, and how long it waited."""
 
     computed = 0.0
+    waited = 0.0
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        self.computed = 0.0
+        self.computed = self.waited = 0.0
         return super().forward(inputs)
 
     def backward(self, grads: Any, inputs: list[Tensor], needs: Any) -> list[Tensor | None]:
-        self.computed = 0.0
+        self.computed = self.waited = 0.0
         return super().backward(grads, inputs, needs)
+
+    def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
+        if op.name != "comm.wait":
+            return super()._execute(op, inputs)
+        start = time.monotonic()
+        found = [inputs[0].wait()]
+        self.waited += time.monotonic() - start
+        return found
+
+
+class WorkingLayer(Clocked):
+    """One with the backend's kernels."""
 
     def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
         start = time.monotonic()
@@ -194,3 +201,7 @@ class ClockedLayer(ParallelKernel):
         found = super()._experts_backward(op, inputs)
         self.computed += time.monotonic() - start
         return found
+
+
+class AsleepLayer(Clocked, SleepingLayer):
+    """One whose experts sleep."""

@@ -69,6 +69,16 @@ class OpCosts:
         machine, threads = (self.machine, 1) if agreed is None else (agreed.machine, agreed.threads)
         return 2 * bytes / machine.bytes_per_s(threads)
 
+    def chunk_seconds(self, op: Op, place: int, along: str) -> float:
+        """What a chunk costs beside its rows, as the ranks of the layer's group measured it together."""
+        agreed = costs_of(op.attrs["group"])
+        return 0.0 if agreed is None else agreed.chunks.of(place, along)
+
+    def burden(self, group: str) -> Link | None:
+        """What a collective of a group takes of the experts beside it."""
+        agreed = costs_of(group)
+        return None if agreed is None else agreed.chunks.burden
+
     def advise(self, op: Op) -> Adviser | None:
         """What a call of ``op`` should do, by its tokens; None for an op that the model does not know."""
         shape = layer_shape(op)

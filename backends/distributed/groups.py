@@ -89,6 +89,12 @@ def find(name: str) -> Group:
     return group
 
 
+def unbind(name: str) -> None:
+    """Forget the group called ``name``, if there is one."""
+    with _LOCK:
+        _GROUPS.pop(name, None)
+
+
 def clear() -> None:
     """Forget all groups."""
     with _LOCK:

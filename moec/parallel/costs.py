@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from moec.cost.chunks import ChunkCosts
 from moec.cost.links import Link
 from moec.cost.machine import MachineProfile
 from moec.cost.store import from_json, to_json
@@ -33,12 +35,14 @@ class GroupCosts:
         isa: Instruction set of the kernels there.
         threads: Threads of a rank there.
         link: Between any two.
+        chunks: What cutting a layer costs beside its rows.
     """
 
     machine: MachineProfile
     isa: str
     threads: int
     link: Link
+    chunks: ChunkCosts
 
 
 _COSTS: dict[str, GroupCosts] = {}
@@ -56,31 +60,48 @@ def fit(small: float, large: float, ranks: int) -> Link:
     return Link(max(0.0, small - SMALL * (ranks - 1) / rate), rate)
 
 
-def measure(process_group: Any, device: str) -> Link:
-    """Time all-to-alls of two sizes; all ranks of the group call this together. About a tenth of a second on gloo."""
+def others_seconds(call: Callable[[], object]) -> float:
+    """Processor seconds of all other threads of this process while a call runs."""
+    before = time.process_time() - time.thread_time()
+    call()
+    return time.process_time() - time.thread_time() - before
+
+
+def measure(process_group: Any, device: str) -> tuple[Link, list[tuple[float, float]]]:
+    """Time all-to-alls of two sizes; all ranks of the group call this together. About a tenth of a second on gloo.
+
+    Returns:
+        The links, and for each size the bytes that leave a rank and the processor seconds of this rank's threads that
+        send them.
+    """
     ranks = dist.get_world_size(process_group)
-    slowest = []
+    slowest, sending = [], []
     for size in (SMALL, LARGE):
         sent = torch.zeros(size * ranks, dtype=torch.uint8, device=device)
         came = torch.empty_like(sent)
-        took = []
-        for _ in range(_TURNS + 1):
-            dist.barrier(group=process_group)
-            start = time.perf_counter()
+
+        def all_to_all(sent: Tensor = sent, came: Tensor = came) -> None:
             dist.all_to_all_single(came, sent, group=process_group)
             if device == "cuda":
                 torch.cuda.synchronize()
+
+        took, threads = [], []
+        for _ in range(_TURNS + 1):
+            dist.barrier(group=process_group)
+            start = time.perf_counter()
+            threads.append(others_seconds(all_to_all))
             took.append(time.perf_counter() - start)
+        sending.append((float(size * (ranks - 1)), statistics.median(threads[1:])))
         mine = torch.tensor([statistics.median(took[1:])], dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=process_group)
         slowest.append(float(mine))
-    return fit(slowest[0], slowest[1], ranks)
+    return fit(slowest[0], slowest[1], ranks), sending
 
 
 def agree(
     group: str, process_group: Any, device: str, own: Callable[[], tuple[MachineProfile, str] | None]
 ) -> GroupCosts | None:
-    """Measure the links, and take the first rank's profile; all ranks of the group call this together.
+    """Measure links and chunks, and take the first rank's profile; all ranks of the group call this together.
 
     Args:
         group: What programs call it.
@@ -88,7 +109,10 @@ def agree(
         device: Type of the device whose tensors travel.
         own: This rank's processor and instruction set; None where the cost model knows neither.
     """
-    link = measure(process_group, device)
+    from moec.parallel.chunk_costs import measure_chunks  # it runs programs, which ask this module for costs
+
+    link, sending = measure(process_group, device)
+    chunks = measure_chunks(group, process_group, device, link, sending)
     first = dist.get_process_group_ranks(process_group)[0]
     known = own() if dist.get_rank() == first else None
     said: list[Any] = [None if known is None else (to_json(known[0]), known[1], torch.get_num_threads())]
@@ -97,5 +121,5 @@ def agree(
         _COSTS.pop(group, None)
         return None
     machine, isa, threads = said[0]
-    _COSTS[group] = GroupCosts(from_json(machine), isa, threads, link)
+    _COSTS[group] = GroupCosts(from_json(machine), isa, threads, link, chunks)
     return _COSTS[group]

@@ -56,14 +56,11 @@ class Costs:
             return self._experts(op, values[0], values[1], values)
         if op.name == "moe.experts_backward":
             return self._experts_backward(op, values)
-        if op.name in _FREE or not any(isinstance(r, Tensor) for r in results):
-            return 0.0
-        name = str(op.attrs.get("target", "")).split(".")[1:2] if op.name == "torch.call" else []
-        if name and name[0] in _VIEWS:
+        if is_free(op) or not any(isinstance(r, Tensor) for r in results):
             return 0.0
         moved = sum(_bytes(v) for v in (*values, *results))
         time = moved / self.device.target.memory_bandwidth
-        if name and name[0] in _PRODUCTS:
+        if _called(op) in _PRODUCTS:
             time = max(time, _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY))
         return self.device.launch_s + time
 
@@ -101,6 +98,17 @@ class Costs:
     def _experts_backward(self, op: Op, values: Sequence[Any]) -> float:
         shape = expert_shape(op, values[1], values[2].shape[1], values)
         return self.curve_of(shape, backward=True).seconds(rows_of_experts(values[2], shape.experts))
+
+
+def _called(op: Op) -> str:
+    """Which operation of torch's an op calls: ``"cat"``; nothing where it calls none."""
+    parts = str(op.attrs.get("target", "")).split(".") if op.name == "torch.call" else []
+    return parts[1] if len(parts) > 1 else ""
+
+
+def is_free(op: Op) -> bool:
+    """Whether an op starts nothing on the device."""
+    return op.name in _FREE or _called(op) in _VIEWS
 
 
 def rows_of_experts(ids: Tensor, experts: int) -> list[int]:

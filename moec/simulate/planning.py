@@ -9,9 +9,13 @@ import torch
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
-from moec.ir.core import Op
+from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
 from moec.op_costs import layer_shape
-from moec.simulate.costs import Costs
+from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
+from moec.passes.overlap.cuts import expert_ranges
+from moec.passes.overlap.order import EXPERTS
+from moec.simulate.costs import Costs, is_free
 from moec.simulate.routing import Routing
 from moec.simulate.topology import Topology
 
@@ -60,6 +64,26 @@ class MachineCosts:
         """Time in which a rank copies ``bytes`` in its memory: it reads them and writes them."""
         device = self.topology.device
         return device.launch_s + 2 * bytes / device.target.memory_bandwidth
+
+    def chunk_seconds(self, op: Op, place: int, along: str) -> float:
+        """Starts of a chunk's ops on the device, those of its experts aside, which their curve has."""
+        region = op.regions[place]
+        if along == "tokens":
+            return self.topology.device.launch_s * _started(region)
+        sizes = op_def(op.name).attr(op, "sizes")
+        try:
+            one, more = (cut_by_experts(region, Chunks(sizes, expert_ranges(sizes, n))) for n in (1, 2))
+        except Whole:
+            return 0.0  # nor will it be cut
+        return self.topology.device.launch_s * (_started(more) - _started(one))
+
+    def burden(self, group: str) -> None:
+        """Nothing: links work without the processor."""
+
+
+def _started(region: Graph) -> int:
+    """Ops of a program that start something on the device, beside its experts and its collectives."""
+    return sum(not (is_free(op) or op.dialect == "comm" or op.name in EXPERTS) for op in region.ops)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Rows travel by gloo at once. Who waits for them then sleeps until the links of :class:`~moec.cost.links.Link` would have
 brought them: a collective begins when its last rank has started it and the one before has ended, and takes what the
 busiest rank's bytes take. All ranks compute its end from the same numbers, so it ends on all of them together. A
-sleeping thread takes no processor from the experts: two cores show honestly what two ranks with links of their own would
-hide.
+sleeping thread takes no processor from the experts: two cores show honestly what two ranks with links of their own
+would hide.
 
 Ranks share one machine: its monotonic clock, and a piece of memory in which they note when they started what. No thread
 and no further message is needed, as both would take the cores from the experts, half a millisecond a collective.

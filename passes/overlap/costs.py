@@ -35,6 +35,18 @@ class OverlapCosts(Protocol):
     def copying(self, group: str, bytes: float) -> float:
         """Time in which a rank of a group copies ``bytes`` from one place of its memory to another."""
 
+    def chunk_seconds(self, op: Op, place: int, along: str) -> float:
+        """Time of a rank's processor that a chunk costs beside its rows and its experts: calls of its ops.
+
+        Args:
+            op: A ``moe.parallel_experts``.
+            place: 0 for its forward, 1 for its backward.
+            along: What is cut, ``"experts"`` or ``"tokens"``.
+        """
+
+    def burden(self, group: str) -> Transport | None:
+        """What a collective takes of the processor whose experts run meanwhile; None where it takes nothing."""
+
 
 @runtime_checkable
 class RoutingLoads(Protocol):

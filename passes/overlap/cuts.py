@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import ClassVar
 
 from moec.ir.parallel_semantics import even_sizes
 from moec.passes.overlap.costs import ExpertTimes, Transport
@@ -37,6 +38,10 @@ class Layer:
         count_messages: Collectives that say how many rows will come: once for chunks of experts, for every chunk of
             tokens.
         joining: By what is cut along, seconds to put what the chunks brought home together again.
+        chunk_s: By what is cut along, seconds of every rank's processor for each chunk of a layer that is cut, beside
+            rows and experts.
+        burden: What a collective takes of the processor whose experts run meanwhile; None for nothing.
+        behind: Whether another chunk comes before these.
     """
 
     rows: Sequence[Sequence[float]]
@@ -49,6 +54,9 @@ class Layer:
     back_messages: int = 1
     count_messages: int = 1
     joining: Mapping[str, float] = field(default_factory=dict)
+    chunk_s: Mapping[str, float] = field(default_factory=dict)
+    burden: Transport | None = None
+    behind: bool = False
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.sizes) or any(len(r) != sum(self.sizes) for r in self.rows):
@@ -63,7 +71,8 @@ class Cut:
 
     layer: Layer
     units: int
-    _known: dict[tuple[int, int], Chunk] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], Chunk] = field(default_factory=dict)
+    along: ClassVar[str] = ""
 
     def chunk(self, first: int, last: int) -> Chunk:
         key = self._key(first, last)
@@ -75,11 +84,31 @@ class Cut:
         """Of chunks that have ``sizes`` units."""
         return [self.chunk(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
 
-    def _key(self, first: int, last: int) -> tuple[int, int]:
+    def _key(self, first: int, last: int) -> tuple[int, ...]:
         return first, last
 
     def _cost(self, first: int, last: int) -> Chunk:
         raise NotImplementedError
+
+    def _chunk(self, first: int, last: int, busiest: float, compute: Sequence[float], counted: bool) -> Chunk:
+        """The chunk whose busiest rank sends or gets so many rows. Ranks without any take part in the collectives too.
+
+        A chunk's own ops run before its experts. What brings its rows there runs beside other experts unless it is the
+        first, what brings them home unless it is the last; either is counted where the chunk's own experts run.
+        """
+        layer = self.layer
+        messages = layer.there_messages + layer.count_messages * counted
+        there_bytes, back_bytes = busiest * layer.there_bytes, busiest * layer.back_bytes
+        begins, ends = first == 0 and not layer.behind, last == self.units
+        more = 0.0 if begins and ends else layer.chunk_s.get(self.along, 0.0)
+        if layer.burden is not None:
+            more += 0.0 if begins else layer.burden.seconds(there_bytes, messages)
+            more += 0.0 if ends else layer.burden.seconds(back_bytes, layer.back_messages)
+        return Chunk(
+            layer.links.seconds(there_bytes, messages),
+            tuple(seconds + more for seconds in compute),
+            layer.links.seconds(back_bytes, layer.back_messages),
+        )
 
 
 def expert_ranges(sizes: Sequence[int], units: int) -> list[tuple[int, ...]]:
@@ -89,6 +118,8 @@ def expert_ranges(sizes: Sequence[int], units: int) -> list[tuple[int, ...]]:
 
 class ByExperts(Cut):
     """Chunks of experts: the same part of every rank's."""
+
+    along = "experts"
 
     def __init__(self, layer: Layer, units: int = 0) -> None:
         super().__init__(layer, units or max(1, min(UNITS, max(layer.sizes))))
@@ -109,11 +140,13 @@ class ByExperts(Cut):
                     moved = sum(part)
                     out[source] += moved
                     came[rank] += moved
-        return _chunk(layer, max((*out, *came)), tuple(compute), counted=first == 0)
+        return self._chunk(first, last, max((*out, *came)), compute, counted=first == 0)
 
 
 class ByTokens(Cut):
     """Chunks of tokens: the same part of every rank's."""
+
+    along = "tokens"
 
     def __init__(self, layer: Layer, units: int = UNITS) -> None:
         super().__init__(layer, units)
@@ -124,19 +157,10 @@ class ByTokens(Cut):
         came = [sum(sum(row[o]) for s, row in enumerate(layer.rows) if s != rank) for rank, o in enumerate(own)]
         self._busiest = max((*sent, *came))
 
-    def _key(self, first: int, last: int) -> tuple[int, int]:
-        return 0, last - first
+    def _key(self, first: int, last: int) -> tuple[int, ...]:
+        return last - first, first == 0, last == self.units
 
     def _cost(self, first: int, last: int) -> Chunk:
         share = (last - first) / self.units
-        compute = tuple(self.layer.experts.seconds(load * share for load in loads) for loads in self._loads)
-        return _chunk(self.layer, self._busiest * share, compute, counted=True)
-
-
-def _chunk(layer: Layer, busiest: float, compute: tuple[float, ...], counted: bool) -> Chunk:
-    """The chunk whose busiest rank sends or gets so many rows. Ranks without any take part in the collectives too."""
-    if not busiest and not any(compute) and not counted:
-        return Chunk(0.0, compute, 0.0)
-    messages = layer.there_messages + layer.count_messages * counted
-    there = layer.links.seconds(busiest * layer.there_bytes, messages)
-    return Chunk(there, compute, layer.links.seconds(busiest * layer.back_bytes, layer.back_messages))
+        compute = [self.layer.experts.seconds(load * share for load in loads) for loads in self._loads]
+        return self._chunk(first, last, self._busiest * share, compute, counted=True)

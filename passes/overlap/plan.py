@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -47,10 +49,21 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
     most = max(map(sum, rows))
     top_k = int(_tensor(op, 1).shape[1])
     home = {"experts": most * sent.back_bytes, "tokens": most / top_k * sent.back_bytes}
+    if place == BACKWARD:
+        home["experts"] += _weight_bytes(op)
+    costs = ctx.cost_model
     return Layer(
         rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages,
-        joining={along: ctx.cost_model.copying(group, size) for along, size in home.items()},
+        joining={along: costs.copying(group, size) for along, size in home.items()},
+        chunk_s={along: costs.chunk_seconds(op, place, along) for along in home}, burden=costs.burden(group),
     )  # fmt: skip
+
+
+def _weight_bytes(op: Op) -> float:
+    """Bytes of a rank's weights, whose gradients are put together from those of every chunk's experts."""
+    types = [v.type for v in (*op.group("up"), *op.group("down")) if isinstance(v.type, TensorType)]
+    known = [t for t in types if all(d.is_Integer for d in t.shape)]
+    return sum(math.prod(int(d) for d in t.shape) * t.dtype.bits / 8 for t in known)
 
 
 def _tensor(op: Op, place: int) -> TensorType:

@@ -28,6 +28,8 @@ class Schedule:
         own_first: The rows that a rank keeps are a chunk of their own, before all others.
         chunks: What every chunk costs, the one of own rows first.
         seconds: Predicted time, from the first row that leaves until all that came home is together.
+        beside: Of it, seconds of a rank's processor that nothing but the cut costs: the calls of every chunk, and
+            putting together what came home.
     """
 
     along: str
@@ -35,6 +37,7 @@ class Schedule:
     own_first: bool
     chunks: tuple[Chunk, ...]
     seconds: float
+    beside: float = 0.0
 
     @property
     def cut(self) -> bool:
@@ -48,14 +51,18 @@ class Schedule:
 
 
 def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
-    """The rows that stay on their rank as a chunk, and the layer without them. All are counted before either runs."""
+    """The rows that stay on their rank as a chunk, and the layer without them. All are counted before either runs.
+
+    While own experts run, the rows of the next chunk travel: that chunk counts it.
+    """
     keep, send, at = [], [[*row] for row in layer.rows], 0
     for rank, size in enumerate(layer.sizes):
         keep.append(layer.experts.seconds(layer.rows[rank][at : at + size]))
         send[rank][at : at + size] = [0.0] * size
         at += size
-    counting = layer.links.seconds(0.0, layer.count_messages)
-    return Chunk(counting, tuple(keep), 0.0), replace(layer, rows=send, count_messages=0)
+    counting, calls = layer.links.seconds(0.0, layer.count_messages), layer.chunk_s.get("experts", 0.0)
+    own = Chunk(counting, tuple(seconds + calls for seconds in keep), 0.0)
+    return own, replace(layer, rows=send, count_messages=0, behind=True)
 
 
 def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = False, units: int = 0) -> Schedule:
@@ -66,8 +73,11 @@ def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = F
         first = (own,)
     cut = CUTS[along](layer, units or sum(sizes))
     chunks = (*first, *cut.chunks(sizes))
-    joining = layer.joining.get(along, 0.0) if len(chunks) > 1 else 0.0
-    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining)
+    if len(chunks) == 1:
+        return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks))
+    joining = layer.joining.get(along, 0.0)
+    beside = joining + len(chunks) * layer.chunk_s.get(along, 0.0)
+    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining, beside)
 
 
 def uncut(layer: Layer) -> Schedule:

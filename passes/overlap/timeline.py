@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,34 @@ def compute_seconds(chunks: Sequence[Chunk]) -> float:
     return max(map(sum, zip(*(c.compute for c in chunks), strict=True)), default=0.0)
 
 
+def two_machines(times: Sequence[tuple[float, float]]) -> float:
+    """When jobs that take these times on one machine and then on another are done at best (Johnson, 1954)."""
+    first = sorted((t for t in times if t[0] < t[1]), key=lambda t: t[0])
+    last = sorted((t for t in times if t[0] >= t[1]), key=lambda t: -t[1])
+    a = b = 0.0
+    for one, two in (*first, *last):
+        a += one
+        b = max(a, b) + two
+    return b
+
+
 def lower_bound(chunks: Sequence[Chunk]) -> float:
     """No order of these chunks on one compute and one link resource ends sooner.
 
-    Either the links are never idle, or the experts are not, between the first arrival and the last return.
+    Either the links are never idle; or, on every rank, the best order of what comes there and is computed is followed
+    by one way home, or one way there by the best order of what is computed and travels home; and the chunk that is
+    computed first is not the one that is computed last.
     """
     if not chunks:
         return 0.0
-    links = sum(c.there + c.back for c in chunks)
-    return max(links, min(c.there for c in chunks) + compute_seconds(chunks) + min(c.back for c in chunks))
+    bound = sum(c.there + c.back for c in chunks)
+    there, back = min(c.there for c in chunks), min(c.back for c in chunks)
+    ends = min((a.there + b.back for a, b in permutations(chunks, 2)), default=there + back)
+    for rank in range(len(chunks[0].compute)):
+        coming = two_machines([(c.there, c.compute[rank]) for c in chunks])
+        going = two_machines([(c.compute[rank], c.back) for c in chunks])
+        bound = max(bound, coming + back, there + going, ends + sum(c.compute[rank] for c in chunks))
+    return bound
 
 
 def exposed_floor(chunks: Sequence[Chunk]) -> float:

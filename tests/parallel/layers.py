@@ -11,28 +11,11 @@ from moec.backends.base import Backend
 from moec.backends.reference.world import Groups
 from moec.ir.core import Graph
 from moec.ir.parallel_semantics import chunk_sizes
-from moec.ir.parser import parse_graph
 from moec.ir.torch_dtypes import TO_TORCH
+from moec.parallel.sample import sample_layer
 from moec.passes import PassContext, PassManager
 
 HISTOGRAMS = ("spread", "one_expert", "one_token", "empty_ranks", "no_tokens", "sentinels")
-
-_TEXT = """
-graph @layer(%x: {d}[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: {d}[{own}, {i2}, {h}], %down: {d}[{own}, {h}, {i}]) -> {d}[T, {h}] {{
-  %a = comm.all_gather.start %up {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %ups = comm.wait %a : {d}[{e}, {i2}, {h}]
-  %b = comm.all_gather.start %down {{group = "ep", ranks = {n}, sizes = {sizes}}} : !comm.token
-  %downs = comm.wait %b : {d}[{e}, {h}, {i}]
-  %y = moe.experts %x, %ids, %w, [%ups], [%downs] {{experts = {e}, sentinels = true}} {{
-    @activation(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
-      %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
-      %m = torch.call @aten.mul.Tensor(%s, %u) : {d}[R, {i}]
-      return %m
-    }}
-  }} : {d}[T, {h}]
-  return %y
-}}
-"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -61,19 +44,16 @@ class Layer:
             "ep.local": [[n * each + p for p in range(each)] for n in range(self.nodes)],
         }
 
-    def graph(self, own: int, ranks: int, sizes: tuple[int, ...]) -> Graph:
-        e, k, h, i = self.experts, self.top_k, self.hidden, self.inner
-        shape = f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
-        text = _TEXT.format(d=self.dtype, e=e, k=k, h=h, i=i, i2=2 * i, own=own, n=ranks, sizes=shape)
-        return parse_graph(text)
+    def graph(self, own: int, sizes: tuple[int, ...]) -> Graph:
+        return sample_layer(sizes, own, self.top_k, self.hidden, self.inner, self.dtype, sentinels=True)
 
     def alone(self) -> Graph:
         """One process with all experts: the graph's only op is ``moe.experts``."""
-        return run("expert-parallel", self.graph(self.experts, 1, (self.experts,)))
+        return run("expert-parallel", self.graph(self.experts, (self.experts,)))
 
     def gathered(self, rank: int) -> Graph:
         """A rank's graph before any pass."""
-        return self.graph(self.sizes[rank], self.ranks, self.sizes)
+        return self.graph(self.sizes[rank], self.sizes)
 
     def spread(self, rank: int, pipeline: str) -> Graph:
         """A rank's graph after a pipeline, in which ``{rank}`` stands for the rank."""

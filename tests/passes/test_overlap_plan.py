@@ -30,6 +30,8 @@ class Costs:
     link: Link | None = LINK
     curve: LayerCurve | None = CURVE
     copy_s: float = 0.0  # of a byte
+    chunk_s: float = 0.0
+    taken: Link | None = None
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         return self.curve
@@ -39,6 +41,12 @@ class Costs:
 
     def copying(self, group: str, bytes: float) -> float:
         return bytes * self.copy_s
+
+    def chunk_seconds(self, op: Op, place: int, along: str) -> float:
+        return self.chunk_s * (1 + place)
+
+    def burden(self, group: str) -> Link | None:
+        return self.taken
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,23 @@ def test_putting_rows_together_again_is_counted() -> None:
     assert schedule(dear, "experts", (1, 1)).seconds == pytest.approx(schedule(free, "experts", (1, 1)).seconds + home)
     assert uncut(dear).seconds == uncut(free).seconds
     assert plan(free, FORWARD).cut and not plan(dear, FORWARD).cut
+
+
+def test_gradients_of_weights_are_put_together_too() -> None:
+    layer = read_layer(spread(), BACKWARD, PassContext(cost_model=Costs(copy_s=1e-9)), 64)
+    weights = 4 * (64 * 16 + 16 * 32) * 2  # four experts of a rank, up and down, bf16
+    assert layer.joining["experts"] == pytest.approx((64 * 2 * layer.back_bytes + weights) * 1e-9)
+
+
+def test_what_a_chunk_costs_is_asked_for_each_direction_and_decides() -> None:
+    taken = Link(1e-5, 1e9)
+    ctx = PassContext(cost_model=Costs(chunk_s=1e-4, taken=taken))
+    forward, backward = (read_layer(spread(), place, ctx, 64) for place in (FORWARD, BACKWARD))
+    assert forward.chunk_s == {"experts": 1e-4, "tokens": 1e-4} and backward.chunk_s["experts"] == 2e-4
+    assert forward.burden == backward.burden == taken
+    cheap, _ = run(Overlap(tokens=64), PassContext(cost_model=Costs()))
+    dear, said = run(Overlap(tokens=64), PassContext(cost_model=Costs(chunk_s=1.0)))
+    assert min(cheap) > 1 and dear == [1, 1] and "in one piece it takes" in said[0]
 
 
 def test_chunks_that_do_not_pay_are_not_made() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -19,12 +20,17 @@ CURVE = LayerCurve(0.5, ((1.0, 2.0), (8.0, 3.0), (64.0, 20.0)))
 LINE = LayerCurve(1.0, ((1.0, 0.1), (1000.0, 100.0)))
 
 
-def random_layer(seed: int, own: int = 6) -> Layer:
+def random_layer(seed: int, own: int = 6, dear: bool = False) -> Layer:
+    """A layer; ``dear`` where chunks cost something beside their rows."""
     rng = random.Random(seed)
     ranks = rng.choice((2, 3))
     rows = [[rng.expovariate(0.1) for _ in range(ranks * own)] for _ in range(ranks)]
     link = Link(rng.uniform(0, 3), rng.uniform(2, 20))
-    return Layer(rows, (own,) * ranks, CURVE, link, 1.0, rng.choice((1.0, 2.0)), rng.choice((1, 3)))
+    layer = Layer(rows, (own,) * ranks, CURVE, link, 1.0, rng.choice((1.0, 2.0)), rng.choice((1, 3)))
+    if not dear:
+        return layer
+    calls = {along: rng.uniform(0, 3) for along in ("experts", "tokens")}
+    return replace(layer, chunk_s=calls, burden=rng.choice((None, Link(rng.uniform(0, 1), rng.uniform(10, 100)))))
 
 
 def every_way(units: int, most: int) -> Iterable[tuple[int, ...]]:
@@ -37,8 +43,9 @@ def every_way(units: int, most: int) -> Iterable[tuple[int, ...]]:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", [ByExperts, ByTokens])
 @pytest.mark.parametrize("own_first", [False, True])
-def test_no_other_sizes_end_sooner(seed: int, kind: type[Cut], own_first: bool) -> None:
-    layer = random_layer(seed)
+@pytest.mark.parametrize("dear", [False, True])
+def test_no_other_sizes_end_sooner(seed: int, kind: type[Cut], own_first: bool, dear: bool) -> None:
+    layer = random_layer(seed, dear=dear)
     own, rest = own_rows(layer)
     first = [own] if own_first else []
     cut = kind(rest if own_first else layer, 6)
@@ -63,6 +70,49 @@ def test_what_chunks_of_experts_cost_by_hand() -> None:
     tokens = ByTokens(layer, 4).chunk(1, 2)
     assert tokens.there == 1.0 + 30.0 / 4 / 2, "for chunks of tokens every time"
     assert tokens.compute == (pytest.approx(1.0 + 1.0), pytest.approx(1.0 + 0.275))
+
+
+def test_what_a_chunk_costs_beside_its_rows_by_hand() -> None:
+    rows = [[4.0, 6.0, 1.0, 2.0], [10.0, 20.0, 3.0, 5.0]]
+    free = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), 1.0, 4.0, there_messages=3)
+    dear = replace(free, chunk_s={"experts": 7.0, "tokens": 9.0}, burden=Link(0.5, 10.0), joining={"experts": 3.0})
+    one, costly = ByExperts(free), ByExperts(dear)
+    assert costly.chunk(0, 2) == one.chunk(0, 2), "the whole layer calls nothing more, and computes beside nothing"
+    for first, rows_moved, messages in ((0, 10.0 * 4, 1), (1, 20.0, 3)):  # home of the first, there of the last
+        more = 7.0 + 0.5 * messages + rows_moved / 10
+        base, made = one.chunk(first, first + 1), costly.chunk(first, first + 1)
+        assert (made.there, made.back) == (base.there, base.back)
+        assert made.compute == pytest.approx([seconds + more for seconds in base.compute])
+    middle, plain = ByTokens(dear, 3).chunk(1, 2), ByTokens(free, 3).chunk(1, 2)
+    more = 9.0 + 0.5 * 4 + 10.0 / 10 + 0.5 + 40.0 / 10
+    assert middle.compute == pytest.approx([seconds + more for seconds in plain.compute]), "both ways, and counts"
+    cut = schedule(dear, "experts", (1, 1))
+    assert cut.beside == 2 * 7.0 + 3.0
+    assert cut.seconds == makespan(cut.chunks) + 3.0
+    assert uncut(dear) == uncut(free)
+
+
+def test_own_rows_are_a_chunk_too_and_the_others_travel_beside_them() -> None:
+    free = random_layer(3)
+    dear = replace(free, chunk_s={"experts": 7.0}, burden=Link(0.5, 10.0))
+    (own, rest), (plain, others) = own_rows(dear), own_rows(free)
+    assert own.compute == pytest.approx([seconds + 7.0 for seconds in plain.compute])
+    made, base = ByExperts(rest).chunk(0, 6), ByExperts(others).chunk(0, 6)
+    sent = (base.there - free.links.seconds(0.0, free.there_messages)) * free.links.bytes_per_s
+    more = 7.0 + 0.5 * free.there_messages + sent / 10
+    assert made.compute == pytest.approx([seconds + more for seconds in base.compute])
+
+
+def test_chunks_that_cost_more_than_they_hide_are_not_made() -> None:
+    for seed in range(4):
+        layer = random_layer(seed)
+        found = [
+            auto(replace(layer, chunk_s={"experts": s, "tokens": s}, burden=Link(s, 100.0 / (s + 1e-9))))
+            for s in (0.0, 1.0, 10.0, 1000.0)
+        ]
+        assert found[0].seconds <= found[1].seconds <= found[2].seconds <= uncut(layer).seconds
+        assert found[0].cut and len(found[0].chunks) >= len(found[2].chunks)
+        assert not found[3].cut and found[3].seconds == uncut(layer).seconds
 
 
 def test_uneven_experts_are_dealt_out_evenly() -> None:
@@ -120,5 +170,5 @@ def test_only_what_is_allowed_is_used() -> None:
 @pytest.mark.parametrize("policy", ["none", "two", "tutel", "fsmoe"])
 def test_no_rule_does_better_than_the_model(policy: str) -> None:
     for seed in range(6):
-        layer = random_layer(seed, own=3)
+        layer = random_layer(seed, own=3, dear=seed % 2 == 0)
         assert auto(layer).seconds <= choose(policy, layer, ()).seconds * (1 + 1e-9)

@@ -17,6 +17,7 @@ from moec.passes.overlap.timeline import (
     lower_bound,
     makespan,
     timeline,
+    two_machines,
 )
 
 times = st.integers(1, 20).map(float)
@@ -109,6 +110,22 @@ def test_nothing_begins_before_what_it_needs_or_while_its_resource_is_taken(chun
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(mine))
     assert makespan(chunks) >= lower_bound([c for c in chunks if c.there]) if all(c.there for c in chunks) else True
     assert sum(s.end - s.start for s in spans if s.rank == -1) == pytest.approx(sum(c.there + c.back for c in chunks))
+
+
+@settings(max_examples=100, deadline=None)
+@given(chunk_lists(most=4))
+def test_no_order_of_the_chunks_ends_before_the_bound(chunks: list[Chunk]) -> None:
+    best = min(makespan(order) for order in itertools.permutations(chunks))
+    assert lower_bound(chunks) <= best + 1e-9
+    weaker = min(c.there for c in chunks) + compute_seconds(chunks) + min(c.back for c in chunks)
+    assert lower_bound(chunks) >= max(weaker, sum(c.there + c.back for c in chunks)) - 1e-9
+
+
+def test_bounds_by_hand() -> None:
+    assert two_machines([(3.0, 2.0), (1.0, 4.0)]) == 7.0, "the short one first"
+    own, sent = Chunk(1.0, (4.0,), 0.0), Chunk(3.0, (1.0,), 3.0)
+    assert lower_bound([own, sent]) == 8.0 == makespan([sent, own]), "neither is first and last"
+    assert lower_bound([Chunk(1.0, (2.0,), 3.0)]) == 6.0
 
 
 @settings(max_examples=100, deadline=None)

@@ -18,6 +18,9 @@ from moec.simulate.topology import Topology, load_topology
 from tests.parallel.layers import Layer
 from tests.simulate.machines import machine
 
+STARTED = {"moe.arrivals", "aten.ones_like.default", "aten.index_select.default", "aten.reshape.default"}
+"""Ops that a layer has once a chunk, or as often however it is cut, and that start something."""
+
 
 @pytest.mark.parametrize("made", [machine(4, start_s=1e-4), machine(4, 2, start_s=1e-4), load_topology("32xh100")])
 def test_transport_is_the_time_of_a_balanced_all_to_all(made: Topology) -> None:
@@ -55,6 +58,26 @@ def test_expert_times_are_those_of_the_simulation() -> None:
     backward = MachineCosts(made).expert_times(op, backward=True)
     assert backward is not None
     assert backward.expert_seconds(512.0) > 2 * curve.expert_seconds(512.0)
+
+
+def test_a_chunk_costs_the_starts_of_its_ops() -> None:
+    made = machine(4, launch_s=1e-5)
+    costs, layer = MachineCosts(made), Layer(4, 8, hidden=64, inner=128)
+    op = layer.spread(0, "expert-parallel").ops[0]
+    started: dict[tuple[int, int], int] = {}
+    for chunks in (2, 3):
+        cut = Layer(4, 12, hidden=64, inner=128).spread(0, f"expert-parallel,overlap{{chunks={chunks}}}").ops[0]
+        for place in (0, 1):
+            names = [(o.name, o.attrs.get("target", "")) for o in cut.regions[place].ops]
+            started[chunks, place] = sum(n in STARTED or t in STARTED for n, t in names)
+    for place in (0, 1):
+        each = started[3, place] - started[2, place]
+        assert each > 0
+        assert costs.chunk_seconds(op, place, "experts") == each * made.device.launch_s
+    assert costs.chunk_seconds(op, 0, "tokens") > costs.chunk_seconds(op, 0, "experts"), "the whole program again"
+    assert costs.burden("ep") is None
+    gather = layer.spread(0, "expert-parallel{form=gather}").ops[0]
+    assert costs.chunk_seconds(gather, 0, "experts") == 0.0, "it is not cut so"
 
 
 def test_rows_are_those_of_the_routing() -> None:

@@ -79,7 +79,8 @@ def costs(pg: Any, rank: int) -> dict[str, Any]:
     agreed = agree("ep", quick, "cpu", lambda: (own.machine, own.isa))
     nobody = agree("none", quick, "cpu", lambda: None)
     assert agreed is not None and costs_of("ep") is agreed
-    return {"link": agreed.link, "isa": agreed.isa, "threads": agreed.threads, "nobody": nobody}
+    facts = {"link": agreed.link, "isa": agreed.isa, "threads": agreed.threads, "chunks": agreed.chunks}
+    return {**facts, "nobody": nobody}
 
 
 def main(rank: int, folder: str) -> None:
@@ -128,6 +129,9 @@ def test_ranks_plan_with_the_same_numbers(ranks: list[dict[str, Any]]) -> None:
     assert first["isa"] == "avx2" and first["nobody"] is None
     assert first["link"].seconds(LARGE) >= QUICK.seconds(LARGE) * (1 - 1e-6)
     assert first["link"].seconds(SMALL) >= QUICK.seconds(SMALL) * (1 - 1e-6)
+    chunks = first["chunks"]
+    assert 0 < chunks.forward < QUICK.alpha_s, "processor time, and no time on the links"
+    assert chunks.forward < chunks.tokens, "a chunk of tokens is the whole program once more"
 
 
 def test_two_times_make_a_link() -> None:
