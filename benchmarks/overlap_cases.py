@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.passes.overlap.cuts import Layer
 
+FREE = 0.5
+"""Part of the layers whose chunks cost nothing beside their rows."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
@@ -58,4 +61,17 @@ def draw_layer(rng: random.Random) -> Layer:
     back = rng.choice((1.0, 1.0, 2.0))  # rows may go out in half of the bytes that they come home in
     link = Link(latency, max(*sent, *came) * (1 + back) / 2 / (wire - latency))
     messages = rng.choice(((1, 1), (1, 1), (3, 2)))  # a forward, or a backward
-    return Layer(rows, sizes, curve, link, 1.0, back, *messages)
+    layer = Layer(rows, sizes, curve, link, 1.0, back, *messages)
+    return layer if rng.random() < FREE else beside(rng, layer, compute + 2 * wire)
+
+
+def beside(rng: random.Random, layer: Layer, whole: float) -> Layer:
+    """The layer with chunks that cost something beside their rows, by the seconds of the whole layer."""
+    calls = whole * log_uniform(rng, 1e-3, 0.1)
+    per_byte = rng.uniform(0, 0.5) / layer.links.bytes_per_s  # threads that send work for a part of the time
+    burden = None
+    if rng.random() < 0.5:
+        burden = Link(layer.links.alpha_s * rng.uniform(0, 0.5), 1 / max(per_byte, 1e-30))
+    joining = {"experts": whole * log_uniform(rng, 1e-4, 0.05), "tokens": whole * log_uniform(rng, 1e-4, 0.05)}
+    chunk_s = {"experts": calls, "tokens": calls * rng.uniform(1, 3)}
+    return replace(layer, chunk_s=chunk_s, burden=burden, joining=joining)

@@ -1,10 +1,11 @@
 """The pass overlap's choice of chunks against all that there are, and against other systems' rules.
 
-    python benchmarks/overlap_search.py --cases 10000
+    python benchmarks/overlap_search.py --cases 10000 --jobs 2
 
 For layers drawn at random, the predicted step of the chosen schedule over that of the best: of all ways to cut experts
 or tokens (whole sixteenths) into up to eight chunks, experts with and without a chunk of the rank's own rows first.
-Every rank's own time counts. The rules of torchtitan, Tutel and FSMoE are judged by the same times.
+Every rank's own time counts, and in half of the layers what a chunk costs beside its rows. The rules of torchtitan,
+Tutel and FSMoE are judged by the same times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -29,6 +31,8 @@ from moec.passes.overlap.timeline import Chunk
 from overlap_cases import draw_layer
 
 Array = NDArray[Any]
+BATCH = 50
+"""Cases that a process takes at a time."""
 
 
 def compositions(units: int, most: int) -> Array:
@@ -41,8 +45,8 @@ def compositions(units: int, most: int) -> Array:
     return np.array(found)
 
 
-def best_of_all(cut: Cut, first: Chunk | None, edges: Array) -> float:
-    """Seconds of the best way: every way's timeline at once."""
+def best_of_all(cut: Cut, first: Chunk | None, edges: Array, cut_s: float) -> float:
+    """Seconds of the best way: every way's timeline at once, and ``cut_s`` more for ways of several chunks."""
     units = cut.units
     ranks = len(cut.layer.sizes)
     there, back = np.zeros((units + 1, units + 1)), np.zeros((units + 1, units + 1))
@@ -61,7 +65,8 @@ def best_of_all(cut: Cut, first: Chunk | None, edges: Array) -> float:
     links = arrived[:, -1]
     for i in range(a.shape[1]):
         links = np.maximum(links, done[:, i]) + back[a[:, i], b[:, i]]
-    return float(links.min())
+    cut = np.full(len(edges), first is not None) | (edges[:, 1] < units)
+    return float((links + cut * cut_s).min())
 
 
 def exhaustive(layer: Layer, allowed: Sequence[str] = EVERYTHING, most: int = MOST) -> float:
@@ -70,10 +75,10 @@ def exhaustive(layer: Layer, allowed: Sequence[str] = EVERYTHING, most: int = MO
     best = [s.seconds for s in equal(layer, range(1, most + 1))] if "tokens" in allowed else []
     for along in (a for a in CUTS if a in allowed):
         whole = CUTS[along](layer)
-        best.append(best_of_all(whole, None, _edges(whole.units, most)))
+        best.append(best_of_all(whole, None, _edges(whole.units, most), layer.joining.get(along, 0.0)))
     if "own" in allowed:
         cut = ByExperts(rest)
-        best.append(best_of_all(cut, own, _edges(cut.units, most - 1)))
+        best.append(best_of_all(cut, own, _edges(cut.units, most - 1), layer.joining.get("experts", 0.0)))
     return min(best)
 
 
@@ -109,11 +114,23 @@ def compare(cases: Iterable[int]) -> Found:
     return found
 
 
-def join(files: Sequence[Path]) -> Found:
+def share_out(cases: range, jobs: int) -> Found:
+    """The same by several processes."""
+    if jobs < 2:
+        return compare(cases)
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return join(pool.map(compare, (cases[i : i + BATCH] for i in range(0, len(cases), BATCH)), chunksize=1))
+
+
+def read(file: Path) -> Found:
+    """What a run wrote."""
+    return Found(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def join(parts: Iterable[Found]) -> Found:
     """All cases of several runs."""
     whole = Found()
-    for file in files:
-        part = Found(**json.loads(file.read_text(encoding="utf-8")))
+    for part in parts:
         whole.best += part.best
         whole.planning += part.planning
         for policy, times in part.by.items():
@@ -143,9 +160,11 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="show what earlier runs wrote instead")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases")
     parser.add_argument("--json", type=Path, help="write every case's numbers")
     args = parser.parse_args()
-    found = join(args.files) if args.files else compare(range(args.first, args.first + args.cases))
+    cases = range(args.first, args.first + args.cases)
+    found = join(map(read, args.files)) if args.files else share_out(cases, args.jobs)
     if args.json:
         args.json.write_text(json.dumps(asdict(found)), encoding="utf-8")
     numbers = summary(found)

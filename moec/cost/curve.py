@@ -63,7 +63,7 @@ class LayerCurve:
 
 
 def _between(points: tuple[tuple[float, float], ...], rows: float) -> float:
-    i = bisect_left(points, rows, key=lambda p: p[0])
+    i = bisect_left(points, (rows,))
     if i == len(points):
         return points[-1][1]
     (x0, y0), (x1, y1) = points[i - 1], points[i]
