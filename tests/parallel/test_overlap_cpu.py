@@ -1,0 +1,102 @@
+"""Layers in chunks on the kernels of the cpu backend: not a bit differs from the whole layer, however it is cut."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moec.backends.cpu.build import compiler
+from moec.backends.distributed.kernel import ParallelKernel, for_needs
+from moec.backends.reference import run_graph
+from moec.backends.reference.world import run_world
+from moec.backends.registry import get_backend
+from moec.ir.core import Graph
+from moec.ir.verifier import verify
+from moec.passes.overlap.by_experts import Chunks, cut_by_experts
+from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.cuts import expert_ranges
+from moec.passes.overlap.order import EXPERTS, reorder
+from tests.parallel.layers import HISTOGRAMS, Layer, one_process
+
+if compiler() is None:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+TARGET = "cpu:avx2"
+NEEDS = (True, False, True, True, True)
+ODD = Layer(ranks=2, experts=5, top_k=2, hidden=19, inner=13)
+LAYERS = {"f32": ODD, "bf16": Layer(2, 5, 2, hidden=19, inner=13, dtype="bf16")}
+DTYPES = ["f32", pytest.param("bf16", marks=pytest.mark.slow)]  # each compiles kernels for one, two and three experts
+Cutter = Callable[[Graph, Layer, int], Graph]
+
+
+def experts(region: Graph, layer: Layer, rank: int) -> Graph:
+    return cut_by_experts(region, Chunks(layer.sizes, expert_ranges(layer.sizes, 2)))
+
+
+def own_first(region: Graph, layer: Layer, rank: int) -> Graph:
+    return cut_by_experts(region, Chunks(layer.sizes, expert_ranges(layer.sizes, 2), rank))
+
+
+def tokens(region: Graph, layer: Layer, rank: int) -> Graph:
+    return cut_by_tokens(region, (1, 3, 2))
+
+
+def whole(region: Graph, layer: Layer, rank: int) -> Graph:
+    return region
+
+
+@functools.cache
+def kernels(layer: Layer, cut: Cutter, place: int) -> list[tuple[ParallelKernel, Graph]]:
+    """Every rank's kernel, and its program of one direction."""
+    made = []
+    for rank in range(layer.ranks):
+        op = layer.spread(rank, "expert-parallel").ops[0]
+        op.attrs["backend"] = "cpu"
+        region = cut(op.regions[place], layer, rank)
+        if region is not op.regions[place]:
+            reorder(region)
+            verify(region)
+            assert sum(o.name in EXPERTS for o in region.ops) > 1
+            op.regions[place], region.parent_op = region, op
+        made.append((ParallelKernel(op, TARGET), for_needs(region, NEEDS) if place else region))
+    return made
+
+
+def run(layer: Layer, cut: Cutter, histogram: str, place: int) -> list[list[Tensor]]:
+    """What every rank gets: its result, or the gradients of its tokens, weights and experts."""
+    given, weights = layer.tokens(histogram), layer.weights()
+    inputs = [[*given[r], *layer.share(r, weights)] for r in range(layer.ranks)]
+    if place:
+        inputs = [[grad, *mine] for grad, mine in zip(layer.gradients(given), inputs, strict=True)]
+    made = kernels(layer, cut, place)
+
+    def rank(r: int) -> list[Tensor]:
+        kernel, region = made[r]
+        return run_graph(region, inputs[r], kernel._execute)
+
+    return run_world(layer.ranks, layer.groups, rank)[0]
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("cut", [experts, own_first, tokens])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_have_the_bits_of_the_whole_layer_and_of_one_process(dtype: str, cut: Cutter, histogram: str) -> None:
+    layer = LAYERS[dtype]
+    got, want = run(layer, cut, histogram, 0), run(layer, whole, histogram, 0)
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+    alone, _ = one_process(layer, get_backend("cpu"), layer.tokens(histogram), None, TARGET)
+    assert torch.equal(torch.cat([mine[0] for mine in got]), alone)
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_bits_of_the_whole_layer(dtype: str, histogram: str) -> None:
+    got, want = (run(LAYERS[dtype], cut, histogram, 1) for cut in (experts, whole))
+    for mine, theirs in zip(got, want, strict=True):
+        assert len(mine) == len(theirs) == 4
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
