@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.ir.errors import MoecError
+from moec.ir.scaled_semantics import scaled_gemm
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,27 @@ def expert_gemm(
 
 
 def grouped_gemm(
-    rows: Tensor, weights: Sequence[Tensor], bias: Sequence[Tensor], plan: Plan, form: str, stacked: bool
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    plan: Plan,
+    form: str,
+    stacked: bool,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Every expert's rows through its weight (``expert_gemm``). Rows of no expert are 0."""
+    """Every expert's rows through its weight (``expert_gemm``). Rows of no expert are 0.
+
+    With ``scales``, weights are one stacked tensor in f8e4m3fn (``scaled_gemm``).
+    """
     experts = len(plan.counts)
     width = weights[0].shape[-2 if form == "nk" else -1]  # of no expert's matrix: a rank may hold no experts
     out = rows.new_zeros((rows.shape[0], width))
     for expert, start, stop in plan.segments():
-        out[start:stop] = expert_gemm(rows[start:stop], weights, bias, expert, experts, form, stacked)
+        if scales:
+            product = scaled_gemm(rows[start:stop], weights[0][expert], scales[0][expert])
+            out[start:stop] = product + bias[0][expert] if bias else product
+        else:
+            out[start:stop] = expert_gemm(rows[start:stop], weights, bias, expert, experts, form, stacked)
     return out
 
 

@@ -71,6 +71,8 @@ def _trace(combine: Op) -> _Chain:
         raise _NoFit("gate and up lie differently")
     if _attr(ups[0], "stacked") != _attr(down, "stacked"):
         raise _NoFit("up and down weights are stacked differently")
+    if len({bool(g.group("scales")) for g in (*ups, down)}) != 1:
+        raise _NoFit("some of the weights have scales, others have none")
     chain = [dispatch, *ups, activation, down, *([post] if post else []), combine]
     assert combine.parent is not None
     write = write_within(combine.parent, chain)
@@ -91,6 +93,8 @@ def _fuse(graph: Graph, chain: _Chain) -> None:
         list(chain.down.group("bias")),
         list(chain.activation.group("captures")),
         list(chain.post.group("captures")) if chain.post else [],
+        [s for u in chain.ups for s in u.group("scales")],
+        list(chain.down.group("scales")),
     ]
     regions = [chain.activation.regions[0].clone("activation")]
     if chain.post:

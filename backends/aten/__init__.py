@@ -24,17 +24,23 @@ FLOATS = ("f32", "bf16", "f16", "f64")
 
 
 class ExpertsKernel(Kernel):
-    """``moe.experts``: see ``forward.py`` and ``backward.py``."""
+    """``moe.experts``: see ``forward.py`` and ``backward.py``; weights in fp8 are multiplied as the definition says."""
 
     def __init__(self, op: Op) -> None:
         self.spec = Spec.of(op)
+        assert op.parent is not None
+        self.defined = AutogradKernel(partial(run_graph, op.parent)) if op.group("up_scale") else None
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        if self.defined is not None:
+            return self.defined.forward(inputs)
         return [experts_forward(self.spec, inputs)]
 
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
+        if self.defined is not None:
+            return self.defined.backward(grads, inputs, needs)
         (grad,) = grads
         if grad is None:
             return [torch.zeros_like(t) if n else None for t, n in zip(inputs, needs, strict=True)]
@@ -47,7 +53,8 @@ class AtenBackend(Backend):
 
     ``moe.experts`` sorts the tokens by expert and calls one GEMM per touched expert and projection, on the weights
     where they lie; its backward recomputes the up GEMM and the activation. ``moe.route`` calls the operations of its
-    definition, ``moe.regroup`` plans with NumPy, on the processor. Results do not depend on the number of threads
+    definition, ``moe.regroup`` plans with NumPy, on the processor. Weights in fp8 with scales are multiplied as what
+    they stand for, one expert at a time in f32, on any device. Results do not depend on the number of threads
     beyond what torch's own operations do.
     """
 
@@ -57,7 +64,8 @@ class AtenBackend(Backend):
         if op.name not in ("moe.route", "moe.experts", "moe.regroup"):
             return Support.no(f"there is no kernel for {op.name}")
         if op.name == "moe.experts":
-            gemms = (op.operands[0], *op.group("up"), *op.group("down"))
+            weights = () if op.group("up_scale") else (*op.group("up"), *op.group("down"))
+            gemms = (op.operands[0], *weights)
             for value in gemms:
                 if isinstance(value.type, TensorType) and value.type.dtype.name not in FLOATS:
                     return Support.no(f"GEMMs in {value.type.dtype} ({value!r}); supported are {', '.join(FLOATS)}")

@@ -25,6 +25,8 @@ class Params:
     down_bias: list[Tensor]
     captures: list[Tensor]
     post_captures: list[Tensor]
+    up_scale: list[Tensor]
+    down_scale: list[Tensor]
 
 
 def _take(stack: Tensor, experts: list[int]) -> list[Tensor]:
@@ -65,7 +67,7 @@ class Spec:
         """Read a verified op."""
         get = op_def(op.name).attr
         bounds, total = [], 0
-        for size in (*op.groups, *[0] * (9 - len(op.groups))):
+        for size in (*op.groups, *[0] * (11 - len(op.groups))):
             total += size
             bounds.append(total)
         result = op.result.type
@@ -89,7 +91,7 @@ class Spec:
     def params(self, inputs: list[Tensor]) -> Params:
         """Cut the flat operands."""
         b = self.bounds
-        return Params(*(inputs[b[i] : b[i + 1]] for i in range(2, 8)))
+        return Params(*(inputs[b[i] : b[i + 1]] for i in range(2, 10)))
 
     def matrices(self, tensors: list[Tensor], experts: list[int], nk: bool, part: int = 0) -> list[Tensor]:
         """The experts' weights as ``[K, N]`` views, ready to stand right of their rows in a GEMM."""

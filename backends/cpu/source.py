@@ -142,6 +142,8 @@ def read_shape(op: Op) -> Shape:
     element = x.dtype.name
     result = op.result.type
     assert isinstance(result, TensorType)
+    if op.group("up_scale"):
+        raise UnsupportedError("its weights are fp8 with scales; aten multiplies what they stand for")
     matrices = (*op.group("up"), *op.group("down"), *op.group("up_bias"), *op.group("down_bias"))
     for value in (*op.operands, *op.results):
         if not isinstance(value.type, TensorType):

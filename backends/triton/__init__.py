@@ -5,6 +5,7 @@ from __future__ import annotations
 from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op
 from moec.backends.calls import UnsupportedError
 from moec.backends.registry import register_backend
+from moec.backends.triton.fp8 import refusal
 from moec.backends.triton.kernel import TritonExperts
 from moec.backends.triton.kernels.route import read_router, write_router
 from moec.backends.triton.kernels.source import write_experts
@@ -30,7 +31,8 @@ class TritonBackend(Backend):
     so that a CUDA graph can capture a layer. Kernels are Python files in the cache directory. The extra ``triton`` must
     be installed. With ``TRITON_INTERPRET=1`` they run on tensors of the CPU, in Triton's interpreter. The backward's
     GEMMs run on the same sorted rows; what is between them is torch's. Experts that differ in their widths, routers
-    that are regions, and row functions that cut up what they computed go to ``aten``.
+    that are regions, and row functions that cut up what they computed go to ``aten``. Weights in fp8 with scales are
+    multiplied as they are from sm89 on; their gradients are those of ``aten``.
     """
 
     name = "triton"
@@ -48,7 +50,10 @@ class TritonBackend(Backend):
                 return Support.no(reason)
         try:
             if op.name == "moe.experts":
-                read_spec(op)
+                x = op.operands[0].type
+                assert isinstance(x, TensorType)
+                if read_spec(op).fp8 and (reason := refusal(x.device, target)):
+                    return Support.no(reason)
             else:
                 read_router(op)
         except UnsupportedError as reason:

@@ -73,7 +73,7 @@ class TritonExperts(Kernel):
         (grad,) = grads
         x, ids = inputs[:2]
         params = self.aten.spec.params(inputs)
-        if grad is None or not x.shape[0] or not (one_stride(params.up) and one_stride(params.down)):
+        if grad is None or not x.shape[0] or self.spec.fp8 or not (one_stride(params.up) and one_stride(params.down)):
             return self.aten.backward(grads, inputs, needs)
         launch = choose(self.spec, x.shape[0], target_of(x.device) or self.target)
         block_m = max(LEAST_ROWS, launch.up.block_m)
@@ -98,6 +98,7 @@ class TritonExperts(Kernel):
         down = (
             values
             | self._weight("w", params.down, 0, spec.down_nk == self.spec.down_nk)
+            | self._scale("w", params.down_scale, 0)
             | self._bias("b", params.down_bias, 0)
         )
         captures = {f"c{i}_at": c.contiguous() for i, c in enumerate(params.captures)}
@@ -109,6 +110,7 @@ class TritonExperts(Kernel):
         found: dict[str, Any] = {}
         for part, name in enumerate(up_weights(spec)):
             found |= self._weight(name, params.up, part, spec.up_nk == self.spec.up_nk)
+            found |= self._scale(name, params.up_scale, part)
         for part, name in enumerate(up_biases(spec)):
             found |= self._bias(name, params.up_bias, part)
         return found
@@ -121,6 +123,9 @@ class TritonExperts(Kernel):
             return {name: t, f"{name}_se": t.stride(0), f"{name}_s": t.stride(rows)}
         each = tensors[part * self.spec.experts : (part + 1) * self.spec.experts]
         return {name: self._table(each), f"{name}_s": each[0].stride(rows)}
+
+    def _scale(self, name: str, tensors: list[Tensor], part: int) -> dict[str, Any]:
+        return {f"{name}_scale": tensors[part].contiguous()} if tensors else {}
 
     def _bias(self, name: str, tensors: list[Tensor], part: int) -> dict[str, Any]:
         if not tensors:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from moec.backends.triton.kernels.experts import up_weights
-from moec.backends.triton.kernels.gemm import SCALED
 from moec.backends.triton.kernels.rows import RowFunction
 from moec.backends.triton.kernels.sort import CHUNK, most_blocks
 from moec.backends.triton.kernels.text import cdiv
 from moec.backends.triton.launcher import LaunchKernel
 from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import SCALED
 from moec.ir.torch_dtypes import TO_TORCH
 
 COMBINE_COLUMNS = 512

@@ -108,8 +108,10 @@ def read_spec(op: Op) -> Spec:
     for type in (x, weights, result):
         if type.dtype.name not in TL_TYPES:
             raise UnsupportedError(f"elements of type {type.dtype}; supported are {', '.join(TL_TYPES)}")
+    fp8 = bool(op.group("up_scale"))
     for value in (*op.group("up"), *op.group("down"), *op.group("up_bias"), *op.group("down_bias")):
-        if _tensor(value).dtype.name != dtype:
+        scaled = fp8 and value in (*op.group("up"), *op.group("down"))
+        if _tensor(value).dtype.name != dtype and not scaled:
             raise UnsupportedError(f"rows are {dtype} and {value!r} is {_tensor(value).dtype}")
         if not all(d.is_Integer for d in _tensor(value).shape):
             raise UnsupportedError(f"{value!r} has a size that is not fixed: {list(_tensor(value).shape)}")
@@ -147,4 +149,5 @@ def read_spec(op: Op) -> Spec:
         down_bias=bool(op.group("down_bias")),
         activation=activation,
         post=post,
+        fp8=fp8,
     )

@@ -11,6 +11,7 @@ from moec.ir.core import Graph, Op
 from moec.ir.moe_semantics import combine, expert_gemm, grouped_gemm, make_plan, split_gate
 from moec.ir.opdef import AttrDef, OpDef, OperandDef, RegionDef, register_op, torch_dtype
 from moec.ir.ops.moe_activation import LAYOUTS
+from moec.ir.scaled_types import scales_misfit
 from moec.ir.types import TensorType
 
 
@@ -24,7 +25,8 @@ class Experts(OpDef):
     ``post`` region if there is one, and ``moe.combine``, in this order. ``up`` holds gate and up together in one
     tensor (``layout`` concat, interleaved, rows), one projection (single), or two tensors, gate first (separate).
     Not ``stacked``: one matrix per expert, all gates before all ups; each expert may have an intermediate width of its
-    own, and the activation's program is then written for a symbolic one.
+    own, and the activation's program is then written for a symbolic one. Weights in f8e4m3fn have scales, as those of
+    ``moe.grouped_gemm``.
     """
 
     name = "moe.experts"
@@ -38,6 +40,8 @@ class Experts(OpDef):
         OperandDef("down_bias", "many", "[E, H], or none"),
         OperandDef("captures", "many", "what the activation uses besides"),
         OperandDef("post_captures", "many", "what the post region uses besides"),
+        OperandDef("up_scale", "many", "f32[E, 2I/128, H/128], rounded up, of weights in f8e4m3fn; or none"),
+        OperandDef("down_scale", "many", "f32[E, H/128, I/128], as up_scale"),
     )
     attrs = (
         AttrDef("experts", "int", "number of experts E"),
@@ -72,6 +76,11 @@ class Experts(OpDef):
                 self.fail(op, f"{name} holds {len(op.group(name))} tensors where {count} are due")
             if op.group(f"{name}_bias") and len(op.group(f"{name}_bias")) != count:
                 self.fail(op, f"{name}_bias holds {len(op.group(f'{name}_bias'))} tensors where {count} are due")
+            scales, form = op.group(f"{name}_scale"), self.attr(op, f"{name}_form")
+            if reason := scales_misfit(op.group(name), scales, form, self.attr(op, "stacked")):
+                self.fail(op, f"{name}: {reason}")
+        if bool(op.group("up_scale")) != bool(op.group("down_scale")):
+            self.fail(op, "up and down weights have scales, or neither")
         inputs = 1 if self.attr(op, "layout") in ("single", "rows") else 2
         if len(op.regions[0].args) != inputs + len(op.group("captures")):
             self.fail(op, "the activation's arguments do not fit layout and captures")
@@ -113,7 +122,8 @@ class Experts(OpDef):
         for size in op.groups:
             cut.append(inputs[start : start + size])
             start += size
-        (x,), (ids,), (w,), up, down, up_bias, down_bias, captures, post_captures = cut
+        cut += [()] * (len(self.operands) - len(cut))
+        (x,), (ids,), (w,), up, down, up_bias, down_bias, captures, post_captures, up_scale, down_scale = cut
         layout, stacked, experts = (self.attr(op, name) for name in ("layout", "stacked", "experts"))
         plan = make_plan(ids, experts, self.attr(op, "sentinels"))
         rows = x[plan.order // plan.top_k]
@@ -122,11 +132,14 @@ class Experts(OpDef):
         if stacked or len({w_up.shape for w_up in up}) == 1:  # all rows at once: the very ops of the chain
             apart = len(up) // self.parts(op)
             h = [
-                grouped_gemm(rows, up[i : i + apart], up_bias[i : i + apart], plan, self.attr(op, "up_form"), stacked)
+                grouped_gemm(
+                    rows, up[i : i + apart], up_bias[i : i + apart], plan, self.attr(op, "up_form"), stacked,
+                    up_scale[i : i + apart],
+                )
                 for i in range(0, len(up), apart)
-            ]
+            ]  # fmt: skip
             a = run(op.regions[0], [*split_gate(h, layout), *captures])[0]
-            o = grouped_gemm(a, down, down_bias, plan, self.attr(op, "down_form"), stacked)
+            o = grouped_gemm(a, down, down_bias, plan, self.attr(op, "down_form"), stacked, down_scale)
             return [combine(run(post, [o, *post_captures])[0] if post else o, w, plan, out_dtype)]
         found = []
         for expert, start, stop in plan.segments():

@@ -8,6 +8,7 @@ from typing import Any
 from moec.ir.core import Graph, Op
 from moec.ir.moe_semantics import grouped_gemm
 from moec.ir.opdef import AttrDef, OpDef, OperandDef, register_op
+from moec.ir.scaled_types import scales_misfit
 from moec.ir.types import PlanType, TensorType, Type
 
 
@@ -18,6 +19,8 @@ class GroupedGemm(OpDef):
     ``%h = moe.grouped_gemm %rows, [%w13], %plan {form = "nk"} : bf16[2*T, 28672]``
     ``form`` says how a weight lies: ``nk`` rows are outputs (``y = x Wᵀ``), ``kn`` rows are inputs (``y = x W``).
     ``stacked`` weights are one tensor ``[E, ..]``; otherwise the group holds one matrix per expert.
+    A stacked weight ``nk`` in f8e4m3fn has ``scales``; rows are then brought to that type too, with a scale for 128
+    columns, and sums are in f32 (:mod:`moec.ir.scaled_semantics`). Its gradients are those of the rows alone.
     """
 
     name = "moe.grouped_gemm"
@@ -26,6 +29,7 @@ class GroupedGemm(OpDef):
         OperandDef("weights", "many", "[E, N, K] or [E, K, N], or E matrices"),
         OperandDef("plan", doc="from moe.dispatch"),
         OperandDef("bias", "many", "[E, N], or E vectors, or none"),
+        OperandDef("scales", "many", "f32[E, N/128, K/128], rounded up, of a weight in f8e4m3fn; or none"),
     )
     attrs = (
         AttrDef("form", "str", "how a weight lies", default="nk", choices=("nk", "kn")),
@@ -58,10 +62,13 @@ class GroupedGemm(OpDef):
             k = t.shape[-1] if self.attr(op, "form") == "nk" else t.shape[-2]
             if k != rows.shape[1]:
                 self.fail(op, f"weight {w!r} reduces over {k}, the rows are {rows.shape[1]} wide")
-            if t.dtype != rows.dtype:
+            if t.dtype != rows.dtype and not op.group("scales"):
                 self.fail(op, f"rows are {rows.dtype}, weight {w!r} is {t.dtype}")
+        if reason := scales_misfit(weights, op.group("scales"), self.attr(op, "form"), stacked):
+            self.fail(op, reason)
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
-        n = op.groups[1]
-        rows, weights, plan, bias = inputs[0], inputs[1 : 1 + n], inputs[1 + n], inputs[2 + n :]
-        return [grouped_gemm(rows, weights, bias, plan, self.attr(op, "form"), self.attr(op, "stacked"))]
+        n, biases = op.groups[1], op.groups[3]
+        rows, weights, plan, rest = inputs[0], inputs[1 : 1 + n], inputs[1 + n], inputs[2 + n :]
+        form, stacked = self.attr(op, "form"), self.attr(op, "stacked")
+        return [grouped_gemm(rows, weights, rest[:biases], plan, form, stacked, rest[biases:])]

@@ -55,6 +55,8 @@ def lookalikes(model: torch.nn.Module) -> list[LeftOut]:
     found: list[LeftOut] = []
     inside: list[str] = []
     for name, module in model.named_modules():
+        if name in following and (known := verdict(module)) is not None and known.reason:
+            found.append(LeftOut(name, type(module).__name__, known.reason))
         if name in following or is_adapter(module) or any(name.startswith(prefix) for prefix in inside):
             continue
         below = f"{name}." if name else ""

@@ -74,7 +74,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], prog
     counters.count("moec::experts", prog.label)
     traces.note(prog, ids)
     groups = prog.op.groups
-    checks.check_same(x, params, groups[3] + groups[4], prog)
+    checks.check_same(x, params, 0 if prog.op.group("up_scale") else groups[3] + groups[4], prog)
     if not prog.op.attrs.get("sentinels"):
         checks.check_ids(ids, prog.op.attrs["experts"], prog)
     with _without_autocast(x.device):
@@ -219,6 +219,15 @@ class _Route(torch.autograd.Function):
         return (None, *_spread(grads, needs))
 
 
+def _frozen(program: str) -> frozenset[int]:
+    """The operands of a layer that have no gradient, whatever is asked: weights in fp8, and their scales."""
+    op = lookup(program).op
+    if not op.group("up_scale"):
+        return frozenset()
+    fixed = {v for name in ("up", "down", "up_scale", "down_scale") for v in op.group(name)}
+    return frozenset(i for i, v in enumerate(op.operands) if v in fixed)
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: str, x: Tensor, ids: Tensor, weights: Tensor, *params: Tensor) -> Tensor:
@@ -231,7 +240,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
+        needs = [n and i not in _frozen(ctx.program) for i, n in enumerate(ctx.needs_input_grad[1:])]
         if grad is None or not any(needs):
             return (None,) * (1 + len(needs))
         _check_trainable(lookup(ctx.program))

@@ -51,7 +51,7 @@ def _graph(m: ModelFacts, sizes: tuple[int, ...], own: int, group: str) -> Graph
     whole = [_gathered(b, share, sizes, group) for share in shares]
     activation = _swiglu(kind, m.inner)
     y = b.op(
-        "moe.experts", x, ids, weights, [whole[0]], [whole[1]], [], [], [], [], attrs={"experts": m.experts},
+        "moe.experts", x, ids, weights, [whole[0]], [whole[1]], [], [], [], [], [], [], attrs={"experts": m.experts},
         regions=[activation], result_types=[x.type],
     ).result  # fmt: skip
     b.ret(y)

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from moec.slicing import nodes
 
 GROUPED = frozenset({"_grouped_mm", "grouped_mm", "grouped_mm_fallback"})
-GROUPED_LINEAR = "moec::grouped_linear"
+OWN = frozenset({"moec::grouped_linear", "moec::scaled_linear"})
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _anchor(node: Node) -> Anchor | None:
     called = nodes.name(node)
     if called in GROUPED:
         return Anchor(node, nodes.argument(node, 0, "input"))
-    if isinstance(node.target, OpOverload) and node.target._schema.name == GROUPED_LINEAR:
+    if isinstance(node.target, OpOverload) and node.target._schema.name in OWN:
         return Anchor(node, nodes.argument(node, 0, "rows"))
     if called == "bmm":
         pair = nodes.argument(node, 0, "input"), nodes.argument(node, 1, "mat2")

@@ -144,6 +144,8 @@ def read_site(op: Op) -> Site | None:
     found = [shard_of(v) for v in weights]
     if not any(found):
         return None
+    if op.group("up_scale"):
+        raise Stays("weights in fp8 with scales are not spread over ranks")
     if not op_def(op.name).attr(op, "stacked"):
         raise Stays("experts that are one tensor each are not spread; stack them first")
     missing = next((v for v, s in zip(weights, found, strict=True) if s is None), None)

@@ -1,7 +1,8 @@
 """Anchors: the expert GEMMs that a MoE block shows, however the rest of it is written.
 
 Three forms are known. A grouped GEMM (``aten._grouped_mm``, transformers' fallback op for types that it lacks) has rows
-sorted by expert; so has ``moec::grouped_linear``, whose weights may also be one matrix per expert, with a bias. A
+sorted by expert; so has ``moec::grouped_linear``, whose weights may also be one matrix per expert, with a bias, and
+``moec::scaled_linear``, whose weights are f8e4m3fn with scales. A
 batched GEMM with an indexed weight (``bmm(W[ids], x)``) has rows in slot order.
 """
 
@@ -29,6 +30,7 @@ class Gemm:
         sorted: Rows are sorted by expert.
         out: ``[R, N]``.
         bias: ``[E, N]``, or E vectors, where the GEMM itself adds it.
+        scales: Of a weight in f8e4m3fn.
     """
 
     op: Op
@@ -39,6 +41,7 @@ class Gemm:
     sorted: bool
     out: Value
     bias: tuple[Value, ...] = ()
+    scales: tuple[Value, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -88,6 +91,15 @@ def _linear(op: Op) -> Gemm | None:
     return Gemm(op, rows, tuple(weights), form, offsets, True, op.results[0], tuple(bias))
 
 
+def _scaled(op: Op) -> Gemm | None:
+    if not op.attrs["target"].startswith("moec."):
+        return None
+    rows, weight, scales, offsets = (arg(op, i, n) for i, n in enumerate(("rows", "weight", "scales", "offsets")))
+    if rank(rows) != 2 or rank(weight) != 3 or not isinstance(offsets, Value):
+        return None
+    return Gemm(op, rows, (weight,), "nk", offsets, True, op.results[0], scales=(scales,))
+
+
 def _squeezed(value: Value) -> Value | None:
     """The ``[R, N]`` view that is the only use of a batched GEMM's result."""
     if len(value.users) != 1 or function(value.users[0]) not in VIEWS:
@@ -116,7 +128,7 @@ def _batched(op: Op) -> Gemm | None:
     return None
 
 
-_FORMS = {**dict.fromkeys(GROUPED, _grouped), "grouped_linear": _linear, "bmm": _batched}
+_FORMS = {**dict.fromkeys(GROUPED, _grouped), "grouped_linear": _linear, "scaled_linear": _scaled, "bmm": _batched}
 
 
 def find(graph: Graph) -> dict[Op, Gemm]:

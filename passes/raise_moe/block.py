@@ -50,12 +50,14 @@ class Projection:
         form: How a weight lies, ``nk`` or ``kn``.
         like: A value of the type that its rows have, ``[..., N]``.
         bias: One ``[E, N]``, or E vectors, or none.
+        scales: Of weights in f8e4m3fn.
     """
 
     weights: tuple[Value, ...]
     form: str
     like: Value
     bias: tuple[Value, ...] = ()
+    scales: tuple[Value, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -69,10 +71,10 @@ class Projection:
         assert n is not None
         return Op(
             "moe.grouped_gemm",
-            [rows, *self.weights, plan, *self.bias],
+            [rows, *self.weights, plan, *self.bias, *self.scales],
             [n.with_(shape=(r.shape[0], n.shape[-1]))],
             attrs={"form": self.form, "stacked": self.stacked},
-            groups=[1, len(self.weights), 1, len(self.bias)],
+            groups=[1, len(self.weights), 1, len(self.bias), len(self.scales)],
             names=[name],
         )
 
@@ -116,8 +118,8 @@ class Block:
         """Everything that the block takes in."""
         projections = (*self.ups, self.down)
         programs = [p for p in (self.activation, self.post) if p is not None]
-        taken = [v for p in projections for v in (*p.weights, *p.bias)] + [v for p in programs for v in p.captures]
-        return [self.x, self.ids, self.weights, *taken]
+        taken = [v for p in projections for v in (*p.weights, *p.bias, *p.scales)]
+        return [self.x, self.ids, self.weights, *taken, *(v for p in programs for v in p.captures)]
 
     def write(self, emit: Emitter, name: str) -> Value:
         """Write the block; its combined rows, called ``name``."""

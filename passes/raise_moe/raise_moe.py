@@ -80,8 +80,10 @@ def _read(down: Gemm, ups: list[Gemm]) -> _Found:
         weights=combine.weights,
         top_k=dispatch.top_k,
         experts=experts,
-        ups=[Projection(up.weights, up.form, up.out, bias) for up, (_, bias) in zip(ups, biased, strict=True)],
-        down=Projection(down.weights, down.form, down.out, down_bias),
+        ups=[
+            Projection(up.weights, up.form, up.out, bias, up.scales) for up, (_, bias) in zip(ups, biased, strict=True)
+        ],
+        down=Projection(down.weights, down.form, down.out, down_bias, down.scales),
         activation=program,
         inner=down.rows,
         post=read_rows("post", [rows], combine.rows, per_token, split=False),

@@ -11,6 +11,7 @@ from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op, Value
 from moec.ir.torch_dtypes import TO_TORCH
 from moec.ir.types import TensorType
+from tests.backends.fp8 import fp8_weight
 
 TOLERANCE = {"f64": 1e-12, "f32": 2e-5, "f16": 1e-2, "bf16": 6e-2}
 """Largest |difference| / max |expected| of two computations in that type."""
@@ -66,6 +67,7 @@ class ExpertsCase:
     hidden: int = 12
     inner: int = 8
     widths: tuple[int, ...] = ()  # of each expert, where they differ; then not stacked
+    fp8: bool = False  # weights in f8e4m3fn with scales; stacked, nk
 
     @property
     def parts(self) -> int:
@@ -126,8 +128,13 @@ class ExpertsCase:
             g.add_arg(TensorType.of(w, "T", self.top_k)),
         ]
         groups = [1, 1, 1]
-        for shapes in self.shapes().values():
-            args += [g.add_arg(TensorType.of(dt, *shape)) for shape in shapes]
+        for name, shapes in self.shapes().items():
+            element = "f8e4m3fn" if self.fp8 and name in ("up", "down") else dt
+            args += [g.add_arg(TensorType.of(element, *shape)) for shape in shapes]
+            groups.append(len(shapes))
+        for name in ("up", "down"):
+            shapes = self.shapes()[name] if self.fp8 else []
+            args += [g.add_arg(TensorType.of("f32", e, -(-n // 128), -(-k // 128))) for e, n, k in shapes]
             groups.append(len(shapes))
         op = Op(
             "moe.experts",
@@ -168,7 +175,12 @@ class ExpertsCase:
             for shape in shapes:
                 matrix = name in ("up", "down")
                 out.append((torch.randn(shape) / (shape[-1] ** 0.5 if matrix else 1.0)).to(dt))
-        return out
+        return self._in_fp8(out) if self.fp8 else out
+
+    def _in_fp8(self, inputs: list[Tensor]) -> list[Tensor]:
+        last = 3 + self.parts + 1
+        pairs = [fp8_weight(w.float()) for w in inputs[3:last]]
+        return [*inputs[:3], *(values for values, _ in pairs), *inputs[last:], *(scales for _, scales in pairs)]
 
 
 def loop_experts(case: ExpertsCase, inputs: list[Tensor]) -> Tensor:

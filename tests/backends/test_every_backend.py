@@ -39,6 +39,7 @@ CASES = [
     ExpertsCase(top_k=1, experts=1),
     ExpertsCase(stacked=False, bias=True, sentinels=True, widths=(8, 40, 3, 1, 17)),
     ExpertsCase(layout="separate", up_form="kn", stacked=False, dtype="bf16", post=True, widths=(8, 40, 3, 1, 17)),
+    ExpertsCase(dtype="bf16", weight_dtype="f32", hidden=136, inner=144, fp8=True),
 ]  # fmt: skip
 ROUTERS = {
     "softmax": route_graph(8, k=2),

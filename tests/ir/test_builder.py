@@ -28,7 +28,7 @@ def test_infers_types_and_groups() -> None:
     h = b.op("moe.grouped_gemm", rows, [w], plan)
     b.ret(h.result)
     verify(graph)
-    assert h.groups == (1, 1, 1, 0)
+    assert h.groups == (1, 1, 1, 0, 0)
     assert plan.type == PlanType(4)
     assert "%rows, %plan = moe.dispatch %x, %ids {experts = 4} : bf16[2*T, 8], !moe.plan<4>" in print_graph(graph)
 

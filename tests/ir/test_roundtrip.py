@@ -135,7 +135,7 @@ def test_operand_groups_in_text() -> None:
     g = parse_graph(
         "graph @g(%x: f32[2, 4], %p: !moe.plan<0>) { %y = moe.grouped_gemm %x, [], %p, [%x] : f32[2, 4] return }"
     )
-    assert g.ops[0].groups == (1, 0, 1, 1)
+    assert g.ops[0].groups == (1, 0, 1, 1, 0)
     assert print_op(g.ops[0]).startswith("%y = moe.grouped_gemm %x, [], %p, [%x_1]".replace("%x_1", "%x"))
 
 

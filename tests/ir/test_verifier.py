@@ -237,7 +237,7 @@ BREAKERS: list[tuple[Callable[[Graph], None], str]] = [
     (early_return, "return stands before the end"),
     (unknown_op, "unknown op 'moe.dispach'; did you mean 'moe.dispatch'"),
     (group_sum, "operand groups (1, 2) do not add up to 2 operands"),
-    (group_count, "has 3 operand groups, its definition 4 (rows, weights, plan, bias)"),
+    (group_count, "has 3 operand groups, its definition 5 (rows, weights, plan, bias, scales)"),
     (group_one, "moe.dispatch takes one 'x', not 2"),
     (group_optional, "moe.route takes at most one 'bias', not 2"),
     (missing_attribute, "missing its attribute 'experts' (number of experts E)"),

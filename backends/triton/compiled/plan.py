@@ -130,8 +130,9 @@ def _weight(spec: Spec, name: str, outputs: int, inputs: int, nk: bool) -> dict[
     row = inputs if nk else outputs
     if not spec.stacked:
         return {name: torch.empty(spec.experts, dtype=torch.int64), f"{name}_s": row}
-    weight = torch.empty(spec.experts, outputs, inputs, dtype=TO_TORCH[spec.dtype])
-    return {name: weight, f"{name}_se": outputs * inputs, f"{name}_s": row}
+    weight = torch.empty(spec.experts, outputs, inputs, dtype=TO_TORCH[spec.element])
+    scale = {f"{name}_scale": torch.empty(spec.experts, 1, 1)} if spec.fp8 else {}
+    return {name: weight, f"{name}_se": outputs * inputs, f"{name}_s": row, **scale}
 
 
 def _table(spec: Spec, width: int) -> Tensor:

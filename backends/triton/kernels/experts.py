@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.kernels.expression import Elementwise
-from moec.backends.triton.kernels.gemm import SCALED, Product, bias_lines, tile_lines
+from moec.backends.triton.kernels.gemm import Product, bias_lines, tile_lines
 from moec.backends.triton.kernels.sort import most_blocks
 from moec.backends.triton.kernels.text import Argument, Grid, Kernel, cdiv, function, indented
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import SCALED
 
 GEMM = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
 """Constants of a GEMM kernel."""

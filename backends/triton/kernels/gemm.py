@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moec.backends.triton.kernels.dtypes import TL_TYPES, rounded
 from moec.backends.triton.kernels.text import indented
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import SCALED
 
 HELPERS = '''\
 @triton.jit
@@ -47,10 +48,6 @@ def dot(a, b, acc):
     """acc + a @ b in f32. Triton's interpreter multiplies no bf16, but its products are exact in f32."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 '''
-
-
-SCALED = 128
-"""Elements that share a scale, along each side of an fp8 weight and along a row."""
 
 
 @dataclass(frozen=True)

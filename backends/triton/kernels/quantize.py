@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moec.backends.triton.kernels.dtypes import POINTERS
-from moec.backends.triton.kernels.gemm import SCALED
 from moec.backends.triton.kernels.sort import most_blocks
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import LARGEST, SCALED
 
 ROWS = 16
 """Rows of a program."""
-LARGEST = 448.0
-"""The largest number of f8e4m3fn."""
 HELPER = '''\
 @triton.jit
 def to_fp8(x):

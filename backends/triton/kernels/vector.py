@@ -19,9 +19,10 @@ from moec.backends.triton.kernels.experts import (
     up_products,
     up_result,
 )
-from moec.backends.triton.kernels.gemm import SCALED, Product, base, bias_lines
+from moec.backends.triton.kernels.gemm import Product, base, bias_lines
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, indented
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import SCALED
 
 _IDS = Argument("ids", "*i64")
 CONSTANTS = ("BLOCK_N", "BLOCK_K")

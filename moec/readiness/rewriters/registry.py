@@ -8,6 +8,7 @@ from torch import nn
 
 from moec.readiness.rewriters import (
     dbrx,
+    fp8_experts,
     jetmoe_attention,
     jetmoe_moe,
     llama4,
@@ -24,6 +25,7 @@ REWRITERS: dict[str, Rewriter] = {
     r.target: r
     for r in (
         dbrx.REWRITER,
+        fp8_experts.REWRITER,
         jetmoe_attention.REWRITER,
         jetmoe_moe.REWRITER,
         llama4.REWRITER,

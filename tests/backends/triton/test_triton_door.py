@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moec
 from moec.dynamo import moec_backend
 from moec.report import Report
 from moec.runtime import ops
@@ -26,9 +27,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from tests.support.fp8_models import deepseek
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 TOLERANCE = 2e-5
 """Of f32 logits after two layers."""
+TOLERANCE_FP8 = 3e-2
+"""Of bf16 logits, behind rows that may differ by a bit and be another number in fp8."""
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "use_cache": False}
 
 
@@ -110,6 +115,19 @@ def test_models_equal_eager_and_wait_for_nothing(make: Callable[[], Any]) -> Non
     assert "moec::experts" in mode.entered
     blocks = [block for report in reports for block in report.layers]
     assert [b.backend for b in blocks if b.fused] == ["triton"] * (1 if make is _deepseek else 2)
+
+
+def test_experts_in_fp8() -> None:
+    """Weights as a quantized checkpoint has them reach the fp8 kernels."""
+    model, reports, mode = deepseek(), list[Report](), NoValues()
+    moec.prepare(model)
+    tokens = torch.arange(3)[None] * 5 % 64
+    compiled = _compiled(model, reports, mode)
+    with torch.no_grad():
+        want, got = model(tokens).logits, compiled(tokens).logits
+    assert relative_error(got, want) <= TOLERANCE_FP8
+    assert "moec::experts" in mode.entered
+    assert [b.backend for report in reports for b in report.layers] == ["triton"]
 
 
 def test_a_value_that_is_read_shows() -> None:
