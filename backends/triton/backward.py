@@ -56,7 +56,7 @@ class Rows:
     def of(placed: Values, block_m: int, slots: int, experts: int) -> Rows:
         """Read what ``sort`` made; nothing is known of what lies past the last block in use."""
         rows, blocks = placed["rows"], placed["experts"]
-        within = torch.arange(len(rows), device=rows.device) < placed["used"] * block_m
+        within = torch.arange(len(rows), device=rows.device) < placed["used"][0] * block_m
         live = within & (rows >= 0)
         slot = torch.where(live, rows, slots).to(torch.int64)
         expert = torch.where(within, blocks[:, None].expand(-1, block_m).reshape(-1), 0).to(torch.int64)
@@ -171,7 +171,7 @@ class Backward:
         """For each expert the sum over its rows of d[row, n] * r[row, k]: [E, n, k], or [E, k, n] if not ``nk``."""
         rows, experts = self.rows, self.spec.experts
         blocks = rows.placed["experts"]
-        used = torch.arange(len(blocks), device=blocks.device) < rows.placed["used"]
+        used = torch.arange(len(blocks), device=blocks.device) < rows.placed["used"][0]
         own = (blocks == torch.arange(experts, device=blocks.device)[:, None]) & used
         lasts = (own.sum(1).cumsum(0) * rows.block_m).to(torch.int32)
         firsts = lasts - (own.sum(1) * rows.block_m).to(torch.int32)

@@ -57,20 +57,20 @@ class Run:
             up |= self._quantized("x", up["x"], 0)
         if self.launch.form == "gemv":
             return self._vectors(up, down, captures, post_captures)
-        placed = self.sort(up["ids"], self.launch.up.block_m)
+        placed = self.sort(up["ids"], self.launch.up.block_m, self.launch.up.units)
         return self._gemms(up | placed, down | placed, captures, post_captures)
 
-    def sort(self, ids: Tensor, block_m: int) -> Values:
-        """``rows``, ``experts`` and ``used``: slots by expert, aligned to blocks of rows."""
+    def sort(self, ids: Tensor, block_m: int, units: int = 1) -> Values:
+        """Slots by expert, aligned to blocks of rows: ``rows``, ``experts``, ``used`` and ``places``."""
         spec, chunks = self.spec, cdiv(self.slots, CHUNK)
         blocks = most_blocks(self.slots, spec.experts, block_m)
 
         def ints(size: int) -> Tensor:
             return torch.empty(size, dtype=torch.int32, device=ids.device)
 
-        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(1)}
+        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(2), "places": ints(blocks)}
         values = {"ids": ids, "slots_n": self.slots, "chunks": chunks, **placed}
-        constants = {"BLOCK_M": block_m}
+        constants = {"BLOCK_M": block_m, "UNITS": units}
         if chunks == 1 and blocks <= CHUNK:
             self.launcher("sort_few", self.tokens, values, constants)
             return placed
@@ -116,6 +116,7 @@ class Run:
 
     def _gemm(self, name: str, values: Values, tile: Tile, weights: tuple[str, ...], **constants: int) -> None:
         constants |= {
+            "UNITS": tile.units,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,

@@ -8,20 +8,21 @@ traced model rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.kernels.expression import Elementwise
 from moec.backends.triton.kernels.gemm import Product, bias_lines, tile_lines
 from moec.backends.triton.kernels.sort import most_blocks
-from moec.backends.triton.kernels.text import Argument, Grid, Kernel, cdiv, function, indented
+from moec.backends.triton.kernels.text import Argument, Grid, Kernel, cdiv, function, helper, indented
 from moec.backends.triton.spec import Spec
 from moec.ir.scaled_semantics import SCALED
 
-GEMM = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
-"""Constants of a GEMM kernel."""
-WHICH = (Argument("rows", "*i32"), Argument("experts", "*i32"), Argument("used", "*i32"))
-"""What ``sort`` made: the slot of every row, the expert of every block, the number of blocks."""
+GEMM = ("UNITS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
+"""Constants of a GEMM kernel: BLOCK_M rows of an expert are aligned, and a tile has up to UNITS such blocks."""
+WHICH = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "places"))
+"""What ``sort`` made: the slot of every row, the expert of every block, the numbers of blocks and of tiles of rows, and
+the first block of every tile times 4 plus how many it has (4 of them are written as 0)."""
 
 
 def weight_arguments(spec: Spec, name: str) -> tuple[Argument, ...]:
@@ -115,33 +116,99 @@ def up_result(spec: Spec) -> str:
     return spec.activation.result if isinstance(spec.activation, Elementwise) else "g"
 
 
-def _tiles(columns: int) -> list[str]:
-    return [
-        "blocks = tl.load(used)",
-        f"columns: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
-        "for tile in range(tl.program_id(0), blocks * columns, tl.num_programs(0)):",
-    ]
+TILE = ("UNITS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA")
+"""Constants of a tile; its UNITS are its own."""
 
 
-def _tile(columns: int) -> list[str]:
+def _columns(columns: int) -> list[str]:
+    """Statements: the columns of a tile, and those that are read where there are none."""
     return [
-        "block, column_block = tile_at(tile, blocks, columns, GROUP_M)",
-        "expert = tl.load(experts + block)",
-        "row = block * BLOCK_M + tl.arange(0, BLOCK_M)",
-        "slot = tl.load(rows + row)",
-        "live = slot >= 0",
         "column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
         f"column_in = tl.where(column < {columns}, column, 0)",
     ]
 
 
+def _walk(name: str, columns: int, given: Sequence[str], constants: Sequence[str]) -> list[str]:
+    """Statements: the tiles of a program, each by the function ``{name}_tile``."""
+    told = ", ".join([*given, "first", "column_block"])
+    fixed = ", ".join(constants)
+    return [
+        "blocks = tl.load(used + (UNITS > 1))",
+        f"columns: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
+        "for tile in range(tl.program_id(0), blocks * columns, tl.num_programs(0)):",
+        "    block, column_block = tile_at(tile, blocks, columns, GROUP_M)",
+        "    if UNITS == 1:",
+        "        first = block * BLOCK_M",
+        f"        {name}_tile({told}, 1, {fixed})",
+        "    else:",
+        "        place = tl.load(places + block)",
+        "        first = place // 4 * BLOCK_M",
+        "        for units in tl.static_range(1, UNITS + 1):",
+        "            if place % 4 == units % 4:",
+        f"                {name}_tile({told}, units, {fixed})",
+    ]
+
+
 def _tile_grid(spec: Spec, columns: int) -> Grid:
     def grid(tokens: int, c: Mapping[str, int]) -> tuple[int, ...]:
-        tiles = most_blocks(tokens * spec.top_k, spec.experts, c["BLOCK_M"]) * cdiv(columns, c["BLOCK_N"])
+        slots, rows = tokens * spec.top_k, c["BLOCK_M"] * c["UNITS"]
+        tiles = most_blocks(slots, spec.experts, rows) * cdiv(columns, c["BLOCK_N"])
         programs = c.get("PROGRAMS", 0)
         return (min(tiles, programs) if programs else tiles, *([c["SPLIT_K"]] if "SPLIT_K" in c else []))
 
     return grid
+
+
+def _gemm(
+    spec: Spec,
+    kernel: Kernel,
+    summary: str,
+    products: tuple[Product, ...],
+    columns: int,
+    row_at: Sequence[str],
+    end: Sequence[str],
+) -> tuple[Kernel, str]:
+    """A GEMM kernel: the walk over tiles, the sums of a tile, and what becomes of them.
+
+    Args:
+        spec: The layer.
+        kernel: Its name, arguments and constants.
+        summary: What it computes.
+        products: What is summed.
+        columns: Of the result.
+        row_at: Statements: where rows begin.
+        end: Statements: from the sums of some rows to what is stored.
+    """
+    name = kernel.name
+    weights = tuple(dict.fromkeys(p.weight for p in products)) if spec.stacked else ()
+    given = [a.name for a in kernel.arguments if a.name not in ("used", "places")] + [f"{w}_d" for w in weights]
+    extra = [c for c in kernel.constants if c not in (*TILE, "GROUP_M")]
+    sums = [p.name for p in products]
+    ending = [*given, *sums, "expert", "first", "column_block"]
+    finish = helper(
+        f"{name}_end", ending, ("ROWS", "BLOCK_N", *extra), "Sums of ROWS rows from ``first`` to what is stored.",
+        ["row = first + tl.arange(0, ROWS)", "slot = tl.load(rows + row)", "live = slot >= 0", *_columns(columns),
+         *(p.places() for p in products), *end],
+    )  # fmt: skip
+    more = [f"{s}_more" for s in sums]
+    told = ", ".join(given)
+    place = "expert, first{}, column_block, {}, BLOCK_N" + "".join(f", {c}" for c in extra)
+    tile = helper(
+        f"{name}_tile", [*given, "first", "column_block"], (*TILE, *extra),
+        "UNITS blocks of rows from ``first``, all of one expert, times a stretch of columns.",
+        [
+            "ROWS: tl.constexpr = BLOCK_M * (1 + (UNITS > 1) * (BLOCK_M <= 64))",
+            "MORE: tl.constexpr = UNITS * BLOCK_M - ROWS",
+            "expert = tl.load(experts + first // BLOCK_M)",
+            *_columns(columns),
+            *tile_lines(spec, products, row_at, "SPLIT_K" in extra),
+            f"{name}_end({told}, {', '.join(sums)}, {place.format('', 'ROWS')})",
+            "if MORE:",
+            f"    {name}_end({told}, {', '.join(more)}, {place.format(' + ROWS', 'MORE')})",
+        ],
+    )  # fmt: skip
+    body = [*_descriptors(spec, products), *_walk(name, columns, given, [*TILE[1:], *extra])]
+    return kernel, "\n\n".join([finish, tile, function(kernel, summary, body)])
 
 
 def up_kernel(spec: Spec) -> tuple[Kernel, str]:
@@ -150,18 +217,20 @@ def up_kernel(spec: Spec) -> tuple[Kernel, str]:
         "up", (*up_arguments(spec), *WHICH, Argument("a", POINTERS[spec.dtype])), GEMM, _tile_grid(spec, spec.up)
     )
     products = up_products(spec)
-    body = [
-        *_tile(spec.up),
-        *row_lines(spec, "x", f"(slot // {spec.top_k})", "x_s", spec.hidden),
-        *tile_lines(spec, products),
+    # Rows lie one after another; offsets within a tile are of 32 bits, for addresses of 64 take registers of every sum.
+    end = [
         *bias_lines(spec, products, up_biases(spec), "[None, :]"),
-        *activation_lines(spec, "BLOCK_M, ", "BLOCK_N"),
-        f"a_at = a + row.to(tl.int64)[:, None] * {spec.up} + column[None, :]",
+        *activation_lines(spec, "ROWS, ", "BLOCK_N"),
+        f"a_at = a + tl.cast(first, tl.int64) * {spec.up} + column_block * BLOCK_N",
+        f"within = tl.arange(0, ROWS)[:, None] * {spec.up} + tl.arange(0, BLOCK_N)[None, :]",
         f"inside = live[:, None] & (column < {spec.up})[None, :]",
-        f"tl.store(a_at, {up_result(spec)}.to({TL_TYPES[spec.dtype]}), mask=inside)",
+        f"store_rows(a_at + within, {up_result(spec)}.to({TL_TYPES[spec.dtype]}), live[:, None], inside, "
+        f"{spec.up} % BLOCK_N == 0)",
     ]
-    summary = "a[row] = activation(x[token of row] @ w[expert of row])"
-    return kernel, function(kernel, summary, [*_descriptors(spec, products), *_tiles(spec.up), *indented(body)])
+    row_at = row_lines(spec, "x", f"(slot // {spec.top_k})", "x_s", spec.hidden)
+    return _gemm(
+        spec, kernel, "a[row] = activation(x[token of row] @ w[expert of row])", products, spec.up, row_at, end
+    )
 
 
 def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
@@ -169,26 +238,25 @@ def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
     if not spec.stacked:
         return ['tl.static_assert(not TMA, "weights that lie apart have no descriptor")']
     found = {p.weight: p.descriptor(spec.experts) for p in products}
-    return ["if TMA:", *indented([f"{name}_d = {text}" for name, text in found.items()])]
+    wanted = [f"{name}_d = {text}" for name, text in found.items()]
+    return ["if TMA:", *indented(wanted), "else:", *(f"    {name}_d = {name}" for name in found)]
 
 
 def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
     """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result."""
     product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
     read = (*row_arguments(spec, "a"), *down_arguments(spec))
-    biases = ("b",) if spec.down_bias else ()
-    start = [*_tile(spec.out), *row_lines(spec, "a", "row", str(spec.inner), spec.inner)]
-    bias = bias_lines(spec, (product,), biases, "[None, :]")
+    row_at = row_lines(spec, "a", "row", str(spec.inner), spec.inner)
+    bias = bias_lines(spec, (product,), ("b",) if spec.down_bias else (), "[None, :]")
     inside = f"inside = live[:, None] & (column < {spec.out})[None, :]"
-    at = f"{{}} + {{}}.to(tl.int64)[:, None] * {spec.out} + column[None, :]"
-    grid = _tile_grid(spec, spec.out)
+    begin = f"{{}} + {{}}.to(tl.int64) * {spec.out} + column_block * BLOCK_N"
+    at = f"({begin})[:, None] + tl.arange(0, BLOCK_N)[None, :]"
 
     def made(
-        name: str, extra: tuple[Argument, ...], constants: tuple[str, ...], summary: str, body: list[str]
+        name: str, extra: tuple[Argument, ...], constants: tuple[str, ...], summary: str, end: list[str]
     ) -> tuple[Kernel, str]:
-        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), grid)
-        lines = [*_descriptors(spec, (product,)), *_tiles(spec.out), *indented(body)]
-        return kernel, function(kernel, summary, lines)
+        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), _tile_grid(spec, spec.out))
+        return _gemm(spec, kernel, summary, (product,), spec.out, row_at, end)
 
     plain = made(
         "down",
@@ -196,11 +264,10 @@ def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         (),
         "o[slot of row] = a[row] @ w[expert of row]",
         [
-            *start,
-            *tile_lines(spec, (product,)),
             *bias,
             inside,
-            f"tl.store({at.format('o', 'slot')}, total.to({TL_TYPES[spec.dtype]}), mask=inside)",
+            f"store_rows({at.format('o', 'slot')}, total.to({TL_TYPES[spec.dtype]}), live[:, None], inside, "
+            f"{spec.out} % BLOCK_N == 0)",
         ],
     )
     parts = made(
@@ -209,11 +276,9 @@ def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         ("SPLIT_K",),
         "o[part, slot of row] = a[row, inputs of the part] @ w[expert of row]",
         [
-            *start,
-            *tile_lines(spec, (product,), split=True),
             inside,
             "place = tl.program_id(1) * slots_n + slot",
-            f"tl.store({at.format('o', 'place')}, total, mask=inside)",
+            f"store_rows({at.format('o', 'place')}, total, live[:, None], inside, {spec.out} % BLOCK_N == 0)",
         ],
     )
     weight = "tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[:, None]"
@@ -223,8 +288,6 @@ def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         (),
         "y[token of row] += weight of slot * (a[row] @ w[expert of row]), in no fixed order",
         [
-            *start,
-            *tile_lines(spec, (product,)),
             *(bias or [f"total = {rounded('total', spec.dtype)}"]),
             f"total = {rounded(f'total * {weight}', spec.product)}",
             inside,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,15 @@ def load_rows(at, live, inside, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(at, mask=live, other=0.0)
     return tl.load(at, mask=live & inside, other=0.0)
+
+
+@triton.jit
+def store_rows(at, value, live, inside, WHOLE: tl.constexpr):
+    """Store the rows of a tile that are live, and what of them is inside."""
+    if WHOLE:
+        tl.store(at, value, mask=live)
+    else:
+        tl.store(at, value, mask=inside)
 '''
 DOT = '''\
 @triton.jit
@@ -125,37 +135,90 @@ def base(spec: Spec, name: str) -> str:
     return f"{name}_at = tl.load({name} + expert).to(tl.pointer_type({TL_TYPES[spec.dtype]}))"
 
 
-def tile_lines(spec: Spec, products: Sequence[Product], split: bool = False) -> list[str]:
-    """Statements: the sums of the products of a tile. ``row_at`` are the rows, ``live`` says which there are.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tile that are multiplied at once.
 
-    With ``split``, program_id(1) of SPLIT_K has every SPLIT_K-th block of inputs.
+    Attributes:
+        size: The constant that says how many.
+        begin: The first, counted from the tile's first.
+        mark: What ends the names of all that belongs to them.
+    """
+
+    size: str
+    begin: str = ""
+    mark: str = ""
+
+    def named(self, line: str, names: Sequence[str]) -> str:
+        """The line with these names marked."""
+        return re.sub(rf"\b({'|'.join(names)})\b", rf"\1{self.mark}", line) if self.mark else line
+
+
+ROWS, MORE = Rows("ROWS"), Rows("MORE", " + ROWS", "_more")
+
+
+def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str], split: bool = False) -> list[str]:
+    """Statements: the sums of the products of a tile, of ROWS rows from ``first`` and of MORE rows after them.
+
+    Both are multiplied with the same tiles of weights, which come once.
+
+    Args:
+        spec: The layer.
+        products: What is summed.
+        row_lines: From ``slot`` and ``row`` to ``row_at``, where rows begin, and with fp8 ``row_scale``.
+        split: program_id(1) of SPLIT_K has every SPLIT_K-th block of inputs.
     """
     (inputs,) = {p.inputs for p in products}
-    lines = [base(spec, name) for name in dict.fromkeys(p.weight for p in products)]
-    lines += [p.places() for p in products]
-    lines += [f"{p.name} = tl.zeros((BLOCK_M, {p.block}), tl.float32)" for p in products]
-    first, step = ("tl.program_id(1) * BLOCK_K", "BLOCK_K * SPLIT_K") if split else ("0", "BLOCK_K")
-    inner = [
-        "k_in = k + tl.arange(0, BLOCK_K)",
-        f"there = (k_in < {inputs})[:, None]",
-        f"inside = (k_in < {inputs})[None, :]",
-        f"r = load_rows(row_at[:, None] + k_in[None, :], live[:, None], inside, {inputs} % BLOCK_K == 0)",
-    ]
+    names = ["row", "slot", "live", "row_at", "row_scale", "r", "r_scale", *(p.name for p in products)]
+
+    def begin(rows: Rows) -> list[str]:
+        lines = [
+            f"row = first{rows.begin} + tl.arange(0, {rows.size})",
+            "slot = tl.load(rows + row)",
+            "live = slot >= 0",
+            *row_lines,
+            *(f"{p.name} = tl.zeros(({rows.size}, {p.block}), tl.float32)" for p in products),
+        ]
+        return [rows.named(line, names) for line in lines]
+
+    def step(rows: Rows) -> list[str]:
+        at = "row_at[:, None] + k_in[None, :], live[:, None]"
+        lines = [f"r = load_rows({at}, inside, {inputs} % BLOCK_K == 0)"]
+        if spec.fp8:
+            lines.append(f"r_scale = tl.load(row_scale + k // {SCALED}, mask=live, other=0.0)[:, None]")
+            for p in products:
+                zero = f"tl.zeros(({rows.size}, {p.block}), tl.float32)"
+                lines.append(f"{p.name} += dot(r, {p.name}_w, {zero}) * (r_scale * {p.name}_scale)")
+        else:
+            lines += [f"{p.name} = dot(r, {p.name}_w, {p.name})" for p in products]
+        return [rows.named(line, names) for line in lines]
+
     loads = [f"{p.name}_w = load_tile({p.pointers()}, there, {inputs} % BLOCK_K == 0)" for p in products]
     if spec.stacked:
-        inner += ["if TMA:", *indented([f"{p.name}_w = {p.described()}" for p in products])]
-        inner += ["else:", *indented(loads)]
-    else:
-        inner += loads
+        described = [f"{p.name}_w = {p.described()}" for p in products]
+        loads = ["if TMA:", *indented(described), "else:", *indented(loads)]
     if spec.fp8:
-        inner.append(f"r_scale = tl.load(row_scale + k // {SCALED}, mask=live, other=0.0)[:, None]")
-        for p in products:
-            inner.append(f"{p.name}_scale = tl.load({p.scales()})[None, :]")
-            zero = f"tl.zeros((BLOCK_M, {p.block}), tl.float32)"
-            inner.append(f"{p.name} += dot(r, {p.name}_w, {zero}) * (r_scale * {p.name}_scale)")
-    else:
-        inner += [f"{p.name} = dot(r, {p.name}_w, {p.name})" for p in products]
-    return [*lines, f"for k in range({first}, {inputs}, {step}):", *indented(inner)]
+        loads += [f"{p.name}_scale = tl.load({p.scales()})[None, :]" for p in products]
+    start, stride = ("tl.program_id(1) * BLOCK_K", "BLOCK_K * SPLIT_K") if split else ("0", "BLOCK_K")
+    return [
+        *(base(spec, name) for name in dict.fromkeys(p.weight for p in products)),
+        *(p.places() for p in products),
+        *begin(ROWS),
+        "if MORE:",
+        *indented(begin(MORE)),
+        f"for k in range({start}, {inputs}, {stride}):",
+        *indented(
+            [
+                "k_in = k + tl.arange(0, BLOCK_K)",
+                f"there = (k_in < {inputs})[:, None]",
+                f"inside = (k_in < {inputs})[None, :]",
+                *loads,
+                *step(ROWS),
+                "if MORE:",
+                *indented(step(MORE)),
+            ]
+        ),
+    ]
 
 
 def bias_lines(spec: Spec, products: Sequence[Product], biases: Sequence[str], across: str) -> list[str]:

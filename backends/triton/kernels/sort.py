@@ -5,6 +5,9 @@ A slot is (token, k-th choice). Slots of an expert keep their order; every exper
 ``E`` experts fill at most ``(S + min(E, S) * (BLOCK_M - 1)) // BLOCK_M`` blocks. Few slots take one program
 (``sort_few``), many take three kernels: ``count`` counts each stretch of slots, ``offsets`` adds up over the stretches,
 ``place`` gives every slot its row. Ids outside ``0 .. E-1`` go nowhere.
+
+A tile of a GEMM may have up to ``UNITS`` blocks of one expert: all of its tiles but the last have so many. ``places``
+says where a tile begins and how many blocks it has.
 """
 
 from __future__ import annotations
@@ -58,6 +61,17 @@ def _align(experts: int) -> list[str]:
         "row = block[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]",
         "dead = (block < blocks)[:, None] & (row >= past[:, None])",
         "tl.store(rows + row, tl.full((1, 1), -1, tl.int32), mask=dead)",
+        "if UNITS > 1:",
+        "    units = (ends - starts) // BLOCK_M",
+        "    tile_ends = tl.cumsum(tl.cdiv(units, UNITS), 0)",
+        "    tiles = tl.max(tile_ends, 0)",
+        "    tl.store(used + 1, tiles, mask=tl.program_id(0) == 0)",
+        "    owner = tl.sum((tile_ends[None, :] <= block[:, None]).to(tl.int32), 1)",
+        f"    owner = tl.minimum(owner, {bins - 1})",
+        "    earlier = (block - tl.gather(tile_ends - tl.cdiv(units, UNITS), owner, 0)) * UNITS",
+        "    count = tl.minimum(tl.gather(units, owner, 0) - earlier, UNITS)",
+        "    place = (tl.gather(starts, owner, 0) // BLOCK_M + earlier) * 4 + count % 4",
+        "    tl.store(places + block, place, mask=block < tiles)",
     ]
 
 
@@ -74,14 +88,14 @@ def sort_kernels(experts: int, top_k: int, id_type: str = "i64") -> list[tuple[K
     """The four kernels and their texts."""
     ids, slots = Argument("ids", f"*{id_type}"), Argument("slots_n", "i32")
     counts, totals = Argument("counts", "*i32"), Argument("totals", "*i32")
-    placed = (Argument("rows", "*i32"), Argument("experts", "*i32"), Argument("used", "*i32"))
-    few = Kernel("sort_few", (ids, slots, *placed), ("BLOCK_M",), lambda t, c: (1,))
+    placed = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "places"))
+    few = Kernel("sort_few", (ids, slots, *placed), ("BLOCK_M", "UNITS"), lambda t, c: (1,))
     count = Kernel("count", (ids, slots, counts), (), lambda t, c: (cdiv(t * top_k, CHUNK),))
     offsets = Kernel("offsets", (counts, totals, Argument("chunks", "i32")), (), lambda t, c: (experts,))
     place = Kernel(
         "place",
         (ids, slots, counts, totals, *placed),
-        ("BLOCK_M",),
+        ("BLOCK_M", "UNITS"),
         lambda t, c: _place_grid(experts, top_k, t, c),
     )
     histogram = f"tl.histogram(expert, {padded(experts + 1)}, mask=expert < {experts})"
@@ -136,7 +150,7 @@ def sort_kernels(experts: int, top_k: int, id_type: str = "i64") -> list[tuple[K
             place,
             function(
                 place,
-                "Rows of all slots; expert and dead rows of each block; used[0] is the number of blocks.",
+                "Rows of all slots; expert and dead rows of each block; used[0] is the number of blocks, used[1] of tiles.",
                 [
                     *_read(experts),
                     f"total = tl.load(totals + bins, mask=bins < {experts}, other=0)",

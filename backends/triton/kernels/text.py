@@ -63,6 +63,13 @@ def function(kernel: Kernel, summary: str, body: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def helper(name: str, arguments: Sequence[str], constants: Sequence[str], summary: str, body: Sequence[str]) -> str:
+    """The text of a function that kernels call; it becomes part of each of them."""
+    names = [*arguments, *(f"{c}: tl.constexpr" for c in constants)]
+    lines = ["@triton.jit", f"def {name}(", *(f"    {n}," for n in names), "):", f'    """{summary}"""']
+    return "\n".join([*lines, *indented(body)]) + "\n"
+
+
 def indented(lines: Sequence[str]) -> list[str]:
     """The lines one level deeper."""
     return [f"    {line}" if line else "" for line in lines]

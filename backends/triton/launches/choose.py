@@ -149,14 +149,14 @@ class Search:
         return Choice(up, down, sum(seconds), sum(least), bound, ((seconds[0], least[0]), (seconds[1], least[1])))
 
 
-def _first(table: Tiles, found: Times, m: int) -> int:
-    """Of the tiles with ``m`` rows, the one that is fastest and keeps the units least busy."""
+def _first(table: Tiles, found: Times, m: tuple[int, int]) -> int:
+    """Of the tiles with such blocks of rows, the one that is fastest and keeps the units least busy."""
     at = table.rows[m]
     seconds = found.seconds[at]
     close = at[seconds <= seconds.min() * _EQUAL]
-    return int(min(close.tolist(), key=lambda i: (found.unit[i], table.moved[i] * table.ahead[i])))
+    return int(min(close.tolist(), key=lambda i: (found.unit[i], table.moved[:, i].max() * table.ahead[i])))
 
 
-def _nearest(table: Tiles, found: Times, m: int) -> list[int]:
-    """The fastest tiles with ``m`` rows."""
+def _nearest(table: Tiles, found: Times, m: tuple[int, int]) -> list[int]:
+    """The fastest tiles with such blocks of rows."""
     return sorted(table.rows[m].tolist(), key=lambda i: (float(found.seconds[i]), float(found.unit[i])))[:_NEAR]

@@ -128,8 +128,8 @@ def _device(target: Target) -> Device:
         return _nvidia(target, 89, 2.52e9, 48, 24, 100, 48, 2048, (_SYNC,))
     if name == "sm90":
         mma = (Mma("wgmma.mma_async", 64, 4, 1.0, True), _HOPPER_SYNC)
-        return _nvidia(target, 90, 1.83e9, 64, 32, 228, 50, 5120, mma)
-    mma = (Mma("tcgen05.mma", 64, 4, 1.0, True), _BLACKWELL_SYNC)
+        return _nvidia(target, 90, 1.83e9, 64, 32, 228, 50, 4472, mma)
+    mma = (Mma("tcgen05.mma", 128, 4, 1.0, True), Mma("tcgen05.mma", 64, 4, 0.5, True), _BLACKWELL_SYNC)
     return _nvidia(target, 100, 1.856e9, 64, 32, 228, 126, 10240, mma, 512)
 
 

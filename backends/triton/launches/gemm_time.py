@@ -1,14 +1,15 @@
 """Predicted time of one grouped GEMM on a GPU, for all tiles at once.
 
     seconds = max(cycles of the busiest unit / clock, bytes from memory / bandwidth) + launch
-    cycles  = max(tiles x (steps x work + end), rounds x (fill + steps x max(work, delay / ahead) + end))
+    cycles  = max(span of (steps x work + end) on units, span of (fill + steps x max(work, delay / ahead) + end) on blocks)
     work    = max(busy, moved / link)
 
 ``busy`` is what a step costs the matrix units or the port of the shared memory, ``moved / link`` what it costs to bring
 its operands from the last cache, and ``delay / ahead`` what it takes where too few loads are under way to hide memory's
-delay (Little's law). ``tiles`` are those of the busiest unit (waves are whole), ``rounds`` how often its resident
-blocks go on to another tile, ``fill`` the delay of its first loads and ``end`` the writing of its result. Other blocks
-of the unit work meanwhile; where one is alone nothing hides them.
+delay (Little's law). The span is the time until all tiles are done, on units or on as many resident blocks as they hold:
+whole waves of equal tiles; an even share and the longest tile where heights differ. ``fill`` is the delay of a tile's
+first loads and ``end`` the writing of its result. Other blocks of the unit work meanwhile; where one is alone nothing
+hides them.
 
 Bytes from memory: weights of touched experts, once for each group of row tiles that share them; rows and results once.
 Blocks that share a sum write it in parts, in f32, which are read again where slots are combined.
@@ -23,7 +24,7 @@ import numpy as np
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.load import Load
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, STEP_CYCLES, Floats, Tiles, tiles_for
+from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, MOST_UNITS, STEP_CYCLES, Floats, Ints, Tiles, tiles_for
 
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the begin of the next in a stream."""
@@ -80,21 +81,23 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
     """Seconds for every tile of ``table``, by default of all that fit."""
     table = tiles_for(device, gemm.parts, gemm.dtype) if table is None else table
     item, clock, units = ITEM_BYTES[gemm.dtype], device.clock, device.units
-    tiles, reads = np.zeros(len(table.tiles)), np.zeros(len(table.tiles))
-    for m, at in table.rows.items():
-        tiles[at] = load.tiles(m)
-        reads[at] = load.tiles(m * group_of(gemm, m, device))
+    blocks, reads = np.zeros((MOST_UNITS, len(table.tiles))), np.zeros(len(table.tiles))
+    for (m, most), at in table.rows.items():
+        blocks[:most, at] = load.blocks(m, most)[:, None]
+        reads[at] = load.tiles(m * most * group_of(gemm, m * most, device))
+    longest = (table.m > 0).sum(0) - 1
     steps = np.ceil(np.ceil(gemm.inputs / table.k) / table.split)
-    blocks = tiles * np.ceil(gemm.outputs / table.n) * table.split
-    of_unit = np.ceil(blocks / units - _ROUNDING)  # of the busiest
+    blocks *= np.ceil(gemm.outputs / table.n) * table.split
     link = min(LINK_BYTES, device.cache_cycle / units)
-    busy = np.maximum(table.busy, table.moved / link)
+    work = np.maximum(table.busy, table.moved / link)
     delay = DELAY_SECONDS * clock
     end = table.m * table.n * item / LINK_BYTES
-    together = np.minimum(table.resident, np.maximum(of_unit, 1))
-    waits = np.maximum(busy, delay / table.ahead) + STEP_CYCLES
-    rounds = np.ceil(of_unit / together)
-    unit = np.maximum(of_unit * (steps * busy + end), rounds * (delay + steps * waits + end)) / clock
+    waits = np.maximum(work, delay / table.ahead) + STEP_CYCLES
+    # Tiles of several heights have a program each, which first writes down where the weights are.
+    fill = np.where(longest > 0, delay * (2 if device.mma[0].shared else 1), delay)
+    busy = _makespan(blocks, steps * work + end, longest, np.full(len(table.tiles), float(units)))
+    waited = _makespan(blocks, fill + steps * waits + end, longest, units * table.resident)
+    unit = np.maximum(busy, waited) / clock
     results = np.where(table.split > 1, table.split * 2 * _SUM_BYTES - item, item)  # parts are written and read again
     moved = reads * gemm.weights + load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
     memory = moved / device.target.memory_bandwidth
@@ -102,6 +105,23 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
     return Times(np.maximum(unit, memory) + launch, memory, unit)
 
 
+def _makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats) -> Floats:
+    """Cycles until tiles of several lengths are done, each taken by the next machine that is free.
+
+    Whole waves of the longest tile are enough, and so is an even share and a tile more (R. L. Graham, 1969).
+
+    Args:
+        blocks: [forms, tables] how many tiles of each form there are.
+        cycles: [forms, tables] how long one takes.
+        longest: [tables] the form that takes longest.
+        machines: [tables] that work side by side.
+    """
+    most = cycles[longest, np.arange(len(longest))]
+    waves = np.ceil(blocks.sum(0) / machines - _ROUNDING) * most
+    share = (blocks * cycles).sum(0) / machines + most * (1 - 1 / machines)
+    return np.minimum(waves, np.where(longest > 0, share, waves))
+
+
 def with_group(tile: Tile, gemm: Gemm, device: Device) -> Tile:
     """The tile with the group that ``times`` counted with."""
-    return replace(tile, group_m=group_of(gemm, tile.block_m, device))
+    return replace(tile, group_m=group_of(gemm, tile.rows, device))

@@ -134,7 +134,8 @@ def _launch(layer: Layer, choice: Choice, stacked: bool, device: Device) -> Laun
     tma = stacked and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
     up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
     resident = (_resident(device, up, layer.parts, layer.dtype), _resident(device, down, 1, layer.dtype))
-    return Launch("gemm", up, down, programs=device.units * max(resident))
+    # Tiles of several heights are handed out one by one; programs that walk over them would not end together.
+    return Launch("gemm", up, down, programs=device.units * max(resident) if up.units == 1 else 0)
 
 
 def _resident(device: Device, tile: Tile, parts: int, dtype: str) -> int:

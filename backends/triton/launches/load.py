@@ -45,6 +45,13 @@ class Load:
         """Tiles of ``rows`` rows that hold them: no tile has rows of two experts."""
         return float(np.ceil(self.rows / rows) @ self.experts)
 
+    def blocks(self, rows: int, most: int) -> NDArray[np.float64]:
+        """[most] tiles of 1, 2, ... ``most`` blocks of ``rows`` rows: all tiles of an expert but the last have the most."""
+        found = np.ceil(self.rows / rows)
+        whole, rest = np.divmod(found, most)
+        tiles = np.array([float((rest == n) @ self.experts) for n in range(1, most)])
+        return np.append(tiles, float(whole @ self.experts))
+
     def longest(self) -> float:
         """Rows of the busiest expert; of an expectation, what an expert has with a chance of about a half."""
         if not self.rows.size:

@@ -17,6 +17,7 @@ class Tile:
         num_warps, num_stages: Of a program, and of its software pipeline.
         split_k: Programs that share the inputs of one tile (down GEMM; their sums are added in order).
         tma: Weights are read through tensor descriptors.
+        units: A tile has up to so many times ``block_m`` rows (1 to 4), and only so many blocks as its expert has.
     """
 
     block_m: int
@@ -27,6 +28,17 @@ class Tile:
     num_stages: int = 3
     split_k: int = 1
     tma: bool = False
+    units: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a tile."""
+        return self.block_m * self.units
+
+    def forms(self) -> list[tuple[int, int]]:
+        """Rows that a tile of 1, 2, ... blocks multiplies at once, and those that it multiplies after them."""
+        first = [self.block_m * (2 if n > 1 and self.block_m <= 64 else 1) for n in range(1, self.units + 1)]
+        return [(rows, n * self.block_m - rows) for n, rows in enumerate(first, 1)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Launch:
 
     Attributes:
         form: ``gemm`` on sorted and aligned rows; ``gemv``, a program for each slot and stretch of columns.
-        up, down: Both have the same ``block_m``; rows are aligned to it.
+        up, down: Both have the same ``block_m`` and ``units``; rows are aligned to blocks.
         programs: Of a persistent GEMM; 0 for one program a tile.
         atomic: The down GEMM adds to the result itself, in no fixed order.
     """

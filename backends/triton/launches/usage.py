@@ -8,7 +8,7 @@ compiler really took is read from the compiled kernel (``moec.backends.triton.co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -41,9 +41,14 @@ _MOST_OUTPUTS = 256
 """Of an instruction of tensor memory; sums of more than one do not leave it without spilling."""
 _MOST_F32 = 32
 """Sums of a thread where products are exact in f32: without matrix units both operands are held in registers."""
+_ROW_REGISTERS = 16
+"""Addresses of rows that do not lie one after another, where sums leave few registers."""
 STEP_CYCLES = 40
 """Of a step besides its work: barriers, counters, the issue of loads."""
+MOST_UNITS = 4
 _MS, _NS, _KS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
+_UNITS = [(32, 2), (64, 2), (64, 3), (128, 2)]
+"""Blocks of rows, and how many a tile may have."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +82,31 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         dtype: Of both operands.
     """
     item, threads = ITEM_BYTES[dtype], device.warp * tile.num_warps
+    (rows, more), outputs = tile.forms()[-1], parts * tile.block_n
     instruction = device.mma_for(tile.block_m, tile.num_warps)
-    step = (tile.block_m + parts * tile.block_n) * tile.block_k * item
-    result = tile.block_m * tile.block_n * item  # on its way out rows are made contiguous
+    step = (tile.rows + outputs) * tile.block_k * item
+    result = rows * tile.block_n * item  # on its way out rows are made contiguous
     shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if device.mma[0].shared else 0)
-    sums = tile.block_m * tile.block_n * parts // threads
+    sums = tile.rows * outputs // threads
     addresses = 2 * math.ceil(step / 16 / threads)
     columns = 0
     if instruction.name.startswith("tcgen05"):
         # Sums of 64 rows lie two to a column, those of one part alone.
-        columns = max(32, _power(tile.block_n * max(1, parts * tile.block_m // 128)))
+        columns = max(32, _power(sum(tile.block_n * max(1, parts * m // 128) for m in (rows, more) if m)))
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
+        sums = rows * outputs // threads
         held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= _MOST_SLICED else 3 * sums // 4 + tile.block_k // 2
         registers = max(held, addresses) + _BASE_REGISTERS
+    elif instruction.shared and tile.units > 1:
+        # Descriptors of weights need no addresses. Rows that are stored one by one do.
+        addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)
+        registers = sums + addresses + _BASE_REGISTERS + (_ROW_REGISTERS if parts == 1 else 0)
     elif instruction.shared:
         registers = sums + addresses + _BASE_REGISTERS
     else:
-        wm, wn = warp_grid(tile)
+        wm, wn = warp_grid(tile, rows)
         depth = 16 * item // 2  # bytes of an instruction's depth: 16 elements of two bytes, 8 of four
-        fragments = 2 * (tile.block_m // wm + parts * tile.block_n // wn) * depth * 2 // 4 // device.warp
+        fragments = 2 * (rows // wm + outputs // wn) * depth * 2 // 4 // device.warp
         registers = sums + fragments + addresses + _BASE_REGISTERS
     registers = max(32, registers)
     resident = device.resident(shared, min(registers, device.thread_registers), tile.num_warps)
@@ -104,12 +115,12 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
     return Usage(shared, registers, columns, resident)
 
 
-def warp_grid(tile: Tile) -> tuple[int, int]:
-    """How many warps lie along rows and along outputs, as Triton lays them out for ``mma.sync`` and ``v_mfma``."""
+def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
+    """How many warps lie along ``m`` rows and along outputs, as Triton lays them out for ``mma.sync`` and ``v_mfma``."""
     rows, outputs = 1, 1
     while rows * outputs < tile.num_warps:
-        more_rows = tile.block_m // 16 // rows >= tile.block_n // 16 // outputs
-        if more_rows and rows < tile.block_m // 16:
+        more_rows = m // 16 // rows >= tile.block_n // 16 // outputs
+        if more_rows and rows < m // 16:
             rows *= 2
         else:
             outputs *= 2
@@ -118,7 +129,7 @@ def warp_grid(tile: Tile) -> tuple[int, int]:
 
 def fits(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
     """Whether a block of the tile is within every limit of the hardware."""
-    if dtype == "f32" and tile.block_m * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
+    if dtype == "f32" and tile.rows * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
         return False
     taken = usage(device, tile, parts, dtype)
     if taken.columns and parts * tile.block_n > _MOST_OUTPUTS:
@@ -138,21 +149,22 @@ class Tiles:
 
     Attributes:
         tiles: The tiles.
-        rows: Which of them have so many rows.
-        m, n, k: Their sizes.
+        rows: Which of them have such blocks of rows, and so many.
+        n, k: Columns and inputs.
         resident: Blocks of a unit at once.
-        busy: Cycles of a unit for one step: matrix units or the reads of their operands, whichever takes longer.
-        moved: Bytes that one step brings from the last cache.
+        m: [MOST_UNITS, tiles] rows of a tile that has 1, 2, ... blocks of rows; 0 where it never has so many.
+        busy: Cycles of a unit for one step of each: matrix units or the reads of their operands, whichever takes longer.
+        moved: Bytes that one step of each brings from the last cache.
         ahead: Steps that are on their way while one is multiplied.
         split: Blocks that share the sum over the inputs.
     """
 
     tiles: tuple[Tile, ...]
-    rows: Mapping[int, Ints]
-    m: Ints
+    rows: Mapping[tuple[int, int], Ints]
     n: Ints
     k: Ints
     resident: Floats
+    m: Floats
     busy: Floats
     moved: Floats
     ahead: Floats
@@ -164,58 +176,71 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
     """Every tile that fits the device, with every number of ``splits``."""
     fitting = [
         tile
-        for m in _MS
+        for m, units in [(m, 1) for m in _MS] + _UNITS
         for n in _NS
         for k in (_KS if dtype != "f8e4m3fn" else _KS[-1:])  # a scale for every 128 inputs
         for warps in (4, 8)
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
-        if fits(device, tile := Tile(m, n, k, 1, warps, stages), parts, dtype) and m * n >= 128 * warps
+        if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype)
+        and m * n >= 128 * warps
+        and (units == 1 or m >= device.mma[0].rows)
     ]
     found = [
         replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
     ]
-    sizes = np.array([t.block_m for t in found])
+    shapes = [(t.block_m, t.units) for t in found]
+    item = ITEM_BYTES[dtype]
     return Tiles(
         tuple(found),
-        {m: np.flatnonzero(sizes == m) for m in _MS if (sizes == m).any()},
-        sizes,
+        {s: np.array([i for i, own in enumerate(shapes) if own == s]) for s in dict.fromkeys(shapes)},
         np.array([t.block_n for t in found]),
         np.array([t.block_k for t in found]),
         np.array([float(usage(device, t, parts, dtype).resident) for t in found]),
-        np.array([step_cycles(device, t, parts, dtype) for t in found]),
-        np.array([float((t.block_m + parts * t.block_n) * t.block_k * ITEM_BYTES[dtype]) for t in found]),
+        _forms(found, lambda t, rows, more: float(rows + more)),
+        _forms(found, lambda t, rows, more: sum(step_cycles(device, t, parts, dtype, m) for m in (rows, more) if m)),
+        _forms(found, lambda t, rows, more: float((rows + more + parts * t.block_n) * t.block_k * item)),
         np.array([float(ahead(device, t)) for t in found]),
         np.array([t.split_k for t in found]),
     )
 
 
+def _forms(tiles: Sequence[Tile], of: Callable[[Tile, int, int], float]) -> Floats:
+    """[MOST_UNITS, tiles] a number for every form of every tile."""
+    found = np.zeros((MOST_UNITS, len(tiles)))
+    for at, tile in enumerate(tiles):
+        for n, (rows, more) in enumerate(tile.forms()):
+            found[n, at] = of(tile, rows, more)
+    return found
+
+
 def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
     """Whether blocks may share the sums of a tile: those are stored in f32, with addresses of twice the width."""
     sums = tile.block_m * tile.block_n // (device.warp * tile.num_warps)
-    if split == 1:
-        return True
+    if split == 1 or tile.units > 1:
+        return split == 1
     fits_registers = usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
     return fits_registers and (not device.tensor_columns or 2 * sums <= _MOST_SLICED)
 
 
-def step_cycles(device: Device, tile: Tile, parts: int, dtype: str) -> float:
-    """Cycles that a unit is busy with one step: the multiply-adds, or reading their operands from shared memory."""
-    instruction = device.mma_for(tile.block_m, tile.num_warps)
-    multiply = 2 * tile.block_m * tile.block_n * parts * tile.block_k / (device.unit_flops(dtype) * instruction.rate)
-    read = _read_elements(instruction, tile, parts) * tile.block_k * ITEM_BYTES[dtype] / PORT_BYTES
+def step_cycles(device: Device, tile: Tile, parts: int, dtype: str, rows: int) -> float:
+    """Cycles that a unit is busy with a step of some rows: the multiply-adds, or reading operands from shared memory."""
+    instruction = device.mma_for(rows, tile.num_warps)
+    multiply = 2 * rows * tile.block_n * parts * tile.block_k / (device.unit_flops(dtype) * instruction.rate)
+    read = _read_elements(instruction, tile, parts, rows) * tile.block_k * ITEM_BYTES[dtype] / PORT_BYTES
     return max(multiply, read)
 
 
-def _read_elements(instruction: Mma, tile: Tile, parts: int) -> int:
+def _read_elements(instruction: Mma, tile: Tile, parts: int, rows: int) -> int:
     """Elements read for each input of a step: by every group of warps, or by every instruction, that needs them."""
+    outputs = parts * tile.block_n
     if instruction.name.startswith("tcgen05"):
-        return tile.block_m * parts * math.ceil(tile.block_n / 256) + parts * tile.block_n * math.ceil(
-            tile.block_m / 128
-        )
+        return rows * parts * math.ceil(tile.block_n / 256) + outputs * math.ceil(rows / 128)
     if instruction.shared:
-        return tile.block_m * parts + parts * tile.block_n * math.ceil(tile.block_m / instruction.rows)
-    rows, outputs = warp_grid(tile)
-    return tile.block_m * outputs + parts * tile.block_n * rows
+        blocks = math.ceil(rows / instruction.rows)
+        beside = max(1, tile.num_warps // instruction.warps // blocks)  # groups of warps that share rows
+        return rows * parts * beside + outputs * blocks
+    along, across = warp_grid(tile, rows)
+    return rows * across + outputs * along
 
 
 def _power(n: int) -> int:
