@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moec.backends.base import Backend
 from moec.backends.registry import get_backend
+from moec.ir.beside import beside_experts, own_experts
 from moec.ir.core import Graph, Op
 
 CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts", "moe.regroup")
@@ -66,13 +67,15 @@ def claim(graph: Graph, order: Sequence[str] = DEFAULT_ORDER, target: str = "cpu
 
 def layer_inside(op: Op) -> Op:
     """The ``moe.experts`` of one rank in a layer that is spread over ranks; of chunks that of most experts."""
-    layers = [inner for inner in op.regions[0].ops if inner.name == "moe.experts"]
-    return max(layers, key=lambda inner: int(inner.attrs["experts"]))
+    return max(own_experts(op.regions[0]), key=lambda inner: int(inner.attrs["experts"]))
 
 
 def _check_inside(op: Op, claims: Claims) -> None:
-    """Give a spread layer back where nobody takes the experts inside."""
+    """Give a spread layer back where nobody takes the experts inside, or not the same who takes those beside."""
     layer = layer_inside(op)
     if layer not in claims:
         del claims[op]
         claims.refusals += [Refusal(op, r.backend, r.reason) for r in claims.refusals if r.op is layer]
+    elif any(claims.get(inner) is not claims[layer] for inner in beside_experts(op.regions[0])):
+        other = f"{claims[layer].name} takes its experts, and not those beside them"
+        claims.refusals.append(Refusal(op, claims.pop(op).name, other))

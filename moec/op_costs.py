@@ -52,7 +52,11 @@ class OpCosts:
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         """Times of one rank's experts of a ``moe.parallel_experts``; None where the model does not know them."""
-        shape, agreed = layer_shape(layer_inside(op)), costs_of(op.attrs["group"])
+        return self.layer_times(layer_inside(op), op.attrs["group"], backward)
+
+    def layer_times(self, op: Op, group: str, backward: bool = False) -> LayerCurve | None:
+        """Times of a ``moe.experts`` on a rank of a group; None where the model does not know it."""
+        shape, agreed = layer_shape(op), costs_of(group)
         if shape is None or agreed is None:
             return None
         curve = measured_curve(shape, agreed.machine, agreed.threads, agreed.isa)

@@ -15,8 +15,8 @@ from moec.ir.core import Graph, Location, Op
 from moec.ir.errors import MoecError
 
 REMARK_KINDS = ("applied", "missed", "note")
-BLOCK, SHARED_EXPERT = "block", "shared expert"
-"""What a graph may be cut out of its model as."""
+BLOCK, SHARED_EXPERT, WITH_SHARED = "block", "shared expert", "block with its shared expert"
+"""What a graph may be cut out of its model as. Of the last, the last result is the shared expert's."""
 
 
 class PassClass(enum.Enum):
@@ -124,8 +124,8 @@ class PassContext:
         cost_model: Estimates of time per op (``moec.op_costs.OpCosts``), or None.
         profile: Measured routing statistics, or None.
         options: Further options by name, as the caller gave them.
-        cut_as: What the graph was cut out of its model as (:data:`BLOCK`, :data:`SHARED_EXPERT`); "" for a whole
-            program.
+        cut_as: What the graph was cut out of its model as (:data:`BLOCK`, :data:`SHARED_EXPERT`,
+            :data:`WITH_SHARED`); "" for a whole program.
         left: What stays as it is because nobody could run what it would become: the name of the pass that would change
             it, and the location that the op it becomes would have.
         remarks: All remarks so far, in order.

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from moec.ir.beside import own_experts
 from moec.ir.core import Graph, Op, Value, clone_op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -146,7 +147,7 @@ def _layer_key(op: Op) -> Hashable:
     regions, attrs = op.regions, attr_key(op.attrs)
     inner: Hashable = None
     if op.name == _SPREAD:  # its programs are written for their own number of tokens; the experts' part tells
-        (experts,) = (o for o in op.regions[0].ops if o.name == "moe.experts")
+        (experts,) = own_experts(op.regions[0])
         regions, inner = experts.regions, attr_key(experts.attrs)
     rows = [v.type for v in (*op.operands[:_ROWWISE], op.result)]
     types = tuple((t.dtype, t.shape[1:], t.device) if isinstance(t, TensorType) else t for t in rows)

@@ -124,8 +124,8 @@ class ParallelKernel(Kernel):
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        (grad,) = grads
-        if grad is None:  # no rank has one, as all run the same program
+        given = [g for g in grads if g is not None]
+        if len(given) < len(grads):  # no rank has one, as all run the same program
             return [t.new_zeros(t.shape) if n else None for t, n in zip(inputs, needs, strict=True)]
         key = tuple(map(bool, needs))
         with self._lock:
@@ -133,7 +133,7 @@ class ParallelKernel(Kernel):
             if graph is None:
                 graph = self._backwards[key] = for_needs(self.op.regions[1], key)
         with running_in(WORLD):
-            found = iter(run_graph(graph, [grad, *inputs], self._execute))
+            found = iter(run_graph(graph, [*given, *inputs], self._execute))
         return [next(found) if need else None for need in key]
 
     def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:

@@ -22,10 +22,17 @@ class ParallelExperts(OpDef):
     holds the next ``sizes[r]`` experts; ids count all of them. A slot's row comes home as the expert made it and is
     combined there, in order of k: the result has the bits of one process that holds all experts. Nothing but the
     operands is kept for the backward, so rows travel there a second time.
+
+    What does not wait for rows may be computed here while they travel: a shared expert reads the operands of
+    ``beside``, and its result is a further one. The forward gives all results, the backward begins with their
+    gradients.
     """
 
     name = "moe.parallel_experts"
-    operands = tuple(OperandDef(o.name, o.arity, o.doc.replace("[E", "[E'")) for o in Experts.operands)
+    operands = (
+        *(OperandDef(o.name, o.arity, o.doc.replace("[E", "[E'")) for o in Experts.operands),
+        OperandDef("beside", "many", "what is read by that which is computed beside the layer"),
+    )
     attrs = (
         AttrDef("experts", "int", "number of experts E on all ranks"),
         AttrDef("sentinels", "bool", "ids outside 0 .. E-1 mean no expert", default=False),
@@ -37,9 +44,11 @@ class ParallelExperts(OpDef):
         AttrDef("backend", "str", "who runs the experts of this rank; the reference where it is empty", default=""),
     )
     regions = (
-        RegionDef("forward", "from the operands to the result"),
-        RegionDef("backward", "from the result's gradient and the operands to the gradients of all but ids"),
+        RegionDef("forward", "from the operands to the results"),
+        RegionDef("backward", "from the results' gradients and the operands to the gradients of all but ids"),
     )
+    results = ("result", "beside")
+    variadic_results = True
 
     def verify(self, op: Op) -> None:
         if sum(self.attr(op, "sizes")) != self.attr(op, "experts"):
@@ -48,10 +57,12 @@ class ParallelExperts(OpDef):
         if not all(isinstance(t, TensorType) and t.rank == 2 for t in (x, ids, w)):
             self.fail(op, "x, ids and weights must be matrices [T, H], [T, k], [T, k]")
         forward, backward = op.regions
-        if len(forward.args) != len(op.operands) or len(backward.args) != len(op.operands) + 1:
-            self.fail(op, "the regions take the operands, the second one behind the result's gradient")
-        if len(forward.outputs) != 1 or len(backward.outputs) != len(op.operands) - 1:
-            self.fail(op, "the regions give the result, and a gradient for every operand but ids")
+        if not op.results or (len(op.results) > 1) != bool(op.group("beside")):
+            self.fail(op, "there is a result, and others where there are operands beside")
+        if len(forward.args) != len(op.operands) or len(backward.args) != len(op.operands) + len(op.results):
+            self.fail(op, "the regions take the operands, the second one behind the results' gradients")
+        if len(forward.outputs) != len(op.results) or len(backward.outputs) != len(op.operands) - 1:
+            self.fail(op, "the regions give the results, and a gradient for every operand but ids")
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
         return run(op.regions[0], inputs)

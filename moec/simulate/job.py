@@ -175,7 +175,9 @@ def given_choices(graph: Graph) -> dict[int, tuple[int, int]]:
 
 def _chosen(graph: Graph) -> list[TensorType]:
     """Types of the ids of all layers."""
-    types = [op.operands[1].type for op in graph.ops if op.name in _LAYERS]
+    layers = [op for op in graph.ops if op.name in _LAYERS]
+    chosen = [op for op in layers if op_def(op.name).attr(op, "experts") > 1]  # of a shared expert nothing is
+    types = [op.operands[1].type for op in chosen or layers]
     return [type for type in types if isinstance(type, TensorType) and type.rank == 2]
 
 

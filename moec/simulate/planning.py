@@ -9,6 +9,7 @@ import torch
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
+from moec.ir.beside import own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.op_costs import layer_shape
@@ -33,8 +34,12 @@ class MachineCosts:
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         """Times of one rank's experts of a ``moe.parallel_experts``; None where its sizes are not known."""
-        inner = next((o for o in op.regions[0].walk() if o.name == "moe.experts"), None)
-        shape = layer_shape(inner) if inner is not None else None
+        inner = own_experts(op.regions[0])
+        return self.layer_times(inner[0], op.attrs["group"], backward) if inner else None
+
+    def layer_times(self, op: Op, group: str, backward: bool = False) -> LayerCurve | None:
+        """Times of a ``moe.experts`` on a rank; None where its sizes are not known."""
+        shape = layer_shape(op)
         if shape is None:
             return None
         if not self._costs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 
 from moec.ir.comm_semantics import running_in
@@ -52,13 +53,13 @@ class _Rank:
         self.me, self.world, self.costs, self.routing, self.symbols = me, world, costs, routing, symbols
         self.steps: list[Step] = []
         self.rows = self.layers = 0
-        self.spread: list[tuple[Op, list[Any], Any]] = []  # layers of the forward, their operands and results
+        self.spread: list[tuple[Op, list[Any], list[Any]]] = []  # layers of the forward, their operands and results
 
     def main(self, graph: Graph, given: Mapping[int, Any], training: bool) -> Run:
         inputs = [given[i] if i in given else argument(v, self.symbols) for i, v in enumerate(graph.args)]
         outputs = yield from self.graph(graph, inputs)
-        for op, values, result in reversed(self.spread if training else []):
-            yield from self.graph(op.regions[1], [result, *values])  # a gradient is as large as its result
+        for op, values, results in reversed(self.spread if training else []):
+            yield from self.graph(op.regions[1], [*results, *values])  # a gradient is as large as its result
         return outputs
 
     def graph(self, graph: Graph, inputs: Sequence[Any]) -> Run:
@@ -79,7 +80,7 @@ class _Rank:
         if op.name == "moe.parallel_experts":
             values[1] = self.chosen(op, values)
             results = yield from self.graph(op.regions[0], values)
-            self.spread.append((op, values, results[0]))
+            self.spread.append((op, values, results))
             return results
         if op.name == "comm.wait":
             promise = values[0]
@@ -126,6 +127,8 @@ class _Rank:
             assert isinstance(ids, Tensor)
             return ids
         experts = op_def(op.name).attr(op, "experts")
+        if experts == 1:  # a shared expert: nothing is chosen
+            return torch.zeros(tuple(ids.shape), dtype=torch.int64)
         fixed = op.name == "moe.parallel_experts" and op.attrs.get("form") == "fixed"
         groups = len(op.attrs["sizes"]) if fixed else 0
         return self._ids(

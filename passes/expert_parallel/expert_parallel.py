@@ -204,7 +204,7 @@ def _spread(graph: Graph, site: Site, form: Form) -> None:
             "form": name,
         },
         regions=regions,
-        groups=op.groups,
+        groups=(*op.groups, 0),
         loc=op.loc,
         names=[op.result.name],
     )

@@ -20,13 +20,13 @@ from itertools import accumulate
 
 import sympy
 
+from moec.ir.beside import own_experts
 from moec.ir.builder import Builder
 from moec.ir.core import Graph, Op, Value, clone_op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType, Type
 from moec.passes.calls import is_call
 from moec.passes.expert_parallel.route import tensor_type
-from moec.passes.overlap.order import EXPERTS
 
 ROW_OPS = ("comm.all_to_all.start", "comm.wait", "quant.rows", "quant.restore")
 """Ops that make a row of each row."""
@@ -108,7 +108,8 @@ class _Cutter:
         self.counts: Value | None = None
         self.own_counts: Value | None = None
         self.dispatch = self._only("moe.dispatch")
-        self.layer = next((op for op in region.ops if op.name in EXPERTS), None)
+        self.experts = own_experts(region)
+        self.layer = next(iter(self.experts), None)
 
     def _only(self, name: str) -> Op:
         found = [op for op in self.region.ops if op.name == name]
@@ -152,7 +153,7 @@ class _Cutter:
             self.sorted.update(op.results)
         elif op.name == "moe.arrivals":
             self._arrivals(op)
-        elif op.name in EXPERTS:
+        elif op in self.experts:
             self._experts(op)
         elif op.name in HOME_OPS:
             self._clone(op, {0: self._together(op.operands[0])})

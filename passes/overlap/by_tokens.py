@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 import sympy
 
+from moec.ir.beside import makers
 from moec.ir.builder import Builder
 from moec.ir.core import Graph, Op, Value, clone_op
 from moec.ir.types import TensorType, Type
@@ -19,6 +20,8 @@ from moec.ir.types import TensorType, Type
 def cut_by_tokens(region: Graph, shares: Sequence[int]) -> Graph:
     """The same forward in chunks of tokens.
 
+    What is computed beside the layer stays whole.
+
     Args:
         region: The forward of a ``moe.parallel_experts``: tokens, ids and weights are its first arguments.
         shares: How much of the tokens every chunk has.
@@ -26,20 +29,22 @@ def cut_by_tokens(region: Graph, shares: Sequence[int]) -> Graph:
     graph = Graph(region.name, attrs=dict(region.attrs), meta=dict(region.meta))
     args = [graph.add_arg(a.type, a.name) for a in region.args]
     b, of = Builder(graph, region.terminator.loc), sum(shares)
-    made: list[list[Value]] = []
+    made: list[Value] = []
+    apart: dict[Value, Value] = dict(zip(region.args, args, strict=True))
+    once = {o for v in region.outputs[1:] if v.op is not None for o in (v.op, *makers(v.op))}
+    for op in [op for op in region.ops if op in once]:
+        b.insert(clone_op(op, apart.__getitem__, apart))
     for chunk, (first, last) in enumerate(pairwise([0, *accumulate(shares)])):
         attrs = {"first": first, "last": last, "of": of}
         some = [b.op("moe.token_part", a, attrs=attrs, result_types=[_some(a.type, chunk)]).result for a in args[:3]]
         env: dict[Value, Value] = dict(zip(region.args, [*some, *args[3:]], strict=True))
-        for op in region.ops[:-1]:
+        for op in [op for op in region.ops[:-1] if op not in once]:
             copy = b.insert(clone_op(op, env.__getitem__, env))
             for result in copy.results:
                 result.type, result.name = _inside(result.type, chunk), ""
-        made.append([env[v] for v in region.outputs])
-    outs = [
-        b.call("aten.cat.default", [list(parts)], result_types=[value.type]).result
-        for value, parts in zip(region.outputs, zip(*made, strict=True), strict=True)
-    ]
+        made.append(env[region.outputs[0]])
+    whole = b.call("aten.cat.default", [made], result_types=[region.outputs[0].type]).result
+    outs = [whole, *(apart[v] for v in region.outputs[1:])]
     graph.append(Op("return", outs, groups=(len(outs),), loc=region.terminator.loc))
     return graph
 

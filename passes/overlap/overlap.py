@@ -7,22 +7,26 @@ Contract:
    nothing does better. Without a cost model, links or loads the pass says so and does nothing, unless it is told the
    number of chunks.
 3. Bits stay: backwards are cut along experts alone, so that each gradient is made of the same rows in the same order.
+4. What is computed beside a layer (a shared expert that ``carry-shared-experts`` put there) is computed where ranks
+   would wait.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar, Literal
 
+from moec.ir.beside import beside_experts, own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.cuts import expert_ranges
-from moec.passes.overlap.order import EXPERTS, reorder
-from moec.passes.overlap.plan import BACKWARD, plan, read_layer
+from moec.passes.overlap.fill import FRONT, PIECES, Places, put
+from moec.passes.overlap.order import reorder
+from moec.passes.overlap.plan import BACKWARD, plan, plan_filled, read_beside, read_layer
 from moec.passes.overlap.policies import uncut
 from moec.passes.overlap.search import MOST
 from moec.passes.registry import register_pass
@@ -32,12 +36,21 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Along what a program is cut, the units of every chunk, what to say, and the rank whose own rows go first."""
+    """What is done to a program.
+
+    Attributes:
+        along: What it is cut along.
+        sizes: Units of every chunk; one chunk is the whole.
+        why: What to say of it.
+        own_first: The rank whose own rows come first, or -1.
+        places: Where what stands beside the layer is computed.
+    """
 
     along: str
     sizes: tuple[int, ...]
     why: str
     own_first: int = -1
+    places: Places = FRONT
 
 
 @register_pass
@@ -83,14 +96,11 @@ class Overlap(Pass):
                 except Whole as reason:
                     ctx.remark("missed", self.name, f"the {direction} stays whole: {reason}", op)
                     continue
-                own = "own rows first, then " if chosen.own_first >= 0 else ""
-                what = (
-                    f"the {direction} in {own}{len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}{chosen.why}"
-                )
+                what = f"the {direction} {_told(chosen, bool(beside_experts(op.regions[place])))}"
                 if not ctx.take_fuel(self.name, what, op):
                     return PassResult(cut > 0, {"cut": cut})
                 ctx.remark("applied", self.name, what, op)
-                reorder(made)
+                reorder(made, put(made, chosen.places))
                 op.regions[place] = made
                 made.parent_op = op
                 cut += 1
@@ -102,7 +112,7 @@ class Overlap(Pass):
         Raises:
             Whole: Nothing; with the reason.
         """
-        if sum(o.name in EXPERTS for o in op.regions[place].ops) > 1:
+        if len(own_experts(op.regions[place])) > 1:
             raise Whole("it is cut already")
         if self.chunks:
             along = "experts" if place == BACKWARD else self.along
@@ -113,19 +123,41 @@ class Overlap(Pass):
             return _Chosen(along, (1,) * count, "")
         layer = read_layer(op, place, ctx, self.tokens)
         found, whole = plan(layer, place, self.policy, self.rank >= 0), uncut(layer)
-        if not found.cut:
+        places, beside = FRONT, read_beside(op, place, layer, ctx)
+        if beside is not None:
+            filled = plan_filled(layer, place, self.policy, self.rank >= 0, beside)
+            found, places = filled.schedule, filled.places
+            whole = replace(whole, seconds=whole.seconds + max(beside.chunk().compute))
+        if not found.cut and places == FRONT:
             raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks that may be cut take less")
         why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
-        return _Chosen(found.along, found.sizes, why, self.rank if found.own_first else -1)
+        return _Chosen(found.along, found.sizes, why, self.rank if found.own_first else -1, places)
 
 
 def _cut(op: Op, place: int, chosen: _Chosen) -> Graph:
     sizes = op_def(op.name).attr(op, "sizes")
+    if len(chosen.sizes) == 1 and chosen.own_first < 0:
+        return op.regions[place].clone()
     if chosen.along == "tokens":
         return cut_by_tokens(op.regions[place], chosen.sizes)
     edges = expert_ranges(sizes, sum(chosen.sizes))
     ends = [edges[at] for at in (0, *accumulate(chosen.sizes))]
     return cut_by_experts(op.regions[place], Chunks(sizes, ends, chosen.own_first))
+
+
+def _told(chosen: _Chosen, beside: bool) -> str:
+    """What is done, in words."""
+    own = "own rows first, then " if chosen.own_first >= 0 else ""
+    many = len(chosen.sizes) > 1 or chosen.own_first >= 0
+    cut = f"in {own}{len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}" if many else "in one piece"
+    last = len(chosen.sizes) + (chosen.own_first >= 0)
+    where = [
+        "before all chunks" if at == 0 else "behind all chunks" if at == last else f"before chunk {at + 1}"
+        for at, _ in chosen.places
+    ]
+    shares = [f"{pieces}/{PIECES} " if len(chosen.places) > 1 else "" for _, pieces in chosen.places]
+    told = " and ".join(share + place for share, place in zip(shares, where, strict=True))
+    return f"{cut}{f', what stands beside {told}' if beside else ''}{chosen.why}"
 
 
 def _ms(seconds: float) -> str:

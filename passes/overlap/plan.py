@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from moec.ir.beside import beside_experts
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -11,6 +12,7 @@ from moec.passes.base import PassContext
 from moec.passes.overlap.by_experts import Whole
 from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
 from moec.passes.overlap.cuts import Layer
+from moec.passes.overlap.fill import Beside, BesideCosts, Filled, auto_filled, fill
 from moec.passes.overlap.policies import Schedule, choose, schedule
 from moec.passes.overlap.traffic import traffic
 
@@ -64,6 +66,25 @@ def _weight_bytes(op: Op) -> float:
     types = [v.type for v in (*op.group("up"), *op.group("down")) if isinstance(v.type, TensorType)]
     known = [t for t in types if all(d.is_Integer for d in t.shape)]
     return sum(math.prod(int(d) for d in t.shape) * t.dtype.bits / 8 for t in known)
+
+
+def read_beside(op: Op, place: int, layer: Layer, ctx: PassContext) -> Beside | None:
+    """What is computed beside one direction of a layer; None where the cost model does not know how long it takes."""
+    experts, costs = beside_experts(op.regions[FORWARD]), ctx.cost_model
+    if not experts or not isinstance(costs, BesideCosts):
+        return None
+    times = [costs.layer_times(inner, op.attrs["group"], place == BACKWARD) for inner in experts]
+    known = tuple(t for t in times if t is not None)
+    top_k = int(_tensor(op, 1).shape[1])
+    tokens = tuple(sum(row) / top_k for row in layer.rows)
+    return Beside(known, tokens, place == BACKWARD) if len(known) == len(times) else None
+
+
+def plan_filled(layer: Layer, place: int, policy: str, own_first: bool, beside: Beside) -> Filled:
+    """As :func:`plan`, with places for what is computed beside the layer."""
+    if policy == "auto":
+        return auto_filled(layer, allowed(place, own_first), beside)
+    return fill(plan(layer, place, policy, own_first), beside)
 
 
 def _tensor(op: Op, place: int) -> TensorType:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.ir.beside import own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.types import TensorType
-from moec.passes.overlap.order import EXPERTS, is_start, needs
+from moec.passes.overlap.order import is_start, needs
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def row_bytes(op: Op) -> float | None:
 def traffic(region: Graph) -> Traffic | None:
     """The traffic of a program that sends a row for every slot; None where it sends otherwise or widths are unknown."""
     before = needs(region)
-    experts = [op for op in region.ops if op.name in EXPERTS]
+    experts = own_experts(region)
     rows = [op for op in region.ops if is_start(op) and op.group("rows") and not op.attrs.get("send_sizes")]
     if len(experts) != 1 or len(rows) < 2 or any(op.name != "comm.all_to_all.start" for op in rows):
         return None

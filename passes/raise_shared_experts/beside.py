@@ -32,9 +32,9 @@ def beside_blocks(graph: Graph) -> Iterator[tuple[Dense, list[Dense]]]:
                 yield down, ups
 
 
-def alone(graph: Graph) -> tuple[Dense, list[Dense]] | None:
-    """The GEMMs of a shared expert that was cut out of its model: the graph's first result is the expert's."""
-    values = [graph.outputs[0]] if graph.outputs else []
+def alone(result: Value) -> tuple[Dense, list[Dense]] | None:
+    """The GEMMs of a shared expert that was cut out of its model, by its result."""
+    values = [result]
     while values:
         value = peel(values.pop(), VIEWS | CASTS)
         down = read_dense(value.op)

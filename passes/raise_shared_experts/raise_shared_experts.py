@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from moec.ir.core import Graph, Location, Op, Value
 from moec.ir.types import SymType, as_dim, dtype
-from moec.passes.base import SHARED_EXPERT, Pass, PassClass, PassContext, PassResult
+from moec.passes.base import SHARED_EXPERT, WITH_SHARED, Pass, PassClass, PassContext, PassResult
 from moec.passes.dce import erase_unused
 from moec.passes.matching import rank, tensor
 from moec.passes.raise_moe.block import Block, Emitter, Projection
@@ -114,8 +114,8 @@ class RaiseSharedExperts(Pass):
     summary: ClassVar[str] = "dense MLPs beside MoE blocks to one expert for every token"
 
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
-        if ctx.cut_as == SHARED_EXPERT:
-            found = alone(graph)
+        if ctx.cut_as in (SHARED_EXPERT, WITH_SHARED):
+            found = alone(graph.outputs[0 if ctx.cut_as == SHARED_EXPERT else -1]) if graph.outputs else None
             if found is None:
                 ctx.remark("missed", self.name, _NO_MLP)
             pairs = [] if found is None else [found]

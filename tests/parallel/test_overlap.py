@@ -12,13 +12,14 @@ from torch import Tensor
 
 from moec.backends.reference import run_graph
 from moec.backends.reference.world import LocalWorld, run_world
+from moec.ir.beside import EXPERTS, beside_experts
 from moec.ir.core import Graph, Op
 from moec.ir.types import TensorType, dtype
 from moec.ir.verifier import verify
 from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.cuts import expert_ranges
-from moec.passes.overlap.order import EXPERTS, in_turn, is_start, needs, on_demand, reorder
+from moec.passes.overlap.order import in_turn, is_start, needs, on_demand, reorder
 from tests.parallel.layers import HISTOGRAMS, Layer
 from tests.parallel.test_forms import REORDERED, backward, close, forward, graphs
 
@@ -150,7 +151,7 @@ def random_program(rng: random.Random) -> Graph:
     values = [graph.add_arg(t, "x")]
     for _ in range(rng.randint(1, 25)):
         name = rng.choice(("comm.all_to_all.start", "comm.wait", "moe.experts", "torch.call"))
-        operands = rng.sample(values, min(len(values), rng.randint(1, 3)))
+        operands = rng.choices(values, k=3 if name == "moe.experts" else rng.randint(1, 3))
         op = Op(name, operands, [t], attrs={"target": "aten.cat.default"}, groups=(len(operands),))
         graph.append(op)
         values.append(op.result)
@@ -165,11 +166,12 @@ def test_no_order_of_asking_breaks_a_dependency(seed: int) -> None:
     graph = random_program(rng)
     ops, before = list(graph.ops), needs(graph)
     asked = rng.sample(ops, len(ops))
-    for order in (on_demand(asked), on_demand([*in_turn(graph), graph.terminator])):
+    beside = {op: rng.randint(0, 3) for op in beside_experts(graph)}
+    for order in (on_demand(asked), on_demand([*in_turn(graph, beside), graph.terminator])):
         place = {op: i for i, op in enumerate(order)}
         assert all(place[maker] < i for op, i in place.items() for maker in before[op])
         assert len(place) == len(order)
     assert set(on_demand(asked)) == set(ops)
     needed = before[graph.terminator]
-    reorder(graph)
+    reorder(graph, beside)
     assert graph.ops[-1].name == "return" and needed <= set(graph.ops), "what the result needs stays"

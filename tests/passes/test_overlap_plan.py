@@ -9,12 +9,12 @@ import pytest
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
+from moec.ir.beside import EXPERTS
 from moec.ir.core import Op
 from moec.op_costs import OpCosts, op_costs
 from moec.passes import PassContext, PassManager
 from moec.passes.overlap import Overlap
 from moec.passes.overlap.costs import OverlapCosts
-from moec.passes.overlap.order import EXPERTS
 from moec.passes.overlap.plan import BACKWARD, FORWARD, plan, read_layer
 from moec.passes.overlap.policies import schedule, uncut
 from moec.passes.overlap.traffic import Traffic, traffic

@@ -52,7 +52,9 @@ def test_the_first_ranks() -> None:
     assert (whole.first(4).nodes, whole.first(4).per_node) == (1, 4)
     with pytest.raises(SimulationError, match="12 ranks are not whole nodes of 8"):
         whole.first(12)
-    with pytest.raises(SimulationError, match="take fewer ranks, or a larger topology: 256xh800, 256xa100, cloudmatrix384"):
+    with pytest.raises(
+        SimulationError, match="take fewer ranks, or a larger topology: 256xh800, 256xa100, cloudmatrix384"
+    ):
         whole.first(100)
 
 

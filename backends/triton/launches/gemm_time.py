@@ -24,7 +24,16 @@ import numpy as np
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.load import Load
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, MOST_UNITS, STEP_CYCLES, Floats, Ints, Tiles, tiles_for
+from moec.backends.triton.launches.usage import (
+    ITEM_BYTES,
+    LINK_BYTES,
+    MOST_UNITS,
+    STEP_CYCLES,
+    Floats,
+    Ints,
+    Tiles,
+    tiles_for,
+)
 
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the begin of the next in a stream."""
