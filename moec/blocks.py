@@ -24,16 +24,21 @@ from moec.describe import fill_experts, is_shared, route_text, shared_text
 from moec.emit import emit_into
 from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
+from moec.joining import carried, find_joined, lend, make_way, take_back
 from moec.lowering import block_name, lowering, shared_name
 from moec.options import CompileOptions
-from moec.passes.base import BLOCK, SHARED_EXPERT, PassContext
+from moec.passes.base import BLOCK, SHARED_EXPERT, WITH_SHARED, PassContext
+from moec.passes.carry_shared_experts import CarrySharedExperts
 from moec.pipeline import run_pipeline
 from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
 from moec.retrace import retrace
 from moec.slicing import NotSliced, Slice, find_slices
 from moec.slicing import nodes as fx_nodes
+from moec.slicing.cut import Refused
+from moec.slicing.join import Joined
 
+IN_BLOCK = "it is computed in its block, while the rows of that travel"
 _RAISING = ("raise-moe", "raise-shared-experts", "fuse-experts")
 MOE_OPS_LEFT = ("moe.dispatch", "moe.grouped_gemm", "moe.activation", "moe.combine")
 
@@ -78,21 +83,36 @@ class BlockCompiler:
         changed = False
         written: dict[Node, Node] = {}  # outputs of blocks that are replaced; a later block may begin with one
         told: dict[Node, BlockReport] = {}
-        for piece in find_slices(gm.graph):
+        pieces = find_slices(gm.graph)
+        joined = find_joined(gm, pieces, self.options)
+        inside: dict[Node, _Compiled] = {}  # shared experts that are computed in their blocks, by their anchors
+        for piece in pieces:
             loc = location_of(piece.anchor.meta)
             block = None if piece.beside is None else told[piece.beside]
             name = block_name(loc.module, len(self.reports)) if block is None else shared_name(loc.module, block.name)
-            if isinstance(piece, NotSliced):
+            if piece.anchor in inside:
+                compiled = inside[piece.anchor]
+            elif isinstance(piece, NotSliced):
                 compiled = _Compiled(None, Claims(), BlockReport(name, reason=piece.reason))
             else:
-                piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
-                compiled = self._compile(piece, name)
+                both = joined.get(piece.anchor)
+                if isinstance(both, Joined) and (found := self._compile_joined(gm, both, name, written)) is not None:
+                    piece = both.piece
+                    compiled, inside[both.shared.anchor] = found
+                else:
+                    piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
+                    compiled = self._compile(piece, name)
             report = replace(compiled.report, name=name, source=loc.source or None, instances=instances)
             report.remarks, report.shared = list(report.remarks), []
+            if isinstance(why := joined.get(piece.anchor), Refused):
+                report.remarks.append(f"missed: {CarrySharedExperts.name}: the shared expert stays outside: {why}")
             if report.reason is not None:
                 report.reason += adapter_hint(gm, name if block is not None else loc.module)
             (self.reports if block is None else block.shared).append(report)
             told[piece.anchor] = report
+            if piece.anchor in inside:
+                report.remarks.append(IN_BLOCK)
+                continue
             if compiled.graph is not None and isinstance(piece, Slice):
                 if (computed := computed_weights(compiled.graph, piece.inputs)) is not None:
                     self.computed.append(computed)
@@ -110,6 +130,22 @@ class BlockCompiler:
             self._seen[key] = self._compile_new(piece, name)
         return self._seen[key]
 
+    def _compile_joined(
+        self, gm: GraphModule, both: Joined, name: str, written: dict[Node, Node]
+    ) -> tuple[_Compiled, _Compiled] | None:
+        """A block with its shared expert inside, and that alone; None where one of them has to stand alone."""
+        both.shared.inputs[:] = [written.get(n, n) for n in both.shared.inputs]
+        alone = self._compile(both.shared, name)
+        if alone.graph is None:
+            return None
+        aliases = lend(gm, both)
+        found = self._compile(both.piece, name)
+        if found.graph is None or not carried(found.graph):
+            take_back(gm, aliases)
+            return None
+        make_way(both)
+        return found, alone
+
     def _compile_new(self, piece: Slice, name: str) -> _Compiled:
         report = BlockReport(name)
         shared = piece.beside is not None
@@ -117,7 +153,8 @@ class BlockCompiler:
         backends = self.options.backends[:1] if shared else self.options.backends
         try:
             graph = graph_from_fx(retrace(piece), "shared_expert" if shared else "block")
-            ctx, report.ir_before = run_pipeline(graph, self.options, SHARED_EXPERT if shared else BLOCK)
+            cut_as = SHARED_EXPERT if shared else WITH_SHARED if piece.joined else BLOCK
+            ctx, report.ir_before = run_pipeline(graph, self.options, cut_as)
         except MoecError as error:
             report.reason = str(error).replace("\n", "; ")
             return _Compiled(None, Claims(), report)
@@ -158,7 +195,7 @@ def _key(piece: Slice) -> Any:
         (n.op, n.target if n.op == "call_method" else id(n.target), plain(n.args), plain(n.kwargs)) for n in piece.nodes
     )
     return (
-        piece.beside is None,
+        (piece.beside is None, piece.joined),
         autocast.entered_at(piece.anchor),
         calls,
         tuple(kind(n) for n in piece.inputs),

@@ -12,8 +12,8 @@ from moec.describe import is_shared
 from moec.emit import LowerOp
 from moec.ir.core import Op
 from moec.options import CompileOptions
+from moec.runtime import beside, regroup  # noqa: F401
 from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
-from moec.runtime import regroup  # noqa: F401
 from moec.runtime.programs import program_graph, register
 
 
@@ -48,6 +48,9 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         if op.name == SPREAD:
             op.attrs["backend"] = claims[layer_inside(op)].name
         program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
+        if op.name == SPREAD and len(op.results) > 1:
+            several = graph.call_function(torch.ops.moec.experts_beside.default, (args, program.key))
+            return [graph.call_function(operator.getitem, (several, i)) for i in range(len(op.results))]
         if op.name in ("moe.experts", SPREAD):
             return [graph.call_function(torch.ops.moec.experts.default, (*args[:3], args[3:], program.key))]
         if op.name == "moe.regroup":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from moec.ir.core import Graph, Location
@@ -11,6 +11,7 @@ from moec.options import CompileOptions
 from moec.parallel.plan import passes_for
 from moec.passes.base import Pass, PassContext, PassResult
 from moec.passes.calls import call_args, is_call
+from moec.passes.carry_shared_experts import CarrySharedExperts
 from moec.passes.dce import DeadCodeElimination
 from moec.passes.expert_parallel.expert_parallel import Spread
 from moec.passes.expert_parallel.site import UNSHARD
@@ -39,6 +40,14 @@ def _for_shards(graph: Graph) -> list[Pass]:
     """What a graph on sharded experts needs to run; nobody has to ask for it."""
     groups = dict.fromkeys(call_args(op)[0][2] for op in graph.ops if is_call(op, UNSHARD))
     return [p for group in groups for p in passes_for(group)]
+
+
+def carries(options: CompileOptions, groups: Sequence[str]) -> bool:
+    """Whether layers whose experts lie over ``groups`` go through ``carry-shared-experts``."""
+    passes = parse_pipeline(options.passes)
+    if not any(isinstance(p, Spread) for p in passes):
+        passes += [p for group in groups for p in passes_for(group)]
+    return any(isinstance(p, CarrySharedExperts) for p in passes)
 
 
 def run_pipeline(

@@ -131,6 +131,7 @@ class Plan:
 
     def passes(self, rank: int) -> list[Pass]:
         """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
+        from moec.passes.carry_shared_experts import CarrySharedExperts
         from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
         from moec.passes.overlap import Overlap
         from moec.passes.quantize_dispatch import QuantizeDispatch
@@ -147,6 +148,7 @@ class Plan:
         if self.overlap != "none":
             policy: Any = self.overlap
             told = policy.isdigit()
+            made.append(CarrySharedExperts())
             made.append(Overlap(chunks=int(policy)) if told else Overlap(policy, tokens=self.step, rank=rank))
         return made
 

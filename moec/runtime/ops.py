@@ -43,7 +43,8 @@ class OpError(MoecError):
 # --- execution ---------------------------------------------------------------------------------------------------
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast on that kind of device."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -64,7 +65,7 @@ def _route(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
     prog = lookup(program)
     counters.count("moec::route", prog.label)
     checks.check_logits(inputs[0], prog)
-    with _without_autocast(inputs[0].device):
+    with without_autocast(inputs[0].device):
         weights, ids = prog.kernel().forward(list(inputs))
     return _own(weights, inputs), _own(ids, inputs)
 
@@ -77,7 +78,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], prog
     checks.check_same(x, params, 0 if prog.op.group("up_scale") else groups[3] + groups[4], prog)
     if not prog.op.attrs.get("sentinels"):
         checks.check_ids(ids, prog.op.attrs["experts"], prog)
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         (out,) = prog.kernel().forward([x, ids, weights, *params])
     return out if out.is_contiguous() else out.contiguous()
 
@@ -85,7 +86,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], prog
 def _route_backward(grad: Tensor, inputs: list[Tensor], needs: list[bool], program: str) -> list[Tensor]:
     prog = lookup(program)
     counters.count("moec::route_backward", prog.label)
-    return _gradients(prog, [grad, None], list(inputs), needs, ())
+    return gradients(prog, [grad, None], list(inputs), needs)
 
 
 def _experts_backward(
@@ -93,13 +94,16 @@ def _experts_backward(
 ) -> list[Tensor]:
     prog = lookup(program)
     counters.count("moec::experts_backward", prog.label)
-    return _gradients(prog, [grad], [x, ids, weights, *params], needs, range(3))
+    return gradients(prog, [grad], [x, ids, weights, *params], needs)
 
 
-def _gradients(
-    prog: Program, grads: list[Tensor | None], inputs: list[Tensor], needs: list[bool], rowwise: Sequence[int]
-) -> list[Tensor]:
-    with torch.no_grad(), _without_autocast(inputs[0].device):
+def gradients(prog: Program, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Those that are asked for, each lying as its input does.
+
+    Raises:
+        OpError: The kernel gave none, or one of another shape.
+    """
+    with torch.no_grad(), without_autocast(inputs[0].device):
         found = prog.kernel().backward(grads, inputs, needs)
     out = []
     for i, (need, grad, like) in enumerate(zip(needs, found, inputs, strict=True)):
@@ -110,12 +114,12 @@ def _gradients(
             raise OpError(f"backend {prog.backend!r} gave {got} for input {i} of shape {tuple(like.shape)}")
         strides = torch.empty_like(like, device="meta").stride()  # no memory: a weight may be large
         if grad.dtype != like.dtype or grad.stride() != strides or _alias(grad, like):
-            grad = _gradient_like(like).copy_(grad)
+            grad = gradient_like(like).copy_(grad)
         out.append(grad)
     return out
 
 
-def _gradient_like(t: Tensor) -> Tensor:
+def gradient_like(t: Tensor) -> Tensor:
     """An uninitialised gradient of ``t``. It lies as ``t`` lies: then updating a transposed weight is not strided."""
     return torch.empty_like(t)
 
@@ -123,7 +127,7 @@ def _gradient_like(t: Tensor) -> Tensor:
 # --- fakes -------------------------------------------------------------------------------------------------------
 
 
-def _check_fake(program: str, inputs: Sequence[Tensor]) -> Program:
+def check_fake(program: str, inputs: Sequence[Tensor]) -> Program:
     """The program, after comparing its types with fake inputs. Symbolic sizes are not looked into: no guards."""
     prog = lookup(program)
     name, args = prog.op.name, prog.graph.args
@@ -147,43 +151,49 @@ def _check_fake(program: str, inputs: Sequence[Tensor]) -> Program:
     return prog
 
 
-def _result_dtype(prog: Program, index: int) -> torch.dtype:
+def result_dtype(prog: Program, index: int) -> torch.dtype:
+    """The element type of one of a program's results."""
     type = prog.op.results[index].type
     assert isinstance(type, TensorType)
     return torch_dtype(type.dtype.name)
 
 
 def _route_fake(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
-    prog = _check_fake(program, inputs)
+    prog = check_fake(program, inputs)
     shape = (inputs[0].shape[0], op_def("moe.route").attr(prog.op, "k"))
     return (
-        inputs[0].new_empty(shape, dtype=_result_dtype(prog, 0)),
-        inputs[0].new_empty(shape, dtype=_result_dtype(prog, 1)),
+        inputs[0].new_empty(shape, dtype=result_dtype(prog, 0)),
+        inputs[0].new_empty(shape, dtype=result_dtype(prog, 1)),
     )
 
 
 def _experts_fake(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], program: str) -> Tensor:
-    prog = _check_fake(program, [x, ids, weights, *params])
+    prog = check_fake(program, [x, ids, weights, *params])
     result = prog.op.result.type
     assert isinstance(result, TensorType)
     width = int(result.shape[1]) if result.shape[1].is_Integer else x.shape[1]
-    return x.new_empty((x.shape[0], width), dtype=_result_dtype(prog, 0))
+    return x.new_empty((x.shape[0], width), dtype=result_dtype(prog, 0))
 
 
 def _route_backward_fake(grad: Tensor, inputs: list[Tensor], needs: list[bool], program: str) -> list[Tensor]:
-    return [_gradient_like(t) for t, need in zip(inputs, needs, strict=True) if need]
+    return [gradient_like(t) for t, need in zip(inputs, needs, strict=True) if need]
 
 
 def _experts_backward_fake(
     grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], needs: list[bool], program: str
 ) -> list[Tensor]:
-    return [_gradient_like(t) for t, need in zip([x, ids, weights, *params], needs, strict=True) if need]
+    return [gradient_like(t) for t, need in zip([x, ids, weights, *params], needs, strict=True) if need]
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-def _check_trainable(prog: Program) -> None:
+def check_trainable(prog: Program) -> None:
+    """Refuse a gradient of a backend that has none.
+
+    Raises:
+        OpError: It has none.
+    """
     from moec.backends.registry import get_backend
 
     if not get_backend(prog.backend).trainable:
@@ -193,7 +203,8 @@ def _check_trainable(prog: Program) -> None:
         )
 
 
-def _spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients at the places that need one, None elsewhere."""
     found = iter(grads)
     return [next(found) if need else None for need in needs]
 
@@ -214,9 +225,9 @@ class _Route(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1:])
         if grad is None or not any(needs):
             return (None,) * (1 + len(needs))
-        _check_trainable(lookup(ctx.program))
+        check_trainable(lookup(ctx.program))
         grads = torch.ops.moec.route_backward.default(grad, ctx.saved_tensors, needs, ctx.program)
-        return (None, *_spread(grads, needs))
+        return (None, *spread(grads, needs))
 
 
 def _frozen(program: str) -> frozenset[int]:
@@ -243,10 +254,10 @@ class _Experts(torch.autograd.Function):
         needs = [n and i not in _frozen(ctx.program) for i, n in enumerate(ctx.needs_input_grad[1:])]
         if grad is None or not any(needs):
             return (None,) * (1 + len(needs))
-        _check_trainable(lookup(ctx.program))
+        check_trainable(lookup(ctx.program))
         x, ids, weights, *params = ctx.saved_tensors
         grads = torch.ops.moec.experts_backward.default(grad, x, ids, weights, params, needs, ctx.program)
-        return (None, *_spread(grads, needs))
+        return (None, *spread(grads, needs))
 
 
 class _Once(torch.autograd.Function):
@@ -264,37 +275,40 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _recording(*tensors: Tensor) -> bool:
+def recording(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _route_autograd(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
-    if _recording(*inputs):
+    if recording(*inputs):
         return _Route.apply(program, *inputs)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moec.route.default(inputs, program)
 
 
 def _experts_autograd(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], program: str) -> Tensor:
-    if _recording(x, weights, *params):
+    if recording(x, weights, *params):
         return _Experts.apply(program, x, ids, weights, *params)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moec.experts.default(x, ids, weights, params, program)
 
 
-def _below(op: Any, keyset: Any, *args: Any) -> list[Tensor]:
-    # The keys alone are taken away, not excluded for the thread: the kernel differentiates a region with autograd.
-    return list(op.redispatch(keyset & torch._C._after_autograd_keyset, *args))
+def once(op: Any, keyset: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Run a backward op below autograd; where its gradient would be recorded, the graph of that ends here."""
+
+    def call() -> list[Tensor]:
+        # The keys alone are taken away, not excluded for the thread: the kernel differentiates a region with autograd.
+        return list(op.redispatch(keyset & torch._C._after_autograd_keyset, *args))
+
+    return list(_Once.apply(call, *tensors)) if recording(*tensors) else call()  # type: ignore[no-untyped-call]
 
 
 def _route_backward_autograd(
     keyset: Any, grad: Tensor, inputs: list[Tensor], needs: list[bool], program: str
 ) -> list[Tensor]:
     op = torch.ops.moec.route_backward.default
-    if _recording(grad, *inputs):
-        call = lambda: _below(op, keyset, grad, inputs, needs, program)  # noqa: E731
-        return list(_Once.apply(call, grad, *inputs))  # type: ignore[no-untyped-call]
-    return _below(op, keyset, grad, inputs, needs, program)
+    return once(op, keyset, (grad, inputs, needs, program), [grad, *inputs])
 
 
 def _experts_backward_autograd(
@@ -309,10 +323,7 @@ def _experts_backward_autograd(
 ) -> list[Tensor]:
     op = torch.ops.moec.experts_backward.default
     args = (grad, x, ids, weights, params, needs, program)
-    if _recording(grad, x, weights, *params):
-        call = lambda: _below(op, keyset, *args)  # noqa: E731
-        return list(_Once.apply(call, grad, x, weights, *params))  # type: ignore[no-untyped-call]
-    return _below(op, keyset, *args)
+    return once(op, keyset, args, [grad, x, weights, *params])
 
 
 for _name, _impl, _fake, _autograd, _keyset in (

@@ -135,9 +135,15 @@ def _generalise_tokens(graph: Graph, op: Op) -> None:
             _replace_symbol(graph, tokens, general)
     elif not tokens.is_Symbol and op.name in _GENERAL and not (op.name == "moe.route" and op.regions):
         rowwise = op.operands[:1] if op.name == "moe.route" else op.operands[:3]
+        if op.name == "moe.parallel_experts":
+            rowwise += tuple(v for v in op.group("beside") if _has_rows(v.type, tokens))
         for value in (*rowwise, *op.results):
             if isinstance(value.type, TensorType):
                 value.type = value.type.with_(shape=(general, *value.type.shape[1:]))
+
+
+def _has_rows(type: Type, tokens: sympy.Expr) -> bool:
+    return isinstance(type, TensorType) and type.rank == 2 and type.shape[0] == tokens
 
 
 def _values(graph: Graph) -> list[Value]:

@@ -33,6 +33,7 @@ class Slice:
         end: The node that it ends with: what replaces the slice stands behind it.
         checks: Asserts about sizes of the slice's inner tensors, with what only they use; they go with the slice.
         beside: The anchor of the block that it is a shared expert of, or None for a block.
+        joined: It is a block and its shared expert.
     """
 
     anchor: Node
@@ -42,6 +43,7 @@ class Slice:
     end: Node
     checks: list[Node] = field(default_factory=list)
     beside: Node | None = None
+    joined: bool = False
 
 
 @dataclass
@@ -220,7 +222,7 @@ def _check(view: View, chosen: set[Node], out: Node, checks: Collection[Node]) -
                 raise _UsedEarly(node)
             if any(view.order[w] > view.order[user] for w in view.writers.get(node, ())):
                 raise Refused(f"{node.name} is read outside the block before it is overwritten inside")
-    _check_writes(view, chosen, first, last)
+    check_writes(view, chosen, first, last)
     places = [view.order[n] for n in chosen]
     for position, mode in view.modes:
         start, stop = view.spans.get(position, (first, last))
@@ -228,8 +230,12 @@ def _check(view: View, chosen: set[Node], out: Node, checks: Collection[Node]) -
             raise _ModeChange(mode, position)
 
 
-def _check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
-    """Refuse if memory that the slice shares with the rest is written to between its first and last node."""
+def check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
+    """Refuse if memory that the slice shares with the rest is written to between its first and last node.
+
+    Raises:
+        Refused: It is.
+    """
     made = {nodes.memory(n) for n in chosen if n.op in ("call_function", "call_method")}
     given = {nodes.memory(a) for n in chosen for a in n.all_input_nodes if a not in chosen}
     for written, writers in view.writers.items():
