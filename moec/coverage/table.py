@@ -30,8 +30,7 @@ _MEANING = (
     ),
     (
         "training",
-        f"one step: moec's ops ran in the backward pass, and every gradient is eager's within {GRADIENT_TOLERANCE:g},"
-        " or as near to float64's",
+        f"one step: moec's ops ran; every gradient is eager's within {GRADIENT_TOLERANCE:g}, or as near to float64's",
     ),
     ("decode", "one token on a filled cache: moec's ops ran, and the output is eager's; n/a: the model keeps no cache"),
 )
