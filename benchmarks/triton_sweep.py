@@ -1,9 +1,11 @@
-"""The model's tiles against a sweep of compiled ones: registers, spills, shared memory, and the time they give.
+"""The model's tiles against all tiles of a grid, compiled: registers, spills, shared memory, and the times they give.
 
-For every case (layer, GPU, tokens) the tiles that the model ranks best are compiled for the up GEMM, and their times
-are predicted once more with what the compiler really took. The table says how far the model's choice is from the best.
+``--compile`` compiles the up GEMM with every tile of the grid for every GPU, and what the model chooses, and notes what
+each takes. Without it, every case (layer, GPU, tokens) is judged by those notes: all tiles are timed with the resident
+blocks that the compiler's registers and shared memory leave, and the model's choice is compared with the best of them.
 
-    python benchmarks/triton_sweep.py --cases 40 --tiles 4
+    python benchmarks/triton_sweep.py --compile
+    python benchmarks/triton_sweep.py
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from moec.backends.base import program_op
-from moec.backends.triton.compiled.cross import compile_kernel
+from moec.backends.triton.compiled.cross import CrossError, compile_kernel
 from moec.backends.triton.compiled.resources import Resources
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launches.choose import load_of, pick
@@ -25,17 +27,22 @@ from moec.backends.triton.launches.device import Device, device_of
 from moec.backends.triton.launches.gemm_time import times
 from moec.backends.triton.launches.launch import layer_of
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import tiles_for, usage
+from moec.backends.triton.launches.usage import ITEM_BYTES, Usage, buffers, table_of, usage
 from moec.backends.triton.module import load_module
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.parser import parse_graph
 
+STORED = Path(__file__).parents[1] / "tests/backends/triton/compiled_tiles.json"
 LAYERS = {
     "OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8), "gpt-oss-20b": (2880, 2880, 32, 4),
     "Mixtral-8x7B": (4096, 14336, 8, 2), "DeepSeek-V3": (7168, 2048, 256, 8),
 }  # fmt: skip
 TARGETS = ("cuda:sm80", "cuda:sm90", "cuda:sm100", "hip:gfx942")
-TOKENS = (64, 1024, 4096, 16384)
+TOKENS = (1024, 8192)
+EVEN, MASKED = "OLMoE", "gpt-oss-20b"
+"""Layers that are compiled: one whose widths are multiples of every tile, and one whose widths are not."""
+STEPS = {EVEN: (32, 64), MASKED: (64,)}
+_ROWS = [(16, 1), (64, 1), (128, 1), (256, 1), (64, 2), (64, 3), (128, 2)]
 _TEXT = """
 graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
              %down: bf16[{e}, {h}, {i}]) -> bf16[T, {h}] {{
@@ -52,28 +59,48 @@ graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}
 
 
 @dataclass(frozen=True)
-class Result:
-    """One tile of a case, as expected and as compiled."""
+class Compiled:
+    """A tile of the up GEMM as the compiler made it: one without ``registers`` it refused."""
 
     layer: str
     target: str
-    tokens: int
-    chosen: bool
-    tile: str
-    registers: int
-    expected_registers: int
-    shared: int
-    expected_shared: int
-    spills: int
-    occupancy: int
-    predicted_us: float
-    with_compiled_us: float
+    tile: tuple[int, ...]
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    columns: int = 0
+    occupancy: int = 0
+    mma: str = ""
 
 
 def spec_of(name: str) -> Spec:
     """A layer's kernels."""
     h, i, e, k = LAYERS[name]
     return read_spec(program_op(parse_graph(_TEXT.format(h=h, i=i, ii=2 * i, e=e, k=k))))
+
+
+def numbers(tile: Tile) -> tuple[int, ...]:
+    """What of a tile the compiler sees."""
+    return (tile.block_m, tile.units, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
+
+
+def tile_of(told: tuple[int, ...]) -> Tile:
+    """The tile with such numbers."""
+    m, units, n, k, warps, stages = told
+    return Tile(m, n, k, 1, warps, stages, units=units)
+
+
+def grid(device: Device, layer: str) -> list[Tile]:
+    """All tiles whose operands fit into shared memory and whose sums a block can hold at all."""
+    found = []
+    for (m, units), n, k, warps in itertools.product(_ROWS, (64, 128, 256), STEPS[layer], (4, 8)):
+        tile = Tile(m, n, k, 1, warps, 2 if device.hip else 3, units=units)
+        step = (tile.rows + 2 * n) * k * ITEM_BYTES["bf16"]
+        sums = tile.rows * 2 * n // (device.warp * warps)
+        most = device.thread_registers if not device.tensor_columns else 2 * device.thread_registers
+        if buffers(device, tile) * step <= device.shared_block and 4 <= sums <= most:
+            found.append(tile)
+    return found
 
 
 def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
@@ -83,7 +110,7 @@ def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
     signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
     tma = isinstance(device.arch, int) and device.arch >= 90
     known = {
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+        "UNITS": tile.units, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
         "TMA": int(tma),
     }  # fmt: skip
     constants = {c: known[c] for c in kernel.constants}
@@ -94,60 +121,107 @@ def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
     ).resources
 
 
-def study(name: str, target: str, tokens: int, most: int) -> list[Result]:
-    """The model's choice and the next best tiles of a case."""
-    spec, device = spec_of(name), device_of(target)
-    layer = layer_of(spec)
+def compile_some(path: Path, most: int) -> None:
+    """Compile what is not noted yet, ``most`` tiles of it; every tile is noted as it is done."""
+    known = {(c.layer, c.target, c.tile): c for c in read(path)} if path.exists() else {}
+    wanted = []
+    for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
+        layer = MASKED if name == MASKED else EVEN
+        wanted.append((layer, target, numbers(pick(layer_of(spec_of(name)), tokens, device_of(target)).up)))
+    for layer, target in itertools.product((EVEN, MASKED), TARGETS):
+        wanted += [(layer, target, numbers(t)) for t in grid(device_of(target), layer)]
+    wanted = [w for w in dict.fromkeys(wanted) if w not in known]
+    for at, (layer, target, tile) in enumerate(wanted[:most], 1):
+        try:
+            r = compiled(spec_of(layer), device_of(target), tile_of(tile))
+            taken = (r.registers, r.spills, r.shared, r.columns, r.occupancy, " ".join(r.mma))
+            known[layer, target, tile] = Compiled(layer, target, tile, *taken)
+        except CrossError:
+            known[layer, target, tile] = Compiled(layer, target, tile)
+        print(f"{at}/{len(wanted)} {known[layer, target, tile]}", flush=True)
+        write(path, list(known.values()))
+
+
+def read(path: Path) -> list[Compiled]:
+    """The notes."""
+    fields, *rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Compiled(**dict(zip(fields, row, strict=True)) | {"tile": tuple(row[2])}) for row in rows]
+
+
+def write(path: Path, found: list[Compiled]) -> None:
+    """A line for every tile, under the names of its fields."""
+    lines = [json.dumps(list(asdict(found[0])))] + [json.dumps(list(asdict(c).values())) for c in found]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A case: the tile of the model, and how much longer it takes than the best that was compiled."""
+
+    tile: Tile
+    taken: Compiled
+    expected: Usage
+    tiles: int
+    best: Tile
+    loss: float
+
+
+def judge(name: str, target: str, tokens: int, notes: list[Compiled]) -> Judged:
+    """Time every tile that was compiled for the up GEMM of a case, with what the compiler took.
+
+    Raises:
+        KeyError: The model's choice has not been compiled.
+    """
+    device, layer = device_of(target), layer_of(spec_of(name))
     gemm, load = layer.gemms[0], load_of(layer, tokens)
-    table = tiles_for(device, gemm.parts, gemm.dtype)
-    found = times(gemm, load, device, table)
-    choice = pick(layer, tokens, device)
-    own = next(i for i, t in enumerate(table.tiles) if replace(t, group_m=choice.up.group_m) == choice.up)
-    order = [own, *(int(i) for i in np.lexsort((found.unit, found.seconds)) if i != own)][:most]
-    results = []
-    for at in order:
-        tile = replace(table.tiles[at], group_m=choice.up.group_m)
-        taken, expected = compiled(spec, device, tile), usage(device, tile, gemm.parts, gemm.dtype)
-        really = replace(table, resident=np.full(len(table.tiles), float(max(1, taken.occupancy))))
-        seconds = float(times(gemm, load, device, really).seconds[at]) if not taken.spills else float("inf")
-        results.append(
-            Result(
-                name, target, tokens, at == own, f"{tile.block_m}x{tile.block_n}x{tile.block_k} {tile.num_warps}w "
-                f"{tile.num_stages}s", taken.registers, expected.registers, taken.shared, expected.shared,
-                taken.spills, taken.occupancy, float(found.seconds[at]) * 1e6, seconds * 1e6,
-            )
-        )  # fmt: skip
-    return results
+    own = [c for c in notes if c.target == target and c.layer == (MASKED if name == MASKED else EVEN) and c.registers]
+    table = table_of(device, [tile_of(c.tile) for c in own], gemm.parts, gemm.dtype)
+    really = replace(table, resident=np.array([float(max(1, c.occupancy)) for c in own]))
+    seconds = np.where([c.spills > 0 for c in own], np.inf, times(gemm, load, device, really).seconds)
+    chosen = pick(layer, tokens, device).up
+    at = {c.tile: i for i, c in enumerate(own)}[numbers(chosen)]
+    best = int(np.argmin(seconds))
+    expected = usage(device, chosen, gemm.parts, gemm.dtype)
+    loss = float(seconds[at] / seconds[best] - 1)
+    return Judged(chosen, own[at], expected, len(own), table.tiles[best], loss)
+
+
+def _short(tile: Tile) -> str:
+    height = f"{tile.block_m}" + (f"*{tile.units}" if tile.units > 1 else "")
+    return f"{height}x{tile.block_n}x{tile.block_k} {tile.num_warps}w {tile.num_stages}s"
+
+
+def report(notes: list[Compiled]) -> None:
+    """Print a line for every case, and what they come to."""
+    print(
+        "| layer | GPU | tokens | tile of the model | registers (expected) | spills | shared (at most) | best | loss |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    found = []
+    for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
+        found.append(j := judge(name, target, tokens, notes))
+        best = "the same" if j.best == j.tile else _short(j.best)
+        print(
+            f"| {name} | {target} | {tokens} | {_short(j.tile)} | {j.taken.registers} ({j.expected.registers}) "
+            f"| {j.taken.spills} | {j.taken.shared} ({j.expected.shared}) | {best} | {j.loss:.1%} |"
+        )
+    spilled, refused = sum(c.spills > 0 for c in notes), sum(not c.registers for c in notes)
+    print(f"\n{len(notes)} tiles compiled, of which {spilled} spill and {refused} are refused; {len(found)} cases of")
+    print(f"{min(j.tiles for j in found)} to {max(j.tiles for j in found)} tiles; the model's choice is the best in")
+    print(f"{sum(j.loss <= 0 for j in found)}, and at most {max(j.loss for j in found):.1%} from the best")
 
 
 def main() -> None:
-    """Print a line for every case, and what they come to."""
+    """Compile, or print a line for every case and what they come to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--tiles", type=int, default=4, help="compiled in each case")
-    parser.add_argument("--json", help="write every tile to this file")
+    parser.add_argument("--compile", action="store_true", help="compile what is not noted yet")
+    parser.add_argument("--most", type=int, default=1000, help="compile so many tiles now")
+    parser.add_argument("--notes", type=Path, default=STORED)
     args = parser.parse_args()
-    cases = list(itertools.product(LAYERS, TARGETS, TOKENS))
-    random.Random(0).shuffle(cases)
-    everything, losses = [], []
-    print("| layer | GPU | tokens | tile of the model | registers (expected) | spills | shared | from the best |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, target, tokens in cases[: args.cases]:
-        results = study(name, target, tokens, args.tiles)
-        everything += results
-        own, best = results[0], min(r.with_compiled_us for r in results)
-        losses.append(own.with_compiled_us / best - 1)
-        print(
-            f"| {name} | {target} | {tokens} | {own.tile} | {own.registers} ({own.expected_registers}) | {own.spills} "
-            f"| {own.shared} | {losses[-1]:+.1%} |",
-            flush=True,
-        )
-    spilled = sum(r.spills > 0 for r in everything)
-    print(f"\n{len(losses)} cases, {len(everything)} tiles, {spilled} of them spill; the choices spill in ", end="")
-    print(f"{sum(r.spills > 0 for r in everything if r.chosen)}; from the best at most {max(losses):.1%}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump([asdict(r) for r in everything], f, indent=1)
+    if args.compile:
+        compile_some(args.notes, args.most)
+    else:
+        report(read(args.notes))
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def _gemm(
         f"{name}_tile", [*given, "first", "column_block"], (*TILE, *extra),
         "UNITS blocks of rows from ``first``, all of one expert, times a stretch of columns.",
         [
-            "ROWS: tl.constexpr = BLOCK_M * (1 + (UNITS > 1) * (BLOCK_M <= 64))",
+            "ROWS: tl.constexpr = BLOCK_M * (1 + (UNITS > 1) * (BLOCK_M <= 64)) // (1 + (BLOCK_M > 128))",
             "MORE: tl.constexpr = UNITS * BLOCK_M - ROWS",
             "expert = tl.load(experts + first // BLOCK_M)",
             *_columns(columns),
@@ -224,8 +224,8 @@ def up_kernel(spec: Spec) -> tuple[Kernel, str]:
         f"a_at = a + tl.cast(first, tl.int64) * {spec.up} + column_block * BLOCK_N",
         f"within = tl.arange(0, ROWS)[:, None] * {spec.up} + tl.arange(0, BLOCK_N)[None, :]",
         f"inside = live[:, None] & (column < {spec.up})[None, :]",
-        f"store_rows(a_at + within, {up_result(spec)}.to({TL_TYPES[spec.dtype]}), live[:, None], inside, "
-        f"{spec.up} % BLOCK_N == 0)",
+        f"value = {up_result(spec)}.to({TL_TYPES[spec.dtype]})",
+        f"store_rows(a_at + within, value, live[:, None], inside, {spec.up} % BLOCK_N == 0)",
     ]
     row_at = row_lines(spec, "x", f"(slot // {spec.top_k})", "x_s", spec.hidden)
     return _gemm(
@@ -266,8 +266,8 @@ def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         [
             *bias,
             inside,
-            f"store_rows({at.format('o', 'slot')}, total.to({TL_TYPES[spec.dtype]}), live[:, None], inside, "
-            f"{spec.out} % BLOCK_N == 0)",
+            f"value = total.to({TL_TYPES[spec.dtype]})",
+            f"store_rows({at.format('o', 'slot')}, value, live[:, None], inside, {spec.out} % BLOCK_N == 0)",
         ],
     )
     parts = made(

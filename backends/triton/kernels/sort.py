@@ -150,7 +150,7 @@ def sort_kernels(experts: int, top_k: int, id_type: str = "i64") -> list[tuple[K
             place,
             function(
                 place,
-                "Rows of all slots; expert and dead rows of each block; used[0] is the number of blocks, used[1] of tiles.",
+                "Rows of all slots; expert and dead rows of each block; used is the numbers of blocks and of tiles.",
                 [
                     *_read(experts),
                     f"total = tl.load(totals + bins, mask=bins < {experts}, other=0)",

@@ -2,8 +2,13 @@
 
 Limits are those of NVIDIA's CUDA C++ Programming Guide (table "Technical Specifications per Compute Capability") and of
 AMD's "CDNA 3 instruction set architecture" guide and white paper; clocks, multiprocessors and caches those of the chip
-that ``moec.targets`` names. No vendor says how many bytes a cycle the second-level cache of sm89, sm90 and sm100 gives:
-sm89's is what public microbenchmarks see, the others are A100's 5120 for every die.
+that ``moec.targets`` names.
+
+Bytes a cycle of the last cache: 5120 on sm80 (NVIDIA's A100 white paper) and 17.2 TB/s on gfx942 (AMD's CDNA 3 white
+paper, Infinity Cache) are the vendors'. NVIDIA gives none for later chips. sm90's 4472 are measured on H800 PCIe, the
+same die with 114 multiprocessors (arXiv:2402.13499, table V; XLA's cost model counts with 6.65 TB/s, 3634 a cycle,
+"measured H100"). sm89's 2048 are near what loads past the first cache get of an RTX 4090 (1946). sm100's are not known:
+they are taken to be A100's for each of its two dies.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ class Device:
         tensor_columns: Columns of tensor memory of a unit (128 rows of 4 bytes); 0 where there is none.
         cache: Bytes of the cache that all units share, the last before memory.
         cache_cycle: Bytes a cycle that it gives to all units together.
+        delay: Seconds from a load's issue to its data from memory, under load.
         mma: Its matrix instructions, best first.
         fingerprint: Of the device that is here, for what was measured on it; empty for a description.
     """
@@ -74,6 +80,7 @@ class Device:
     tensor_columns: int
     cache: int
     cache_cycle: int
+    delay: float
     mma: tuple[Mma, ...]
     fingerprint: str = ""
 
@@ -108,9 +115,12 @@ class Device:
         return min(self.blocks, self.warps // warps, by_shared, self.registers // taken)
 
 
+_DELAY = 0.55e-6
+"""Twice the 479 cycles at 1.755 GHz that a load takes on an idle H800 (arXiv:2402.13499, table IV)."""
 _SYNC = Mma("mma.sync", 16, 1)
 # On Hopper the older instruction reaches 62 % of the peak (arXiv:2402.13499, section IV). On Blackwell it is taken to
-# multiply as much in a cycle as Ampere's, a quarter of what tcgen05 does.
+# multiply as much in a cycle as Ampere's, a quarter of what tcgen05 does. An instruction of 64 rows fills half the
+# lanes of tensor memory (PTX ISA, data path layouts of tcgen05) and is taken to last as long as one of 128.
 _HOPPER_SYNC = Mma("mma.sync", 16, 1, 0.62)
 _BLACKWELL_SYNC = Mma("mma.sync", 16, 1, 0.25)
 
@@ -119,7 +129,7 @@ def _device(target: Target) -> Device:
     name = described_as(target.name).partition(":")[2]
     if target.kind == "hip":
         return Device(
-            target, "gfx942", 64, 2.1e9, 4 * 512 * 64, 512, 32, 32, 64 * KIB, 64 * KIB, 0, 0, 256 * MIB, 8192,
+            target, "gfx942", 64, 2.1e9, 4 * 512 * 64, 512, 32, 32, 64 * KIB, 64 * KIB, 0, 0, 256 * MIB, 8192, 0.8e-6,
             (Mma("v_mfma", 16, 1),),
         )  # fmt: skip
     if name == "sm80":
@@ -127,8 +137,8 @@ def _device(target: Target) -> Device:
     if name == "sm89":
         return _nvidia(target, 89, 2.52e9, 48, 24, 100, 48, 2048, (_SYNC,))
     if name == "sm90":
-        mma = (Mma("wgmma.mma_async", 64, 4, 1.0, True), _HOPPER_SYNC)
-        return _nvidia(target, 90, 1.83e9, 64, 32, 228, 50, 4472, mma)
+        hopper = (Mma("wgmma.mma_async", 64, 4, 1.0, True), _HOPPER_SYNC)
+        return _nvidia(target, 90, 1.83e9, 64, 32, 228, 50, 4472, hopper)
     mma = (Mma("tcgen05.mma", 128, 4, 1.0, True), Mma("tcgen05.mma", 64, 4, 0.5, True), _BLACKWELL_SYNC)
     return _nvidia(target, 100, 1.856e9, 64, 32, 228, 126, 10240, mma, 512)
 
@@ -139,7 +149,7 @@ def _nvidia(
 ) -> Device:  # fmt: skip
     return Device(
         target, arch, 32, clock, 65536, 255, warps, blocks, shared * KIB, (shared - 1) * KIB, KIB, columns,
-        cache * MIB, cycle, mma,
+        cache * MIB, cycle, _DELAY, mma,
     )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """Predicted time of one grouped GEMM on a GPU, for all tiles at once.
 
     seconds = max(cycles of the busiest unit / clock, bytes from memory / bandwidth) + launch
-    cycles  = max(span of (steps x work + end) on units, span of (fill + steps x max(work, delay / ahead) + end) on blocks)
+    cycles  = max(span of steps x work + end on units, span of fill + steps x max(work, delay / ahead) + end on blocks)
     work    = max(busy, moved / link)
 
 ``busy`` is what a step costs the matrix units or the port of the shared memory, ``moved / link`` what it costs to bring
 its operands from the last cache, and ``delay / ahead`` what it takes where too few loads are under way to hide memory's
-delay (Little's law). The span is the time until all tiles are done, on units or on as many resident blocks as they hold:
-whole waves of equal tiles; an even share and the longest tile where heights differ. ``fill`` is the delay of a tile's
+delay (Little's law). The span is the time until all tiles are done, on units or on as many resident blocks as they
+hold: whole waves of equal tiles; an even share and half a tile where heights differ. ``fill`` is the delay of a tile's
 first loads and ``end`` the writing of its result. Other blocks of the unit work meanwhile; where one is alone nothing
 hides them.
 
@@ -37,8 +37,8 @@ from moec.backends.triton.launches.usage import (
 
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the begin of the next in a stream."""
-DELAY_SECONDS = 0.8e-6
-"""From a load's issue to its data, under load: twice what microbenchmarks see on an idle device (arXiv:2402.13499)."""
+CACHE_CYCLES = 263
+"""From a load's issue to its data in the last cache (arXiv:2402.13499, table IV: 262 on A100, 263 on H800)."""
 _CACHE_PART = 0.5
 """Of the last cache, that rows may fill while weights stream by."""
 _MOST_GROUP = 64
@@ -99,13 +99,15 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
     blocks *= np.ceil(gemm.outputs / table.n) * table.split
     link = min(LINK_BYTES, device.cache_cycle / units)
     work = np.maximum(table.busy, table.moved / link)
-    delay = DELAY_SECONDS * clock
+    delay = device.delay * clock
     end = table.m * table.n * item / LINK_BYTES
     waits = np.maximum(work, delay / table.ahead) + STEP_CYCLES
-    # Tiles of several heights have a program each, which first writes down where the weights are.
-    fill = np.where(longest > 0, delay * (2 if device.mma[0].shared else 1), delay)
-    busy = _makespan(blocks, steps * work + end, longest, np.full(len(table.tiles), float(units)))
-    waited = _makespan(blocks, fill + steps * waits + end, longest, units * table.resident)
+    # Tiles of several heights have a program each. It first reads which blocks are its own, and where weights are read
+    # through descriptors it writes those and has them read.
+    begin = CACHE_CYCLES * (3 if device.mma[0].shared else 1)
+    fill = np.where(longest > 0, delay + begin, delay)
+    busy = makespan(blocks, steps * work + end, longest, np.full(len(table.tiles), float(units)))
+    waited = makespan(blocks, fill + steps * waits + end, longest, units * table.resident)
     unit = np.maximum(busy, waited) / clock
     results = np.where(table.split > 1, table.split * 2 * _SUM_BYTES - item, item)  # parts are written and read again
     moved = reads * gemm.weights + load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
@@ -114,10 +116,12 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
     return Times(np.maximum(unit, memory) + launch, memory, unit)
 
 
-def _makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats) -> Floats:
+def makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats) -> Floats:
     """Cycles until tiles of several lengths are done, each taken by the next machine that is free.
 
-    Whole waves of the longest tile are enough, and so is an even share and a tile more (R. L. Graham, 1969).
+    Equal tiles take whole waves. Others end half a tile after an even share, as machines come to their ends evenly
+    spread over the length of one (tiles in the kernels' order, scheduled, take 0.3 to 0.6 of it more than the share);
+    never later than as many of the longest would.
 
     Args:
         blocks: [forms, tables] how many tiles of each form there are.
@@ -127,8 +131,8 @@ def _makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats) -
     """
     most = cycles[longest, np.arange(len(longest))]
     waves = np.ceil(blocks.sum(0) / machines - _ROUNDING) * most
-    share = (blocks * cycles).sum(0) / machines + most * (1 - 1 / machines)
-    return np.minimum(waves, np.where(longest > 0, share, waves))
+    share = np.maximum((blocks * cycles).sum(0) / machines + most / 2, most)
+    return np.where(longest > 0, np.minimum(waves, share), waves)
 
 
 def with_group(tile: Tile, gemm: Gemm, device: Device) -> Tile:

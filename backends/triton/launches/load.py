@@ -46,7 +46,7 @@ class Load:
         return float(np.ceil(self.rows / rows) @ self.experts)
 
     def blocks(self, rows: int, most: int) -> NDArray[np.float64]:
-        """[most] tiles of 1, 2, ... ``most`` blocks of ``rows`` rows: all tiles of an expert but the last have the most."""
+        """[most] tiles of 1, 2, ... ``most`` blocks of ``rows`` rows: all of an expert's but the last have the most."""
         found = np.ceil(self.rows / rows)
         whole, rest = np.divmod(found, most)
         tiles = np.array([float((rest == n) @ self.experts) for n in range(1, most)])

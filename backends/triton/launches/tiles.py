@@ -37,7 +37,8 @@ class Tile:
 
     def forms(self) -> list[tuple[int, int]]:
         """Rows that a tile of 1, 2, ... blocks multiplies at once, and those that it multiplies after them."""
-        first = [self.block_m * (2 if n > 1 and self.block_m <= 64 else 1) for n in range(1, self.units + 1)]
+        first = [self.block_m * (1 + (n > 1 and self.block_m <= 64)) for n in range(1, self.units + 1)]
+        first = [rows // (1 + (rows > 128)) for rows in first]
         return [(rows, n * self.block_m - rows) for n, rows in enumerate(first, 1)]
 
 

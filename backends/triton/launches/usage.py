@@ -43,12 +43,18 @@ _MOST_F32 = 32
 """Sums of a thread where products are exact in f32: without matrix units both operands are held in registers."""
 _ROW_REGISTERS = 16
 """Addresses of rows that do not lie one after another, where sums leave few registers."""
+_MANY_WARPS_REGISTERS = 24
+"""That eight warps take besides where operands go through registers."""
+_BRANCH_PART = 1.4
+"""Of the operands of a step on AMD, that are held besides where tiles have several heights."""
 STEP_CYCLES = 40
 """Of a step besides its work: barriers, counters, the issue of loads."""
 MOST_UNITS = 4
 _MS, _NS, _KS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
-_UNITS = [(32, 2), (64, 2), (64, 3), (128, 2)]
-"""Blocks of rows, and how many a tile may have."""
+_UNITS = ((64, 2), (64, 3), (128, 2))
+_AMD_UNITS = ((64, 2),)
+"""Blocks of rows, and how many a tile may have. Loops for every height keep sums in the matrix units' own memory or in
+few registers there; ``mma.sync`` holds operands as well, and spills."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
     (rows, more), outputs = tile.forms()[-1], parts * tile.block_n
     instruction = device.mma_for(tile.block_m, tile.num_warps)
     step = (tile.rows + outputs) * tile.block_k * item
-    result = rows * tile.block_n * item  # on its way out rows are made contiguous
+    result = 0 if device.hip else rows * tile.block_n * item  # on its way out rows are made contiguous
     shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if device.mma[0].shared else 0)
     sums = tile.rows * outputs // threads
     addresses = 2 * math.ceil(step / 16 / threads)
@@ -95,7 +101,9 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         columns = max(32, _power(sum(tile.block_n * max(1, parts * m // 128) for m in (rows, more) if m)))
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
         sums = rows * outputs // threads
-        held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= _MOST_SLICED else 3 * sums // 4 + tile.block_k // 2
+        most = _MOST_SLICED // 2 if more else _MOST_SLICED
+        held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= most else 3 * sums // 4 + tile.block_k // 2
+        held = held if sums <= most else 2 * held
         registers = max(held, addresses) + _BASE_REGISTERS
     elif instruction.shared and tile.units > 1:
         # Descriptors of weights need no addresses. Rows that are stored one by one do.
@@ -108,6 +116,9 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         depth = 16 * item // 2  # bytes of an instruction's depth: 16 elements of two bytes, 8 of four
         fragments = 2 * (rows // wm + outputs // wn) * depth * 2 // 4 // device.warp
         registers = sums + fragments + addresses + _BASE_REGISTERS
+        registers += _MANY_WARPS_REGISTERS if tile.num_warps > 4 and not device.hip else 0
+        if device.hip and tile.units > 1:  # operands of a whole step are held where there is more than one loop
+            registers += int(_BRANCH_PART * (rows // wm + outputs // wn) * tile.block_k * item // 4 // device.warp)
     registers = max(32, registers)
     resident = device.resident(shared, min(registers, device.thread_registers), tile.num_warps)
     if columns:
@@ -116,7 +127,7 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
 
 
 def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
-    """How many warps lie along ``m`` rows and along outputs, as Triton lays them out for ``mma.sync`` and ``v_mfma``."""
+    """Warps along ``m`` rows and along outputs, as Triton lays them out for ``mma.sync`` and ``v_mfma``."""
     rows, outputs = 1, 1
     while rows * outputs < tile.num_warps:
         more_rows = m // 16 // rows >= tile.block_n // 16 // outputs
@@ -153,7 +164,7 @@ class Tiles:
         n, k: Columns and inputs.
         resident: Blocks of a unit at once.
         m: [MOST_UNITS, tiles] rows of a tile that has 1, 2, ... blocks of rows; 0 where it never has so many.
-        busy: Cycles of a unit for one step of each: matrix units or the reads of their operands, whichever takes longer.
+        busy: Cycles of a unit for one step of each: matrix units or reads of their operands, whichever takes longer.
         moved: Bytes that one step of each brings from the last cache.
         ahead: Steps that are on their way while one is multiplied.
         split: Blocks that share the sum over the inputs.
@@ -176,18 +187,23 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
     """Every tile that fits the device, with every number of ``splits``."""
     fitting = [
         tile
-        for m, units in [(m, 1) for m in _MS] + _UNITS
+        for m, units in [*((m, 1) for m in _MS), *_UNITS]
         for n in _NS
         for k in (_KS if dtype != "f8e4m3fn" else _KS[-1:])  # a scale for every 128 inputs
         for warps in (4, 8)
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
         if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype)
         and m * n >= 128 * warps
-        and (units == 1 or m >= device.mma[0].rows)
+        and (units == 1 or (m, units) in (_AMD_UNITS if device.hip else _UNITS if device.mma[0].shared else ()))
     ]
     found = [
         replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
     ]
+    return table_of(device, found, parts, dtype)
+
+
+def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str) -> Tiles:
+    """The columns of some tiles."""
     shapes = [(t.block_m, t.units) for t in found]
     item = ITEM_BYTES[dtype]
     return Tiles(
@@ -216,14 +232,14 @@ def _forms(tiles: Sequence[Tile], of: Callable[[Tile, int, int], float]) -> Floa
 def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
     """Whether blocks may share the sums of a tile: those are stored in f32, with addresses of twice the width."""
     sums = tile.block_m * tile.block_n // (device.warp * tile.num_warps)
-    if split == 1 or tile.units > 1:
-        return split == 1
+    if split == 1:
+        return True
     fits_registers = usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
-    return fits_registers and (not device.tensor_columns or 2 * sums <= _MOST_SLICED)
+    return fits_registers and (not device.tensor_columns or 4 * sums <= _MOST_SLICED)
 
 
 def step_cycles(device: Device, tile: Tile, parts: int, dtype: str, rows: int) -> float:
-    """Cycles that a unit is busy with a step of some rows: the multiply-adds, or reading operands from shared memory."""
+    """Cycles that a unit is busy with a step of some rows: multiply-adds, or reading operands from shared memory."""
     instruction = device.mma_for(rows, tile.num_warps)
     multiply = 2 * rows * tile.block_n * parts * tile.block_k / (device.unit_flops(dtype) * instruction.rate)
     read = _read_elements(instruction, tile, parts, rows) * tile.block_k * ITEM_BYTES[dtype] / PORT_BYTES

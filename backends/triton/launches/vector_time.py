@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moec.backends.triton.launches.device import Device
-from moec.backends.triton.launches.gemm_time import DELAY_SECONDS, LAUNCH_SECONDS, Gemm
+from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS, Gemm
 from moec.backends.triton.launches.load import Load
 from moec.backends.triton.launches.tiles import Tile
 from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES
@@ -65,7 +65,7 @@ def _time(gemm: Gemm, load: Load, device: Device, tile: Tile) -> VectorTime:
     multiply = 2 * tile.block_n * tile.block_k * gemm.parts / device.unit_flops("f32")
     busy = max(step / link, multiply)
     # Nothing is loaded ahead: a program waits for every step, and others on its unit go on meanwhile.
-    waits = max(busy, DELAY_SECONDS * clock)
+    waits = max(busy, device.delay * clock)
     unit = max(of_unit * steps * busy, math.ceil(of_unit / together) * steps * waits) / clock
     moved = load.touched * gemm.weights + load.total * (gemm.inputs + gemm.outputs) * item
     launch = LAUNCH_SECONDS if load.total else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +12,8 @@ import pytest
 
 from moec.backends.triton.launches.choose import Choice, Layer, load_of, pick, ranked
 from moec.backends.triton.launches.device import Device, device_of, gpu_targets
+from moec.backends.triton.launches.gemm_time import makespan
+from moec.backends.triton.launches.load import counted
 from moec.backends.triton.launches.tiles import Tile
 from moec.backends.triton.launches.usage import fits, usage
 from moec.targets import TargetError
@@ -23,7 +27,20 @@ REAL = {
 }
 NEAR = 1.4
 """Times the roofline, at most, from 1024 tokens on."""
-FARTHEST = 1.7
+FAR = {
+    ("cuda:sm90", "OLMoE", 4096): 1.41,
+    ("cuda:sm100", "OLMoE", 2048): 1.42,
+    ("cuda:sm100", "OLMoE", 4096): 1.51,
+    ("cuda:sm100", "Qwen3-30B-A3B", 8192): 1.48,
+    ("cuda:sm100", "gpt-oss-20b", 2048): 1.45,
+    ("cuda:sm100", "gpt-oss-20b", 4096): 1.46,
+    ("cuda:sm100", "Mixtral-8x7B", 1024): 1.52,
+    ("cuda:sm100", "Mixtral-8x7B", 2048): 1.42,
+}
+"""What is above it all the same, and how far: experts with two to four tiles of rows, whose last is half empty and
+takes more of the cache for each product; the filling of the pipeline before every tile; the last tiles of a call."""
+SCHEDULE = 0.05
+"""Of a schedule's length, that the expectation is off at most."""
 LARGE = (1024, 2048, 4096, 8192, 16384)
 EXACT = 1 - 1e-9
 
@@ -50,7 +67,8 @@ def within(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
         and taken.resident * taken.columns <= device.tensor_columns
         and 1 <= taken.resident <= device.blocks
         and lanes <= 1024
-        and tile.block_m * tile.block_n * parts <= 1 << 20
+        and tile.rows * tile.block_n * parts <= 1 << 20
+        and tile.block_m * tile.units <= max(sum(form) for form in tile.forms())
     )
 
 
@@ -64,7 +82,7 @@ def test_no_choice_is_outside_the_hardware(cases: int) -> None:
         launch = pick(layer, tokens, device)
         assert within(device, launch.up, layer.parts, layer.dtype), (layer, tokens, device.target.name)
         assert within(device, launch.down, 1, layer.dtype), (layer, tokens, device.target.name)
-        assert launch.up.block_m == launch.down.block_m
+        assert (launch.up.block_m, launch.up.units) == (launch.down.block_m, launch.down.units)
         assert launch.seconds >= launch.limit_seconds > 0
 
 
@@ -114,28 +132,48 @@ def near(choice: Choice) -> float:
     return choice.seconds / choice.limit_seconds
 
 
-@pytest.mark.parametrize("target", ["cuda:sm80", "cuda:sm89"])
+@pytest.mark.parametrize("target", gpu_targets())
 @pytest.mark.parametrize("name", REAL)
 def test_real_layers_come_near_the_roofline(name: str, target: str) -> None:
     for tokens in LARGE:
-        assert near(pick(REAL[name], tokens, device_of(target))) <= NEAR, tokens
+        times = near(pick(REAL[name], tokens, device_of(target)))
+        if (far := FAR.get((target, name, tokens))) is None:
+            assert times <= NEAR, tokens
+        else:
+            assert NEAR < times <= far, tokens
 
 
-def test_most_of_them_do_where_the_cache_feeds_less_than_matrix_units_take() -> None:
-    far = {}
-    for target in ("cuda:sm90", "cuda:sm100", "hip:gfx942"):
-        for name, layer in REAL.items():
-            for tokens in LARGE:
-                if (times := near(pick(layer, tokens, device_of(target)))) > NEAR:
-                    far[target, name, tokens] = times
-    assert len(far) <= 30  # of 75: experts with a few tiles of rows, the last of which is half empty
-    assert max(far.values()) <= FARTHEST
+def scheduled(lengths: Sequence[float], machines: int) -> float:
+    """When all are done that are taken in order by the next machine that is free."""
+    ends = [0.0] * machines
+    for length in lengths:
+        heapq.heappush(ends, heapq.heappop(ends) + length)
+    return max(ends)
+
+
+@pytest.mark.parametrize(("experts", "columns", "rows"), [(64, 8, 512), (32, 23, 512), (8, 32, 1024), (128, 6, 256)])
+def test_tiles_of_several_heights_end_when_a_schedule_of_them_does(experts: int, columns: int, rows: int) -> None:
+    """An expert's tiles have 192 rows but the last; every column has them one after another, as in the kernels."""
+    lengths = np.array([10.0, 14.0, 17.0])
+    generator = np.random.default_rng(4)
+    counts = [generator.multinomial(experts * rows, [1 / experts] * experts) for _ in range(8)]
+    heights = [[[3] * (-(-n // 64) // 3) + ([r] if (r := -(-n // 64) % 3) else []) for n in c] for c in counts]
+    seen = [scheduled([lengths[h - 1] for e in each for _ in range(columns) for h in e], 132) for each in heights]
+    blocks = sum(counted(list(c)).blocks(64, 3) for c in counts) * columns / len(counts)
+    (told,) = makespan(blocks[:, None], lengths[:, None], np.array([2]), np.array([132.0]))
+    assert told == pytest.approx(np.mean(seen), rel=SCHEDULE)
+
+
+def test_equal_tiles_take_whole_waves() -> None:
+    for tiles, waves in ((1, 1), (132, 1), (133, 2), (264, 2)):
+        one = np.array([[float(tiles)]])
+        assert makespan(one, np.array([[7.0]]), np.array([0]), np.array([132.0])) == [7.0 * waves]
 
 
 def test_tiny_tiles_are_far_from_it() -> None:
     device, layer = device_of("cuda:sm90"), REAL["Mixtral-8x7B"]
-    by_rows = {launch.up.block_m: near(launch) for launch in ranked(layer, load_of(layer, 16384), device)}
-    assert by_rows[128] < NEAR < 2 < by_rows[16]
+    by_rows = {launch.up.rows: near(launch) for launch in ranked(layer, load_of(layer, 16384), device)}
+    assert by_rows[192] < NEAR < 2 < by_rows[16]
 
 
 def test_one_busy_expert_takes_longer_than_even_routing() -> None:

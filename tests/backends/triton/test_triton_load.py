@@ -59,6 +59,12 @@ def test_a_histogram_is_counted() -> None:
     assert (load.total, load.touched, load.tiles(16), load.longest()) == (51, 4, 1 + 1 + 2 + 2, 17)
 
 
+def test_tiles_of_several_blocks_are_counted() -> None:
+    load = counted([0, 1, 64, 65, 192, 193, 400])
+    assert load.blocks(64, 3).tolist() == [1 + 1 + 1 + 1, 1, 0 + 1 + 1 + 2]  # 400 is 3 + 3 + 1 blocks of 64
+    assert load.blocks(16, 1).tolist() == [load.tiles(16)]
+
+
 def test_a_negative_count_is_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
         counted([1, -1])

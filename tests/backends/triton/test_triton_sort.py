@@ -13,7 +13,7 @@ from moec.backends.base import program_op
 from moec.backends.triton.kernels.sort import CHUNK, most_blocks
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
-from moec.backends.triton.run import Run
+from moec.backends.triton.run import Run, Values
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase
 from tests.backends.triton.layers import GEMM, dirty_memory
@@ -21,18 +21,25 @@ from tests.backends.triton.layers import GEMM, dirty_memory
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-def _sorted(
-    ids: Tensor, experts: int, block_m: int, change: Callable[[str], str] = lambda text: text
-) -> tuple[list[int], list[int]]:
-    """Slots of all rows, -1 for none, and the expert of every block."""
+def _placed(
+    ids: Tensor, experts: int, block_m: int, units: int = 1, change: Callable[[str], str] = lambda text: text
+) -> Values:
     tokens, top_k = ids.shape
     spec = read_spec(program_op(ExpertsCase(experts=experts, top_k=top_k).graph()))
     file = write_experts(spec, True)
     launcher = Launcher(replace(file, text=change(file.text)))
     with dirty_memory():
-        placed = Run(spec, GEMM, launcher, tokens).sort(ids, block_m)
-    used = int(placed["used"])
-    assert used <= most_blocks(tokens * top_k, experts, block_m)
+        placed = Run(spec, GEMM, launcher, tokens).sort(ids, block_m, units)
+    assert int(placed["used"][0]) <= most_blocks(tokens * top_k, experts, block_m)
+    return placed
+
+
+def _sorted(
+    ids: Tensor, experts: int, block_m: int, change: Callable[[str], str] = lambda text: text
+) -> tuple[list[int], list[int]]:
+    """Slots of all rows, -1 for none, and the expert of every block."""
+    placed = _placed(ids, experts, block_m, 1, change)
+    used = int(placed["used"][0])
     return placed["rows"][: used * block_m].tolist(), placed["experts"][:used].tolist()
 
 
@@ -66,6 +73,23 @@ CASES = {
 def test_rows_of_slots(name: str, block_m: int) -> None:
     ids, experts = CASES[name]
     assert _sorted(ids, experts, block_m) == _expected(ids, experts, block_m)
+
+
+@pytest.mark.parametrize("units", [2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_of_several_blocks(name: str, units: int) -> None:
+    """Each tile has so many blocks of one expert, but an expert's last, which has what is left."""
+    ids, experts = CASES[name]
+    placed = _placed(ids, experts, 16, units)
+    rows, owners = _expected(ids, experts, 16)
+    assert placed["rows"][: len(rows)].tolist() == rows
+    places: list[tuple[int, int]] = []
+    for first, owner in enumerate(owners):
+        new = not places or (sum(places[-1]) == first and (places[-1][1] == units or owners[places[-1][0]] != owner))
+        places = [*places, (first, 1)] if new else [*places[:-1], (places[-1][0], places[-1][1] + 1)]
+    tiles = int(placed["used"][1])
+    assert tiles <= most_blocks(ids.numel(), experts, 16 * units)
+    assert placed["places"][:tiles].tolist() == [4 * first + count % 4 for first, count in places]
 
 
 MUTANTS = {
