@@ -32,7 +32,7 @@ from moec.backends.triton.module import load_module
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.parser import parse_graph
 
-STORED = Path(__file__).parents[1] / "tests/backends/triton/compiled_tiles.json"
+STORED = Path(__file__).parent / "triton_tiles.json"
 LAYERS = {
     "OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8), "gpt-oss-20b": (2880, 2880, 32, 4),
     "Mixtral-8x7B": (4096, 14336, 8, 2), "DeepSeek-V3": (7168, 2048, 256, 8),

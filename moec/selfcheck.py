@@ -165,6 +165,7 @@ def forms(device: torch.device) -> dict[str, Launch | None]:
         "tiles": whole,
         "tiles, persistent": replace(whole, programs=3),
         "tiles, descriptors": Launch("gemm", described, described),
+        "tiles, several heights": Launch("gemm", replace(tile, units=3), replace(tile, units=3)),
         "tiles, split sums": Launch("gemm", tile, replace(tile, split_k=2)),
         "tiles, atomic sums": replace(whole, atomic=True),
         "vectors": Launch("gemv", vector, vector),

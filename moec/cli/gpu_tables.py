@@ -11,11 +11,12 @@ from rich.text import Text
 
 
 def tile_text(tile: Mapping[str, Any], form: str) -> str:
-    """``128x256x64 8w 3s split 2``: rows, outputs and inputs of a tile, warps, stages."""
+    """``64*3x256x64 8w 3s split 2``: blocks of rows and how many, outputs and inputs of a tile, warps, stages."""
     if form == "gemv":
         return f"{tile['block_n']}x{tile['block_k']} {tile['num_warps']}w"
     split = f" split {tile['split_k']}" if tile["split_k"] > 1 else ""
-    sizes = f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']}"
+    rows = f"{tile['block_m']}*{tile['units']}" if tile.get("units", 1) > 1 else f"{tile['block_m']}"
+    sizes = f"{rows}x{tile['block_n']}x{tile['block_k']}"
     return f"{sizes} {tile['num_warps']}w {tile['num_stages']}s{split}"
 
 

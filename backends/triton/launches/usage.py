@@ -101,10 +101,10 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         columns = max(32, _power(sum(tile.block_n * max(1, parts * m // 128) for m in (rows, more) if m)))
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
         sums = rows * outputs // threads
-        most = _MOST_SLICED // 2 if more else _MOST_SLICED
+        most = _MOST_SLICED // 2 if more or tile.units > 1 else _MOST_SLICED
         held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= most else 3 * sums // 4 + tile.block_k // 2
         held = held if sums <= most else 2 * held
-        registers = max(held, addresses) + _BASE_REGISTERS
+        registers = max(held, addresses) + _BASE_REGISTERS + (_ROW_REGISTERS if more else 0)
     elif instruction.shared and tile.units > 1:
         # Descriptors of weights need no addresses. Rows that are stored one by one do.
         addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)

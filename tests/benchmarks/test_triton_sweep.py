@@ -1,0 +1,71 @@
+"""What Triton's compiler took for whole grids of tiles (``benchmarks/triton_tiles.json``), against what the model expects."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moec.backends.triton.launches.device import device_of
+from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.usage import BARRIER_BYTES, fits, tiles_for, usage
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+LOSS = 0.05
+"""Of the time of the best tile of a case."""
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import triton_sweep
+
+    return triton_sweep
+
+
+def admitted(sweep: Any) -> list[tuple[Any, Tile]]:
+    """The notes of tiles that the model may choose."""
+    found = []
+    for note in sweep.read(sweep.STORED):
+        tile, device = sweep.tile_of(note.tile), device_of(note.target)
+        if fits(device, tile, 2, "bf16") and tile in tiles_for(device, 2, "bf16").tiles:
+            found.append((note, tile))
+    return found
+
+
+def test_what_the_model_admits_spills_nothing_and_is_as_resident_as_expected(sweep: Any) -> None:
+    notes = admitted(sweep)
+    assert len(notes) > 100
+    for note, tile in notes:
+        device = device_of(note.target)
+        expected = usage(device, tile, 2, "bf16")
+        assert note.registers, note
+        assert note.spills == 0, note
+        assert note.occupancy >= expected.resident, note
+        assert note.columns == expected.columns, note
+        room = BARRIER_BYTES if device.mma[0].shared else 0
+        assert 0 <= expected.shared - note.shared <= room, note
+        assert device.mma_for(tile.block_m, tile.num_warps).name.split(".")[0] in note.mma, note
+
+
+def test_the_model_refuses_what_spills_for_a_reason(sweep: Any) -> None:
+    """Half of the check above is that tiles which do not work are not admitted: there are some among the notes."""
+    notes = sweep.read(sweep.STORED)
+    own = {(n.target, n.layer, n.tile) for n, _ in admitted(sweep)}
+    spilled = [n for n in notes if n.spills or not n.registers]
+    assert len(spilled) >= 20
+    assert not any((n.target, n.layer, n.tile) in own for n in spilled)
+
+
+def test_the_models_choice_is_near_the_best_of_the_grid_in_forty_cases(sweep: Any) -> None:
+    notes = sweep.read(sweep.STORED)
+    cases = list(itertools.product(sweep.LAYERS, sweep.TARGETS, sweep.TOKENS))
+    assert len(cases) == 40
+    for case in cases:
+        judged = sweep.judge(*case, notes)
+        assert judged.taken.spills == 0, case
+        assert judged.tiles >= 40, case
+        assert judged.loss <= LOSS, (case, judged)
