@@ -11,6 +11,7 @@ from moec.backends.partition import SPREAD, Claims, layer_inside
 from moec.describe import is_shared
 from moec.emit import LowerOp
 from moec.ir.core import Op
+from moec.ir.types import TensorType
 from moec.options import CompileOptions
 from moec.runtime import beside, regroup  # noqa: F401
 from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
@@ -32,6 +33,18 @@ def shared_name(module: str, block: str) -> str:
     return owner if owner and owner != block and not block.startswith(f"{owner}.") else f"{block}.shared"
 
 
+def _routed(op: Op) -> bool:
+    """The ids of ``moe.experts`` come from a router that can choose nothing but experts of the layer.
+
+    A region may give any number; attributes say top k of as many logits as the router has experts.
+    """
+    route = op.operands[1].op
+    if route is None or route.name != "moe.route" or route.regions:
+        return False
+    logits = route.operands[0].type
+    return isinstance(logits, TensorType) and logits.shape[1] == op.attrs["experts"]
+
+
 def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerOp:
     """The ``lower_op`` of ``moec.emit`` for the ops in ``claims``.
 
@@ -47,7 +60,8 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         name = label or (shared_name(op.loc.module, "") if is_shared(op) else block_name(op.loc.module, 0))
         if op.name == SPREAD:
             op.attrs["backend"] = claims[layer_inside(op)].name
-        program = register(program_graph(op), claims[op], options.backend_target, name, options.checks)
+        graph_of_op, routed = program_graph(op), op.name == "moe.experts" and _routed(op)
+        program = register(graph_of_op, claims[op], options.backend_target, name, options.checks, routed)
         if op.name == SPREAD and len(op.results) > 1:
             several = graph.call_function(torch.ops.moec.experts_beside.default, (args, program.key))
             return [graph.call_function(operator.getitem, (several, i)) for i in range(len(op.results))]

@@ -76,7 +76,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: list[Tensor], prog
     traces.note(prog, ids)
     groups = prog.op.groups
     checks.check_same(x, params, 0 if prog.op.group("up_scale") else groups[3] + groups[4], prog)
-    if not prog.op.attrs.get("sentinels"):
+    if not prog.routed and not prog.op.attrs.get("sentinels"):
         checks.check_ids(ids, prog.op.attrs["experts"], prog)
     with without_autocast(x.device):
         (out,) = prog.kernel().forward([x, ids, weights, *params])

@@ -32,6 +32,7 @@ from moec.op_costs import op_costs
 KEY_DIGITS = 40
 _HEADER = "// moec program "
 _GENERAL = ("moe.route", "moe.experts", "moe.parallel_experts")
+_ROUTED = "routed"
 _FIELDS = ("version", "backend", "target", "label", "checks")
 
 
@@ -53,6 +54,7 @@ class Program:
         label: Name of the block in the user's model, for messages and counters.
         checks: Mode of the run-time checks, or "" for the process's mode.
         text: The graph's text.
+        routed: Its ids are those of a ``moe.route`` that chooses by attributes: none can be out of range.
     """
 
     key: str
@@ -63,6 +65,7 @@ class Program:
     checks: str
     text: str
     op: Op = field(repr=False)
+    routed: bool = False
 
     @property
     def content(self) -> tuple[str, str, str]:
@@ -186,7 +189,8 @@ def _replace_symbol(graph: Graph, old: sympy.Expr, new: sympy.Expr) -> None:
 
 def _program(key: str, graph: Graph, fields: dict[str, str], text: str) -> Program:
     backend, target, label, checks = (fields[name] for name in _FIELDS[1:])
-    return Program(key, graph, backend, target, label, checks, text, program_op(graph))
+    checks, _, known = checks.partition("+")
+    return Program(key, graph, backend, target, label, checks, text, program_op(graph), known == _ROUTED)
 
 
 def _body(fields: dict[str, str], text: str) -> str:
@@ -198,7 +202,14 @@ def _key(body: str) -> str:
     return "m" + hashlib.sha256(body.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def register(graph: Graph, backend: str | Backend, target: str = "cpu", label: str = "", checks: str = "") -> Program:
+def register(
+    graph: Graph,
+    backend: str | Backend,
+    target: str = "cpu",
+    label: str = "",
+    checks: str = "",
+    routed: bool = False,
+) -> Program:
     """Enter a program into the table and, where there is a cache directory, into its file.
 
     Args:
@@ -207,6 +218,7 @@ def register(graph: Graph, backend: str | Backend, target: str = "cpu", label: s
         target: Target text.
         label: Name of the block, one line.
         checks: ``warn``, ``strict`` or ``off`` for this program, "" for the process's mode.
+        routed: Ids need no check; see ``Program``.
     """
     from moec.ir.printer import print_graph  # the printer loads every op definition; only needed to compile
 
@@ -214,6 +226,7 @@ def register(graph: Graph, backend: str | Backend, target: str = "cpu", label: s
     canonical = program_graph(program_op(graph))
     text = print_graph(canonical).rstrip("\n") + "\n"
     label = " ".join(label.split())
+    checks += f"+{_ROUTED}" if routed else ""
     fields = {"version": __version__, "backend": name, "target": target, "label": label, "checks": checks}
     body = _body(fields, text)
     key = _key(body)
