@@ -35,9 +35,16 @@ SHAPES: dict[str, Callable[[Op, Sequence[Any]], Sequence[int]]] = {
     "moe.activation": lambda op, v: [len(v[0])],
 }
 """First dimensions of the result of ops whose meaning is not executed; the others are those of its type."""
+
+
+def _loads(op: Op, plan: Any) -> list[Any]:
+    get = op_def(op.name).attr
+    return list(loads(plan, get(op, "sizes"), torch.device("cpu"), get(op, "order")))
+
+
 _COUNTS: dict[str, Callable[[Op, Sequence[Any]], list[Any]]] = {
     "moe.count_tokens": lambda op, v: [torch.tensor([len(v[0])])],
-    "moe.loads": lambda op, v: list(loads(v[1], op_def(op.name).attr(op, "sizes"), torch.device("cpu"))),
+    "moe.loads": lambda op, v: _loads(op, v[1]),
 }
 """Ops that give integers on the device of a float operand, which has no device here."""
 

@@ -127,6 +127,21 @@ def test_other_passes_run_too() -> None:
     assert total(traced(layer, "expert-parallel,quantize-dispatch", ids)) < total(traced(layer, FORMS["flat"], ids))
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_a_skewed_layer_in_chunks_of_experts(chunks: int) -> None:
+    """Experts are numbered anew by chunk, and counts told by their own numbers; the bytes are the whole layer's."""
+    layer = Layer(2, 7, 2)
+    gen = torch.Generator().manual_seed(0)
+    odds = torch.tensor([9.0, 1, 4, 0.1, 7, 2, 1])
+    ids = [torch.multinomial(odds.expand(40, -1), 2, generator=gen) for _ in range(2)]
+    whole, cut = (
+        traced(layer, f"expert-parallel{more}", ids, training=True) for more in ("", f",overlap{{chunks={chunks}}}")
+    )
+    assert cut.sent == whole.sent
+    assert cut.rows == whole.rows
+    assert len(cut.collectives) > len(whole.collectives)
+
+
 def test_weights_that_are_gathered() -> None:
     """The graph before the pass moves weights instead of tokens."""
     layer = Layer(4, 8)
