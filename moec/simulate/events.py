@@ -30,6 +30,7 @@ class _Rank:
         self.op_left, self.planned = 0.0, 0
         self.parts = 0  # under way
         self.queues: dict[str, list[int]] = defaultdict(list)  # parts of a stream, the first is under way
+        self.after: dict[int, tuple[int, ...]] = {}
         self.begun: dict[int, float] = {}
         self.done: set[int] = set()
 
@@ -113,6 +114,7 @@ class Engine:
                 rank.at += 1
                 queue = rank.queues[self.collectives[step.collective].group]
                 queue.append(step.collective)
+                rank.after[step.collective] = step.after
                 if len(queue) == 1:
                     self._begin(number, step.collective, now)
             elif step.collective in rank.done:
@@ -148,8 +150,11 @@ class Engine:
         self._go(number, now)
 
     def _begin(self, number: int, collective: int, now: float) -> None:
-        """A part reaches the head of its stream."""
-        self.ranks[number].begun[collective] = now
+        """A part is at the head of its stream; it is under way once what it needs is there."""
+        rank = self.ranks[number]
+        if not rank.done.issuperset(rank.after[collective]):
+            return
+        rank.begun[collective] = now
         self._take_units(number, 1, now)
         if not self.missing[collective][number]:
             self._at(now + self.topology.device.start_s, "part", collective, number)
@@ -171,10 +176,10 @@ class Engine:
         rank, about = self.ranks[number], self.collectives[collective]
         rank.done.add(collective)
         self.spans.append(Span(number, about.group, "comm", about.label, rank.begun[collective], now))
-        queue = rank.queues[about.group]
-        queue.pop(0)
-        if queue:
-            self._begin(number, queue[0], now)
+        rank.queues[about.group].pop(0)
+        for queue in list(rank.queues.values()):
+            if queue and queue[0] not in rank.begun:
+                self._begin(number, queue[0], now)
         self._take_units(number, -1, now)
         if rank.waits == collective:
             rank.waits = None
@@ -184,6 +189,7 @@ class Engine:
 
     def _check_all_done(self) -> None:
         stuck = {n: r.waits for n, r in enumerate(self.ranks) if r.waits is not None}
+        stuck |= {n: q[0] for n, r in enumerate(self.ranks) for q in r.queues.values() if q and n not in stuck}
         if stuck:
             which = "; ".join(f"rank {n} for {self.collectives[c].label}" for n, c in list(stuck.items())[:4])
             raise SimulationError(

@@ -54,7 +54,10 @@ def _panel(axes: Any, title: str, timeline: Timeline, ranks: Sequence[int]) -> N
             axes.broken_barh([(left, width)], (low, 0.38), facecolors=COLOURS[_kind(span)], edgecolors="white", lw=0.4)
     axes.set_yticks([row + 0.45 for row in range(len(ranks))], [f"rank {r}" for r in ranks])
     axes.set_ylim(len(ranks), 0)
-    axes.set_title(f"{title}: {timeline.seconds * 1e3:.3g} ms", loc="left", fontsize=10)
+    longest = max((timeline.total(rank, "compute") for rank in range(len(timeline.ends))), default=0.0)
+    exposed = timeline.seconds - longest
+    axes.set_title(f"{title}: {timeline.seconds * 1e3:#.3g} ms, {exposed * 1e3:#.3g} exposed", loc="left", fontsize=10)
+    axes.axvline(timeline.seconds * 1e3, color="black", lw=0.8, ls=":")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -24,9 +24,15 @@ class Compute:
 
 @dataclass(frozen=True)
 class Start:
-    """This rank's part of a collective begins, once its stream is free."""
+    """This rank's part of a collective begins, once its stream is free.
+
+    Attributes:
+        collective: Which.
+        after: Collectives of this rank that bring what it sends; its stream waits for them, the ops do not.
+    """
 
     collective: int
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def trace(
     sizes: Sequence[Mapping[str, int]],
     ids: Sequence[Mapping[int, Tensor]] | None = None,
     training: bool = False,
+    costs: Costs | None = None,
 ) -> Trace:
     """Run the graphs of all ranks without numbers.
 
@@ -166,12 +167,13 @@ def trace(
         sizes: Of every rank, what the symbols of its graph's arguments stand for.
         ids: Of every rank, arguments that are given, by their place: chosen experts that were recorded.
         training: Run the layers' backward programs behind the graph, the last layer's first.
+        costs: Times of ops, where they are not those of the topology's device.
 
     Raises:
         SimulationError: A size is missing, or ranks wait for each other without end.
         CommError: Ranks do not agree in a collective.
     """
-    exchange, costs = Exchange(topology, groups), Costs(topology.device)
+    exchange, costs = Exchange(topology, groups), costs or Costs(topology.device)
     ranks, runs = [], []
     for me, graph in enumerate(graphs):
         symbols = {sympy.Symbol(name, integer=True): size for name, size in sizes[me].items()}

@@ -211,6 +211,20 @@ def test_a_stream_for_each_group() -> None:
     assert seconds == [pytest.approx(2 * once), pytest.approx(ALPHA + 10_000 / BANDWIDTH)]
 
 
+def test_a_part_waits_for_what_it_sends_and_the_ops_do_not() -> None:
+    """What one group brings another hands on: the second begins behind the first, beside a third of its group."""
+    flows = [[Flow(0, 1, 5000.0), Flow(1, 0, 5000.0)] for _ in range(3)]
+    collectives = [one(f, 2, group) for f, group in zip(flows, "aba", strict=True)]
+    chained: list[Step] = [Start(0), Start(1, after=(0,)), Start(2), Compute("x", 0.001), Wait(1), Wait(2)]
+    found = simulate([chained] * 2, collectives, machine(2))
+    once, both = ALPHA + 5000 / BANDWIDTH, ALPHA + 10_000 / BANDWIDTH  # two at a time share the link
+    assert [s.begin for s in found.spans if s.rank == 0 and s.kind == "comm"] == pytest.approx([0.0, once, once])
+    assert found.seconds == pytest.approx(once + both)
+    assert found.total(0, "compute") == 0.001
+    with pytest.raises(SimulationError, match="wait without end"):
+        simulate([[Start(0, after=(1,)), Start(1, after=(0,))]] * 2, collectives, machine(2))
+
+
 def test_a_late_rank_makes_others_wait() -> None:
     late: list[Step] = [Compute("x", 1.0), Start(0), Wait(0)]
     found = simulate([[Start(0), Wait(0)], late], [one([Flow(0, 1, 1.0)], 2)], machine(2))
