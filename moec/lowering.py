@@ -60,8 +60,8 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         name = label or (shared_name(op.loc.module, "") if is_shared(op) else block_name(op.loc.module, 0))
         if op.name == SPREAD:
             op.attrs["backend"] = claims[layer_inside(op)].name
-        graph_of_op, routed = program_graph(op), op.name == "moe.experts" and _routed(op)
-        program = register(graph_of_op, claims[op], options.backend_target, name, options.checks, routed)
+        graph_of_op, looked_at = program_graph(op), op.name == "moe.experts" and _routed(op)
+        program = register(graph_of_op, claims[op], options.backend_target, name, options.checks, looked_at)
         if op.name == SPREAD and len(op.results) > 1:
             several = graph.call_function(torch.ops.moec.experts_beside.default, (args, program.key))
             return [graph.call_function(operator.getitem, (several, i)) for i in range(len(op.results))]

@@ -65,7 +65,7 @@ def _main(store: str, rank: int, ranks: int) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=_DEADLINE)
     )
-    link = measure(dist.group.WORLD, "cpu")
+    link, _ = measure(dist.group.WORLD, "cpu")
     if rank == 0:
         print(json.dumps([link.alpha_s, link.bytes_per_s]))
     dist.destroy_process_group()

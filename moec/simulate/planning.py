@@ -9,13 +9,12 @@ import torch
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
-from moec.ir.beside import own_experts
+from moec.ir.beside import EXPERTS, own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.op_costs import layer_shape
 from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.cuts import expert_ranges
-from moec.passes.overlap.order import EXPERTS
 from moec.simulate.costs import Costs, is_free
 from moec.simulate.routing import Routing
 from moec.simulate.topology import Topology

@@ -1,4 +1,4 @@
-"""What Triton's compiler took for whole grids of tiles (``benchmarks/triton_tiles.json``), against what the model expects."""
+"""What Triton's compiler took for whole grids of tiles (``benchmarks/triton_tiles.json``) against what is expected."""
 
 from __future__ import annotations
 
