@@ -52,7 +52,10 @@ class Arrival:
 
 
 class _Work(dist._Work):
-    """One started all-to-all: rows that gloo brings, and the time until which they are on their way."""
+    """One started all-to-all: rows that gloo brings, and the time until which they are on their way.
+
+    torch hands out a wrapper that forwards ``wait`` alone: whether it is completed cannot be asked.
+    """
 
     def __init__(self, group: DelayedGroup, number: int, rows: dist._Work) -> None:
         super().__init__()
@@ -70,10 +73,6 @@ class _Work(dist._Work):
         if left > 0:
             time.sleep(left)
         return True
-
-    def is_completed(self) -> bool:
-        end = self.group.end(self.number)
-        return end is not None and self.rows.is_completed() and time.monotonic() >= end
 
 
 class DelayedGroup(dist.ProcessGroup):
