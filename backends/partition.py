@@ -9,9 +9,13 @@ from moec.backends.base import Backend
 from moec.backends.registry import get_backend
 from moec.ir.beside import beside_experts, own_experts
 from moec.ir.core import Graph, Op
+from moec.ir.ops.moe_resume import begun_by
 
-CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts", "moe.regroup")
+CARRIED_OPS = ("moe.route", "moe.experts", "moe.parallel_experts", "moe.begin", "moe.resume", "moe.regroup")
 """The ops that a runtime op can carry; all others are executed by PyTorch."""
+
+BEGIN, RESUME = "moe.begin", "moe.resume"
+"""A spread layer in pieces: who begins it also runs it on."""
 
 SPREAD, SPREADS = "moe.parallel_experts", "distributed"
 """The op whose collectives one backend runs, whatever the order; those of the order run the experts inside."""
@@ -54,14 +58,22 @@ def claim(graph: Graph, order: Sequence[str] = DEFAULT_ORDER, target: str = "cpu
         if op.name == "moe.experts" and not op.attrs["experts"]:
             claims[op] = backends[0]  # of a rank without experts: nobody ever runs it
             continue
-        for backend in backends if op.name != SPREAD else [get_backend(SPREADS)]:
+        if op.name == RESUME:
+            continue
+        for backend in backends if op.name not in (SPREAD, BEGIN) else [get_backend(SPREADS)]:
             support = backend.supports(op, target)
             if support.ok:
                 claims[op] = backend
                 break
             claims.refusals.append(Refusal(op, backend.name, support.reason))
-    for op in [op for op in claims if op.name == SPREAD]:
+    for op in [op for op in claims if op.name in (SPREAD, BEGIN)]:
         _check_inside(op, claims)
+    for op in [op for op in graph.walk() if op.name == RESUME]:
+        begin, _ = begun_by(op)
+        if begin is not None and begin in claims:
+            claims[op] = claims[begin]
+        else:
+            claims.refusals.append(Refusal(op, SPREADS, "the layer that it runs on is not begun"))
     return claims
 
 

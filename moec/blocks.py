@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec import autocast
-from moec.backends.partition import SPREAD, Claims, claim
+from moec.backends.partition import BEGIN, SPREAD, Claims, claim
 from moec.capture import graph_from_fx
 from moec.capture.locations import location_of, module_path
 from moec.computed_weights import Computed, computed_weights
@@ -205,7 +205,7 @@ def _key(piece: Slice) -> Any:
 
 def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     """Why the block cannot go to the runtime ops, or None if it can."""
-    experts = [op for op in graph.ops if op.name in ("moe.experts", SPREAD)]
+    experts = [op for op in graph.ops if op.name in ("moe.experts", SPREAD, BEGIN)]
     left = [op for op in graph.ops if op.name in MOE_OPS_LEFT]
     missed = [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name in _RAISING]
     if left or not experts:
@@ -223,7 +223,7 @@ def fill_report(report: BlockReport, ops: Sequence[Op], claims: Claims) -> None:
             report.router = route_text(op)
             if report.reason is None and op not in claims and (refused := claims.reasons(op)):
                 report.router += f", run by PyTorch ({'; '.join(refused)})"
-        elif op.name in ("moe.experts", SPREAD):
+        elif op.name in ("moe.experts", SPREAD, BEGIN):
             report.recognised = True
             fill_experts(report, op)
             if is_shared(op):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from moec.backends.partition import SPREAD
+from moec.backends.partition import BEGIN, SPREAD
 from moec.ir.core import Graph, Value
 from moec.ir.types import TensorType
 from moec.passes.matching import function, peel
@@ -61,7 +61,7 @@ def computed_weights(graph: Graph, inputs: Sequence[Node]) -> Computed | None:
     node_of = dict(zip(graph.args, inputs, strict=True))
     size, casts, starts = 0, True, []
     for op in graph.ops:
-        if op.name not in ("moe.experts", SPREAD):
+        if op.name not in ("moe.experts", SPREAD, BEGIN):
             continue
         for weight in dict.fromkeys((*op.group("up"), *op.group("down"))):
             source = peel(weight, _VIEWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.backends.partition import SPREAD, layer_inside
+from moec.backends.partition import BEGIN, SPREAD, layer_inside
 from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
@@ -95,7 +95,7 @@ def fill_experts(report: BlockReport, op: Op, count: int | None = None) -> None:
         op: The op, or a layer that is spread over ranks.
         count: Number of experts, where the op is a chunk of a layer and has fewer.
     """
-    if op.name == SPREAD:
+    if op.name in (SPREAD, BEGIN):
         own = op.group("down")[0].type
         assert isinstance(own, TensorType)
         fill_experts(report, layer_inside(op), int(own.shape[0]))

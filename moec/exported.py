@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch.export import ExportedProgram
 
-from moec.backends.partition import Claims, claim
+from moec.backends.partition import BEGIN, SPREAD, Claims, claim
 from moec.blocks import fill_report
 from moec.capture import from_exported
 from moec.describe import is_shared, router_of
@@ -69,7 +69,7 @@ def report_of(graph: Graph, claims: Claims, ctx: PassContext, raised: str) -> Re
             _add_unseen(report, found)
         if is_shared(op):
             shared.append((len(report.layers), op))
-        elif op.name == "moe.experts":
+        elif op.name in ("moe.experts", SPREAD, BEGIN):
             report.layers.append(_block(op, block_name(op.loc.module, len(report.layers)), claims, raised))
         elif op.name == "moe.combine":
             name = block_name(op.loc.module, len(report.layers))

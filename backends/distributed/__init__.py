@@ -25,10 +25,12 @@ class DistributedBackend(Backend):
     name = "distributed"
 
     def supports(self, op: Op, target: str) -> Support:
-        if op.name != "moe.parallel_experts":
+        if op.name not in ("moe.parallel_experts", "moe.begin"):
             return Support.no(f"it runs layers that are spread over ranks, not {op.name}")
         if not dist.is_available():
             return Support.no("this build of torch has no torch.distributed")
+        if op.name == "moe.begin":
+            return Support.yes()
         return tensors_only(op)
 
     def load(self, artifact: Artifact) -> Kernel:

@@ -20,7 +20,8 @@ from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import get_backend
 from moec.ir.comm_semantics import running_in
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import torch_dtype
+from moec.ir.opdef import op_def, torch_dtype
+from moec.ir.staged import Staged, stops
 from moec.ir.types import TensorType, Type
 from moec.passes.base import PassContext
 from moec.passes.dce import DeadCodeElimination
@@ -121,6 +122,12 @@ class ParallelKernel(Kernel):
         with running_in(WORLD):
             return run_graph(self.op.regions[0], inputs, self._execute)
 
+    def begin(self, inputs: list[Tensor]) -> Staged:
+        """The forward in pieces (``moe.begin``): run up to where it waits for rows the first time."""
+        region = self.op.regions[0]
+        with running_in(WORLD):
+            return Staged(region, inputs, stops(region), self._execute_any)
+
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -135,6 +142,10 @@ class ParallelKernel(Kernel):
         with running_in(WORLD):
             found = iter(run_graph(graph, [*given, *inputs], self._execute))
         return [next(found) if need else None for need in key]
+
+    def _execute_any(self, op: Op, inputs: Sequence[Any]) -> list[Any]:
+        found = self._execute(op, inputs)
+        return op_def(op.name).evaluate(op, inputs, run_graph) if found is None else found
 
     def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
         if op.name == "moe.experts":

@@ -37,6 +37,7 @@ class ModelFacts:
         expert_bytes: All experts of all layers.
         attention_bytes: All attention weights.
         other_bytes: Everything else: embeddings, norms, routers, shared experts.
+        shared: Width of the shared expert of a layer, 0 without one.
     """
 
     experts: int
@@ -51,6 +52,7 @@ class ModelFacts:
     expert_bytes: int
     attention_bytes: int
     other_bytes: int
+    shared: int = 0
 
     @staticmethod
     def of(model: torch.nn.Module) -> ModelFacts:
@@ -78,12 +80,13 @@ class ModelFacts:
         owners = {n.rpartition(".")[0] for n in found}
         stacked = next(p for n, p in model.named_parameters() if n in found and p.dim() == 3)
         inner = min(stacked.shape[1:]) if hidden not in stacked.shape[1:] else _other(stacked, hidden)
+        width = int(getattr(config, "moe_intermediate_size", None) or inner)
         return ModelFacts(
             experts=max(found.values()),
             top_k=top_k,
             layers=len(owners),
             hidden=hidden,
-            inner=int(getattr(config, "moe_intermediate_size", None) or inner),
+            inner=width,
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             attention_layers=len(set(attention.values())),
@@ -91,7 +94,14 @@ class ModelFacts:
             expert_bytes=of_experts,
             attention_bytes=sum(sizes[n] for n in attention),
             other_bytes=sum(sizes.values()) - of_experts - sum(sizes[n] for n in attention),
+            shared=_shared_width(config, width),
         )
+
+
+def _shared_width(config: Any, inner: int) -> int:
+    """Width of a layer's shared expert as transformers' configs say it: in one number, or in experts' widths."""
+    told = getattr(config, "shared_expert_intermediate_size", None) or getattr(config, "n_shared_experts", 0) or 0
+    return int(told) if hasattr(config, "shared_expert_intermediate_size") else int(told) * inner
 
 
 def _other(stacked: torch.Tensor, hidden: int) -> int:

@@ -31,7 +31,7 @@ from moec.op_costs import op_costs
 
 KEY_DIGITS = 40
 _HEADER = "// moec program "
-_GENERAL = ("moe.route", "moe.experts", "moe.parallel_experts")
+_GENERAL = ("moe.route", "moe.experts", "moe.parallel_experts", "moe.begin")
 _ROUTED = "routed"
 _FIELDS = ("version", "backend", "target", "label", "checks")
 
@@ -138,7 +138,7 @@ def _generalise_tokens(graph: Graph, op: Op) -> None:
             _replace_symbol(graph, tokens, general)
     elif not tokens.is_Symbol and op.name in _GENERAL and not (op.name == "moe.route" and op.regions):
         rowwise = op.operands[:1] if op.name == "moe.route" else op.operands[:3]
-        if op.name == "moe.parallel_experts":
+        if op.name in ("moe.parallel_experts", "moe.begin"):
             rowwise += tuple(v for v in op.group("beside") if _has_rows(v.type, tokens))
         for value in (*rowwise, *op.results):
             if isinstance(value.type, TensorType):

@@ -20,7 +20,7 @@ from moec.simulate.exchange import Groups
 from moec.simulate.topology import Topology
 
 _UNSHARD = "moec.unshard.default"
-_LAYERS = ("moe.parallel_experts", "moe.experts")
+_LAYERS = ("moe.parallel_experts", "moe.begin", "moe.experts")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _bases(graph: Graph) -> list[tuple[str, int]]:
     """(axis, ranks) of everything in a graph that communicates; an axis' part says nothing of its ranks."""
     found = []
     for op in graph.walk():
-        if op.name == "moe.parallel_experts":
+        if op.name in ("moe.parallel_experts", "moe.begin"):
             found.append((op.attrs["group"], len(op.attrs["sizes"])))
         elif op.name.startswith("comm.") and op.name.endswith(".start"):
             base, dot, _ = op.attrs["group"].partition(".")

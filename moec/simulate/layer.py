@@ -1,4 +1,5 @@
-"""The expert layer of a model, by its sizes alone, as a graph for each rank: router, and experts gathered from shards.
+"""The expert layer of a model, by its sizes alone, as a graph for each rank: router, and experts gathered from shards;
+beside them a shared expert, where the model has one.
 
 What simulates a ``config.json``: the model is on the meta device, its weights are never made.
 """
@@ -54,8 +55,23 @@ def _graph(m: ModelFacts, sizes: tuple[int, ...], own: int, group: str) -> Graph
         "moe.experts", x, ids, weights, [whole[0]], [whole[1]], [], [], [], [], [], [], attrs={"experts": m.experts},
         regions=[activation], result_types=[x.type],
     ).result  # fmt: skip
-    b.ret(y)
+    b.ret(_with_shared(b, graph, m, kind, x, y) if m.shared else y)
     return graph
+
+
+def _with_shared(b: Builder, graph: Graph, m: ModelFacts, kind: str, x: Value, y: Value) -> Value:
+    """``y`` and the shared expert's result."""
+    up = graph.add_arg(TensorType.of(kind, 1, 2 * m.shared, m.hidden), "shared_up")
+    down = graph.add_arg(TensorType.of(kind, 1, m.hidden, m.shared), "shared_down")
+    column = b.call("aten.slice.Tensor", [x, 1, 0, 1], result_types=[TensorType.of(kind, "T", 1)]).result
+    one, choice = TensorType.of(kind, "T", 1), TensorType.of("i64", "T", 1)
+    ids = b.call("aten.zeros_like.default", [column], {"dtype": choice.dtype}, result_types=[choice]).result
+    ones = b.call("aten.ones_like.default", [column], result_types=[one]).result
+    z = b.op(
+        "moe.experts", x, ids, ones, [up], [down], [], [], [], [], attrs={"experts": 1, "sentinels": True},
+        regions=[_swiglu(kind, m.shared)], result_types=[x.type],
+    ).result  # fmt: skip
+    return b.call("aten.add.Tensor", [y, z], result_types=[x.type]).result
 
 
 def _gathered(b: Builder, share: Value, sizes: tuple[int, ...], group: str) -> Value:

@@ -18,6 +18,7 @@ from torch import Tensor
 from moec.ir.comm_semantics import running_in
 from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def
+from moec.ir.staged import stops
 from moec.simulate.abstract import argument, execute, known
 from moec.simulate.costs import Costs, rows_of_experts
 from moec.simulate.errors import SimulationError
@@ -46,6 +47,15 @@ class Trace:
     rows: list[int]
 
 
+class _Part:
+    """A graph that is run, and how far."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
+        self.graph, self.at = graph, 0
+        self.last: dict[Value, int] = {v: i for i, op in enumerate(graph.ops) for v in op.operands}
+        self.env: dict[Value, Any] = dict(zip(graph.args, inputs, strict=True))
+
+
 class _Rank:
     """One rank's way through its graph."""
 
@@ -63,9 +73,16 @@ class _Rank:
         return outputs
 
     def graph(self, graph: Graph, inputs: Sequence[Any]) -> Run:
-        last: dict[Value, int] = {v: i for i, op in enumerate(graph.ops) for v in op.operands}
-        env: dict[Value, Any] = dict(zip(graph.args, inputs, strict=True))
-        for i, op in enumerate(graph.ops):
+        return (yield from self.part(_Part(graph, inputs)))
+
+    def part(self, part: _Part, until: int = -1) -> Run:
+        """Run a graph on from where it was left, up to a place or to its end."""
+        graph, env, last = part.graph, part.env, part.last
+        while part.at < len(graph.ops):
+            i, op = part.at, graph.ops[part.at]
+            if i == until:
+                return []
+            part.at += 1
             values = [env[v] for v in op.operands]
             if op is graph.terminator:
                 return values
@@ -76,12 +93,24 @@ class _Rank:
                     env.pop(v, None)
         raise SimulationError(f"graph @{graph.name} does not end in return")
 
+    def on(self, part: _Part) -> Generator[None, None, Any]:
+        """Run a layer in pieces on: the same again, left at a later place, or its results."""
+        place = next((p for p in stops(part.graph) if p > part.at), -1)
+        results = yield from self.part(part, place)
+        return part if place >= 0 else results
+
     def op(self, op: Op, values: list[Any]) -> Run:
         if op.name == "moe.parallel_experts":
             values[1] = self.chosen(op, values)
             results = yield from self.graph(op.regions[0], values)
             self.spread.append((op, values, results))
             return results
+        if op.name == "moe.begin":
+            values[1] = self.chosen(op, values)
+            return [(yield from self.on(_Part(op.regions[0], values)))]
+        if op.name == "moe.resume":
+            found = yield from self.on(values[0])
+            return [found] if isinstance(found, _Part) else list(found)
         if op.name == "comm.wait":
             promise = values[0]
             assert isinstance(promise, Promise)
