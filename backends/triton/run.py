@@ -85,7 +85,7 @@ class Run:
         rows = most_blocks(self.slots, spec.experts, block_m) * block_m
         up["a"] = a = x.new_empty((rows, spec.up))
         self._gemm("up", up, launch.up, up_weights(spec))
-        down |= self._between(a, captures, block_m)
+        down |= self._between(a, down, captures, block_m)
         if launch.atomic and spec.post is None:
             down["y"] = y = x.new_zeros((self.tokens, spec.out), dtype=torch.float32)
             self._gemm("down_atomic", down, launch.down, ("w",))
@@ -104,7 +104,7 @@ class Run:
         spec, x = self.spec, down["x"]
         up["a"] = a = x.new_empty((self.slots, spec.up))
         self._vector("up_vector", up, self.launch.up)
-        down |= self._between(a, captures, 0)
+        down |= self._between(a, _every(x), captures, 0)
         if spec.post is None:
             down["y"] = y = x.new_empty((self.tokens, spec.out), dtype=TO_TORCH[spec.out_dtype])
             self._vector("down_vector", down, self.launch.down)
@@ -138,26 +138,28 @@ class Run:
         constants = {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
         self.launcher(name, self.tokens, values, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
-    def _between(self, a: Tensor, captures: Values, block_m: int) -> Values:
+    def _between(self, a: Tensor, placed: Values, captures: Values, block_m: int) -> Values:
         """The rows of the down GEMM."""
-        a = self._activation(a, captures, block_m)
-        return self._quantized("a", a, block_m) if self.spec.fp8 else {"a": a}
+        a = self._activation(a, placed, captures, block_m)
+        return self._quantized("a", a, block_m, used=placed["used"]) if self.spec.fp8 else {"a": a}
 
-    def _quantized(self, name: str, rows: Tensor, block_m: int) -> Values:
+    def _quantized(self, name: str, rows: Tensor, block_m: int, **placed: Tensor) -> Values:
         """Rows in fp8 and their scales."""
         values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn)
         scales = rows.new_empty((rows.shape[0], cdiv(rows.shape[1], SCALED)), dtype=torch.float32)
         given = {"source": rows, "source_s": rows.stride(0), "rows_n": rows.shape[0]}
         made = {"values": values, "scales": scales}
-        self.launcher(f"quantize_{name}", self.tokens, given | made, {"BLOCK_M": block_m})
+        self.launcher(f"quantize_{name}", self.tokens, given | made | placed, {"BLOCK_M": block_m})
         return {name: values, f"{name}_scale": scales} | ({"x_s": values.stride(0)} if name == "x" else {})
 
-    def _activation(self, a: Tensor, captures: Values, block_m: int) -> Tensor:
+    def _activation(self, a: Tensor, placed: Values, captures: Values, block_m: int) -> Tensor:
         """The activation of rows, where the up GEMM's epilogue is not it."""
         if not isinstance(self.spec.activation, RowFunction):
             return a
         result = a.new_empty((a.shape[0], self.spec.inner))
-        self.launcher("activation", self.tokens, {"source": a, "result": result, **captures}, {"BLOCK_M": block_m})
+        which = {name: placed[name] for name in ("rows", "used")}
+        values = {"source": a, "result": result, **which, **captures}
+        self.launcher("activation", self.tokens, values, {"BLOCK_M": block_m})
         return result
 
     def _post(self, o: Tensor, captures: Values) -> Tensor:
@@ -165,7 +167,7 @@ class Run:
         if self.spec.post is None:
             return o
         result = o.new_empty((self.slots, self.spec.width), dtype=TO_TORCH[self.spec.row_dtype])
-        self.launcher("post", self.tokens, {"source": o, "result": result, **captures}, {"BLOCK_M": 0})
+        self.launcher("post", self.tokens, {"source": o, "result": result, **_every(o), **captures}, {"BLOCK_M": 0})
         return result
 
     def _combine(self, name: str, values: Values, **constants: int) -> Tensor:
@@ -173,3 +175,9 @@ class Run:
         values["y"] = y = values["x"].new_empty((self.tokens, self.spec.width), dtype=dtype)
         self.launcher(name, self.tokens, values, {"BLOCK_N": COMBINE_COLUMNS, **constants})
         return y
+
+
+def _every(like: Tensor) -> Values:
+    """In the place of sorted rows where there is a row for each slot: arguments that nobody reads."""
+    nothing = like.new_empty(0, dtype=torch.int32)
+    return {"rows": nothing, "used": nothing}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.kernels.experts import down_arguments
+from moec.backends.triton.kernels.experts import LIVE, down_arguments
 from moec.backends.triton.kernels.gemm import base
 from moec.backends.triton.kernels.rows import RowFunction, padded
 from moec.backends.triton.kernels.sort import most_blocks
@@ -14,7 +14,7 @@ from moec.backends.triton.spec import Spec
 
 
 def row_kernel(spec: Spec, name: str, rows: RowFunction, taken: str) -> tuple[Kernel, str]:
-    """A function of whole rows, one program a row; rows of no slot are computed too and read by nobody."""
+    """A function of whole rows, one program a row. Of sorted rows (``BLOCK_M`` is not 0) those of no slot are left."""
     captures = [Argument(f"c{i}_at", POINTERS[dtype]) for i, (dtype, _) in enumerate(rows.captures)]
 
     def grid(tokens: int, c: Mapping[str, int]) -> tuple[int, ...]:
@@ -23,13 +23,18 @@ def row_kernel(spec: Spec, name: str, rows: RowFunction, taken: str) -> tuple[Ke
 
     kernel = Kernel(
         name,
-        (Argument("source", POINTERS[taken]), *captures, Argument("result", POINTERS[rows.dtype])),
+        (Argument("source", POINTERS[taken]), *captures, *LIVE, Argument("result", POINTERS[rows.dtype])),
         ("BLOCK_M",),
         grid,
     )
     columns = f"tl.arange(0, {padded(rows.width)})"
     body = [
         "row = tl.program_id(0).to(tl.int64)",
+        "if BLOCK_M > 0:",
+        "    if row >= tl.load(used) * BLOCK_M:",
+        "        return",
+        "    if tl.load(rows + row) < 0:",
+        "        return",
         f"at = source + row * {rows.takes}",
         *rows.lines,
         f"column = {columns}",

@@ -24,6 +24,9 @@ WHICH = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "pl
 """What ``sort`` made: the slot of every row, the expert of every block, the numbers of blocks and of tiles of rows, and
 the first block of every tile times 4 plus how many it has (4 of them are written as 0)."""
 
+LIVE = (Argument("rows", "*i32"), Argument("used", "*i32"))
+"""What says which sorted rows there are."""
+
 
 def weight_arguments(spec: Spec, name: str) -> tuple[Argument, ...]:
     """A weight and its strides in elements: between experts, and between rows in memory."""

@@ -46,6 +46,16 @@ def store_rows(at, value, live, inside, WHOLE: tl.constexpr):
     else:
         tl.store(at, value, mask=inside)
 '''
+SCALES = '''\
+@triton.jit
+def load_scale(at, each, first, ONE: tl.constexpr):
+    """Scales of a tile's outputs, of each or of all."""
+    if ONE:
+        scale = tl.load(at + first)
+    else:
+        scale = tl.load(at + each)[None, :]
+    return scale
+'''
 DOT = '''\
 @triton.jit
 def dot(a, b, acc):
@@ -119,6 +129,14 @@ class Product:
         blocks = -(-self.outputs // SCALED), -(-self.inputs // SCALED)
         expert = f"{self.weight}_scale + expert.to(tl.int64) * {blocks[0] * blocks[1]}"
         return f"{expert} + {self.name}_n // {SCALED} * {blocks[1]} + k // {SCALED}"
+
+    def scale(self) -> str:
+        """The scales of the tile at inputs ``k``: one number where all of its outputs are in one block."""
+        expert, blocks = f"{self.weight}_scale + expert.to(tl.int64)", -(-self.inputs // SCALED)
+        at = f"{expert} * {-(-self.outputs // SCALED) * blocks} + k // {SCALED}"
+        first = f"column_block * ({self.block}) + {self.first}"
+        one = f"{SCALED} % ({self.block}) == 0" if self.first % SCALED == 0 else "False"
+        return f"load_scale({at}, {self.name}_n // {SCALED} * {blocks}, ({first}) // {SCALED} * {blocks}, {one})"
 
     def described(self) -> str:
         """The tile at inputs ``k``, through the descriptor."""
@@ -198,7 +216,7 @@ def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str]
         described = [f"{p.name}_w = {p.described()}" for p in products]
         loads = ["if TMA:", *indented(described), "else:", *indented(loads)]
     if spec.fp8:
-        loads += [f"{p.name}_scale = tl.load({p.scales()})[None, :]" for p in products]
+        loads += [f"{p.name}_scale = {p.scale()}" for p in products]
     start, stride = ("tl.program_id(1) * BLOCK_K", "BLOCK_K * SPLIT_K") if split else ("0", "BLOCK_K")
     return [
         *(base(spec, name) for name in dict.fromkeys(p.weight for p in products)),

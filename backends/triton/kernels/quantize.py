@@ -45,6 +45,7 @@ def quantize_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
                 Argument("source", POINTERS[spec.dtype]),
                 Argument("source_s", "i64"),
                 Argument("rows_n", "i32"),
+                *((Argument("used", "*i32"),) if sorted_rows else ()),
                 Argument("values", POINTERS["f8e4m3fn"]),
                 Argument("scales", "*fp32"),
             ),
@@ -54,6 +55,7 @@ def quantize_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
         body = [
             f"row = tl.program_id(0) * {ROWS} + tl.arange(0, {ROWS})",
             f"column = tl.program_id(1) * {SCALED} + tl.arange(0, {SCALED})",
+            *(["if BLOCK_M > 0:", "    rows_n = tl.load(used) * BLOCK_M"] if sorted_rows else []),
             f"there = (row < rows_n)[:, None] & (column < {width})[None, :]",
             "at = source + row.to(tl.int64)[:, None] * source_s + column[None, :]",
             "x = tl.load(at, mask=there, other=0.0).to(tl.float32)",

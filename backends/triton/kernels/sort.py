@@ -17,10 +17,23 @@ from collections.abc import Mapping
 from moec.backends.triton.kernels.rows import padded
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function
 
+HELPER = '''\
+@triton.jit
+def count_up_to(ends, x, BINS: tl.constexpr, STEPS: tl.constexpr):
+    """How many of the ascending ends are at most x, by bisection: a comparison of each with each takes registers."""
+    found = tl.zeros_like(x)
+    step = BINS // 2
+    for _ in range(STEPS):
+        found += tl.where(tl.gather(ends, found + step - 1, 0) <= x, step, 0)
+        step = step // 2
+    return found
+'''
 CHUNK = 128
 """Slots that one program counts and places."""
 _SCAN = 512
 """Counts that ``offsets`` adds up at a time."""
+_DEAD = 16
+"""Rows of a block that ``place`` looks at at a time; as many as the smallest block has."""
 
 
 def most_blocks(slots: int, experts: int, block_m: int) -> int:
@@ -54,20 +67,19 @@ def _align(experts: int) -> list[str]:
         "tl.store(used, blocks, mask=tl.program_id(0) == 0)",
         "",
         f"block = tl.program_id(0) * {CHUNK} + tl.arange(0, {CHUNK})",
-        "owner = tl.sum((ends[None, :] <= block[:, None] * BLOCK_M).to(tl.int32), 1)",
+        f"owner = count_up_to(ends, block * BLOCK_M, {bins}, {bins.bit_length() - 1})",
         "tl.store(experts + block, owner, mask=block < blocks)",
-        f"owner = tl.minimum(owner, {bins - 1})",
         "past = tl.gather(starts + total, owner, 0)",
-        "row = block[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]",
-        "dead = (block < blocks)[:, None] & (row >= past[:, None])",
-        "tl.store(rows + row, tl.full((1, 1), -1, tl.int32), mask=dead)",
+        f"for begin in range(0, BLOCK_M, {_DEAD}):",
+        f"    row = block[:, None] * BLOCK_M + begin + tl.arange(0, {_DEAD})[None, :]",
+        "    dead = (block < blocks)[:, None] & (row >= past[:, None])",
+        "    tl.store(rows + row, tl.full((1, 1), -1, tl.int32), mask=dead)",
         "if UNITS > 1:",
         "    units = (ends - starts) // BLOCK_M",
         "    tile_ends = tl.cumsum(tl.cdiv(units, UNITS), 0)",
         "    tiles = tl.max(tile_ends, 0)",
         "    tl.store(used + 1, tiles, mask=tl.program_id(0) == 0)",
-        "    owner = tl.sum((tile_ends[None, :] <= block[:, None]).to(tl.int32), 1)",
-        f"    owner = tl.minimum(owner, {bins - 1})",
+        f"    owner = count_up_to(tile_ends, block, {bins}, {bins.bit_length() - 1})",
         "    earlier = (block - tl.gather(tile_ends - tl.cdiv(units, UNITS), owner, 0)) * UNITS",
         "    count = tl.minimum(tl.gather(units, owner, 0) - earlier, UNITS)",
         "    place = (tl.gather(starts, owner, 0) // BLOCK_M + earlier) * 4 + count % 4",

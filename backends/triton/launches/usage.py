@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moec.backends.triton.launches.device import Device, Mma
 from moec.backends.triton.launches.tiles import Tile
+from moec.ir.scaled_semantics import SCALED
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -47,6 +48,8 @@ _MANY_WARPS_REGISTERS = 24
 """That eight warps take besides where operands go through registers."""
 _BRANCH_PART = 1.4
 """Of the operands of a step on AMD, that are held besides where tiles have several heights."""
+_MOST_FP8 = 64
+"""Sums of a thread where those of each step are scaled before they are added: both are held in registers."""
 STEP_CYCLES = 40
 """Of a step besides its work: barriers, counters, the issue of loads."""
 MOST_UNITS = 4
@@ -141,6 +144,9 @@ def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
 def fits(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
     """Whether a block of the tile is within every limit of the hardware."""
     if dtype == "f32" and tile.rows * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
+        return False
+    many = tile.rows * tile.block_n * parts > _MOST_FP8 * device.warp * tile.num_warps
+    if dtype == "f8e4m3fn" and (many or tile.block_n > SCALED):  # a scale each for more columns takes registers too
         return False
     taken = usage(device, tile, parts, dtype)
     if taken.columns and parts * tile.block_n > _MOST_OUTPUTS:

@@ -15,8 +15,8 @@ from tests.backends.cases import SKEWS, ExpertsCase, case_id, relative_error
 from tests.backends.triton.layers import dirty_memory
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-TOLERANCE = {"f32": 1e-5, "bf16": 3e-2}
-"""Sums are taken in another order; bf16 gradients are rounded at other places than autograd rounds."""
+TOLERANCE = {"f32": 1e-5, "f16": 4e-3, "bf16": 3e-2}
+"""Sums are taken in another order; narrow gradients are rounded at other places than autograd rounds."""
 SIZES = {"hidden": 20, "inner": 24}
 CASES = [
     ExpertsCase(bias=True, weight_dtype="f32", **SIZES),
@@ -24,6 +24,7 @@ CASES = [
     ExpertsCase("separate", "kn", "nk", stacked=False, bias=True, **SIZES),
     ExpertsCase("single", "nk", "kn", dtype="bf16", weight_dtype="f32", **SIZES),
     ExpertsCase("rows", post=True, bias=True, sentinels=True, **SIZES),
+    ExpertsCase("concat", "kn", "nk", dtype="f16", top_k=5, **SIZES),
 ]
 
 

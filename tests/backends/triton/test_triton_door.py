@@ -27,6 +27,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from tests.compile.test_zero_experts import Identity
 from tests.support.fp8_models import deepseek
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -128,6 +129,19 @@ def test_experts_in_fp8() -> None:
     assert relative_error(got, want) <= TOLERANCE_FP8
     assert "moec::experts" in mode.entered
     assert [b.backend for report in reports for b in report.layers] == ["triton"]
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_experts_that_compute_nothing(tokens: int) -> None:
+    """Their slots are sentinels for the kernels, their terms stay PyTorch's."""
+    layer, reports = Identity().eval(), list[Report]()
+    x = torch.randn(tokens, layer.gate.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = layer(x), _compiled(layer, reports)(x)
+    assert relative_error(got, want) <= TOLERANCE
+    (block,) = (b for report in reports for b in report.layers)
+    assert (block.fused, block.backend) == (True, "triton")
+    assert "sentinels = true" in str(block.ir_after)
 
 
 def test_a_value_that_is_read_shows() -> None:

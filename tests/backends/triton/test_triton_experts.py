@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moec.backends.base import program_op
 from moec.backends.reference import run_graph
+from moec.backends.triton.kernels.source import write_experts
+from moec.backends.triton.launcher import Launcher
+from moec.backends.triton.spec import read_spec
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op
 from moec.ir.types import TensorType
@@ -67,7 +71,7 @@ def test_weights_that_lie_transposed_to_what_the_op_says(nk: bool) -> None:
     assert relative_error(run(case, LAUNCHES["gemm"], turned), want) <= TOLERANCE["f32"]
 
 
-ACTIVATIONS = {
+GATED = {
     "gpt_oss": [
         ("clamp.default", 0, None, 0.5),
         ("sigmoid.default", -1),
@@ -80,12 +84,19 @@ ACTIVATIONS = {
     "powers": [("pow.Tensor_Scalar", 0, 3), ("div.Tensor", -1, 7.0), ("abs.default", 1), ("sub.Tensor", -2, -1)],
     "softplus": [("softplus.default", 0), ("mish.default", 1), ("add.Tensor", -1, -2)],
 }
+ALONE = {
+    "relu_squared": [("relu.default", 0), ("mul.Tensor", -1, -1)],
+    "silu": [("silu.default", 0)],
+    "gelu": [("gelu.default", 0), ("mul.Tensor", -1, 1.5)],
+}
+"""Of experts without a gate."""
+ACTIVATIONS = [(name, "interleaved") for name in GATED] + [(name, "single") for name in ALONE]
 
 
-def _activation(steps: list[tuple[object, ...]], dtype: str) -> Graph:
-    """A region of gate and up. Ints in a step are values: 0 and 1 the rows, negative ones those of earlier steps."""
+def _activation(steps: list[tuple[object, ...]], dtype: str, rows: int) -> Graph:
+    """A region of rows. Ints in a step are values: 0 (and 1) the rows, negative ones those of earlier steps."""
     g = Graph("activation")
-    values = [g.add_arg(TensorType.of(dtype, "R", SIZES["inner"])) for _ in range(2)]
+    values = [g.add_arg(TensorType.of(dtype, "R", SIZES["inner"])) for _ in range(rows)]
     for target, *args in steps:
         if args[-1] == "tanh":
             kwargs = {"approximate": "tanh"}
@@ -98,17 +109,42 @@ def _activation(steps: list[tuple[object, ...]], dtype: str) -> Graph:
     return close(g, values[-1])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_generated(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ExpertsCase, "activation", lambda self: _activation(ACTIVATIONS[name], self.dtype))
-    case = ExpertsCase("interleaved", dtype=dtype, **SIZES)
-    inputs = case.inputs(33)
-    (want,) = run_graph(case.graph(), inputs)
-    for launch in ("gemm", "gemv"):
-        cut = inputs if launch == "gemm" else [t[:3] if i < 3 else t for i, t in enumerate(inputs)]
-        got = run(case, LAUNCHES[launch], cut)
-        assert relative_error(got, want[: len(cut[0])]) <= 2 * TOLERANCE[dtype], launch
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("name", "layout"), ACTIVATIONS)
+def test_activations_are_generated(name: str, layout: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles, and in every other form in turn, with every skew in turn."""
+    at = ACTIVATIONS.index((name, layout)) + len(ACTIVATIONS) * list(TOLERANCE).index(dtype)
+    steps, rows = (GATED[name], 2) if layout == "interleaved" else (ALONE[name], 1)
+    monkeypatch.setattr(ExpertsCase, "activation", lambda self: _activation(steps, self.dtype, rows))
+    case = ExpertsCase(layout, dtype=dtype, weight_dtype="f32", sentinels=at % 2 > 0, **SIZES)
+    other = list(LAUNCHES)[1 + at % (len(LAUNCHES) - 1)]
+    for launch, tokens in (("gemm", 33), (other, 130 if other == "wide" else 5)):
+        inputs = case.inputs(tokens, SKEWS[at % len(SKEWS)])
+        (want,) = run_graph(case.graph(), inputs)
+        got = run(case, LAUNCHES[launch], [around(t) for t in inputs])
+        assert relative_error(got, want) <= 2 * TOLERANCE[dtype], launch
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("launch", [name for name in LAUNCHES if name not in ("gemm", "wide", "gemv")])
+def test_narrow_types_in_every_form(launch: str, dtype: str) -> None:
+    """The forms that the layers above are not launched in."""
+    case = ExpertsCase("concat", bias=True, dtype=dtype, weight_dtype="f32", **SIZES)
+    for tokens, skew in ((0, "uniform"), (5, "half_empty"), (33, "one_expert")):
+        _check(case, launch, tokens, skew)
+
+
+def test_rows_of_no_slot_are_left_out() -> None:
+    """A function of whole rows between the GEMMs is computed for the rows that there are, and no other is written."""
+    case = ExpertsCase("rows", **SIZES)
+    spec = read_spec(program_op(case.graph()))
+    source, result = torch.ones(48, SIZES["inner"]), torch.full((48, SIZES["inner"]), float("nan"))
+    rows = torch.zeros(48, dtype=torch.int32)  # past the blocks in use nobody has said which rows there are
+    rows[:32] = -1
+    rows[[0, 1, 16]] = torch.tensor([2, 5, 1], dtype=torch.int32)
+    given = {"source": source, "result": result, "rows": rows, "used": torch.tensor([2], dtype=torch.int32)}
+    Launcher(write_experts(spec, True))("activation", 16, given, {"BLOCK_M": 16})
+    assert (~result.isnan().any(1)).nonzero().flatten().tolist() == [0, 1, 16]
 
 
 MUTANTS = {
@@ -125,6 +161,27 @@ MUTANTS = {
     "weight of a slot": ("tl.load(weights + slot)", "tl.load(weights + token)"),
     "choices of a token": ("slot = token * 3 + j", "slot = token * 3 + 2 - j // 2"),
 }
+
+
+ROW_MUTANTS = {
+    "rows of blocks in use": ("row >= tl.load(used) * BLOCK_M", "row >= tl.load(used)"),
+    "rows of a slot": ("tl.load(rows + row) < 0", "tl.load(rows + row) < 1"),
+    "the row itself": ("at = source + row * 24", "at = source + row * 23"),
+}
+
+
+@pytest.mark.parametrize("name", ROW_MUTANTS)
+def test_a_wrong_row_shows(name: str) -> None:
+    old, new = ROW_MUTANTS[name]
+    case = ExpertsCase("rows", **SIZES)
+    inputs = case.inputs(9)
+    (want,) = run_graph(case.graph(), inputs)
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    assert not relative_error(run(case, LAUNCHES["gemm"], inputs, change), want) <= TOLERANCE["f32"]
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -74,7 +74,9 @@ def test_every_kind_of_layer_in_fp8(case: ExpertsCase) -> None:
 MUTANTS = {
     "scale of a row": ("row_scale + k // 128", "row_scale"),
     "scale of outputs": ("u_n // 128", "g_n // 128"),
-    "scale of inputs": ("* 2 + k // 128", "* 2"),
+    "scale of inputs": (" + k // 128, u_n", ", u_n"),
+    "scale of all outputs": ("+ 0) // 128", "+ 128) // 128"),
+    "rows that there are": ("rows_n = tl.load(used) * BLOCK_M", "rows_n = tl.load(used)"),
     "scale of an expert": ("w_scale + expert.to(tl.int64)", "w_scale + 0 * expert.to(tl.int64)"),
     "largest of a row": ("tl.max(tl.abs(x), 1)", "tl.max(x, 1)"),
 }

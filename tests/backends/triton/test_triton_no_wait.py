@@ -91,7 +91,7 @@ def test_a_layer_does_not_wait(launch: str, tokens: int, launches: Launches, mon
     if launch == "descriptors":
         pytest.skip("an address is asked for, and fake tensors have none")
     monkeypatch.setattr(kernel_module, "choose", lambda *a: LAUNCHES[launch])
-    for case in CASES:
+    for case in (*CASES, ExpertsCase(dtype="bf16", fp8=True)):
         op = program_op(case.graph())
         (out,) = _run(TritonExperts(op, read_spec(op), "cuda:sm90"), case.inputs(tokens))
         assert out.shape == (tokens, case.hidden)

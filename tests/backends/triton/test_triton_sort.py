@@ -95,7 +95,9 @@ def test_tiles_of_several_blocks(name: str, units: int) -> None:
 MUTANTS = {
     "rank": ("(i[None, :] < i[:, None])", "(i[None, :] <= i[:, None])"),
     "dead rows": ("row >= past[:, None]", "row > past[:, None]"),
-    "expert of a block": ("ends[None, :] <= block", "ends[None, :] < block"),
+    "expert of a block": ("found + step - 1, 0) <= x", "found + step - 1, 0) < x"),
+    "bisection": ("step = step // 2", "step = step // 4"),
+    "dead rows of a large block": ("block[:, None] * BLOCK_M + begin", "block[:, None] * BLOCK_M"),
     "alignment": ("ends - tl.cdiv(total, BLOCK_M) * BLOCK_M", "ends - total"),
     "slots past the end": ("mask=slot < slots_n", "mask=slot <= slots_n"),
     "slots of earlier chunks": ("before + tl.cumsum(here, 0) - here", "before + tl.cumsum(here, 0)"),
@@ -113,7 +115,7 @@ def test_a_wrong_index_shows(name: str) -> None:
         return text.replace(old, new)
 
     try:
-        got = _sorted(following, experts, 16, change)
+        got = _sorted(following, experts, 32, change)
     except AssertionError:
         return  # more blocks than there can be
-    assert got != _expected(ids, experts, 16)
+    assert got != _expected(ids, experts, 32)
