@@ -24,8 +24,8 @@ from moec.backends.triton.spec import Spec
 from moec.ir.core import Op
 from moec.ir.torch_dtypes import TO_TORCH
 
-LEAST_ROWS = 16
-"""Rows of a block in the backward, at least: what tensor cores multiply."""
+LEAST_ROWS, MOST_ROWS = 16, 64
+"""Rows of a block in the backward: what tensor cores multiply at least; more do not fit a program's registers."""
 _TABLES = 4096
 """Tables of addresses that are kept: equal layers of a model share this kernel, and each has some of its own."""
 
@@ -76,7 +76,7 @@ class TritonExperts(Kernel):
         if grad is None or not x.shape[0] or self.spec.fp8 or not (one_stride(params.up) and one_stride(params.down)):
             return self.aten.backward(grads, inputs, needs)
         launch = choose(self.spec, x.shape[0], target_of(x.device) or self.target)
-        block_m = max(LEAST_ROWS, launch.up.block_m)
+        block_m = min(MOST_ROWS, max(LEAST_ROWS, launch.up.block_m))
         tables = [None if self.spec.stacked else self._table(t) for t in (params.up, params.down)]
         with on_device_of(x):
             run = Run(self.spec, launch, launcher(self.spec, interpreted()), x.shape[0])

@@ -32,6 +32,8 @@ CHUNK = 128
 """Slots that one program counts and places."""
 _SCAN = 512
 """Counts that ``offsets`` adds up at a time."""
+_OTHERS = 16
+"""Slots that each slot is compared with at a time: on AMD's GPUs every comparison takes scalar registers."""
 _DEAD = 16
 """Rows of a block that ``place`` looks at at a time; as many as the smallest block has."""
 
@@ -91,8 +93,11 @@ def _rank() -> list[str]:
     """Statements: how many slots of the same expert come before each slot in this program."""
     return [
         f"i = tl.arange(0, {CHUNK})",
-        "before = (expert[:, None] == expert[None, :]) & (i[None, :] < i[:, None])",
-        "rank = tl.sum(before.to(tl.int32), 1)",
+        f"rank = tl.zeros(({CHUNK},), tl.int32)",
+        f"for begin in range(0, {CHUNK}, {_OTHERS}):",
+        f"    other = begin + tl.arange(0, {_OTHERS})",
+        "    same = expert[:, None] == tl.gather(expert, other, 0)[None, :]",
+        "    rank += tl.sum((same & (other[None, :] < i[:, None])).to(tl.int32), 1)",
     ]
 
 

@@ -93,7 +93,8 @@ def test_tiles_of_several_blocks(name: str, units: int) -> None:
 
 
 MUTANTS = {
-    "rank": ("(i[None, :] < i[:, None])", "(i[None, :] <= i[:, None])"),
+    "rank": ("(other[None, :] < i[:, None])", "(other[None, :] <= i[:, None])"),
+    "slots of a rank": ("other = begin + ", "other = "),
     "dead rows": ("row >= past[:, None]", "row > past[:, None]"),
     "expert of a block": ("found + step - 1, 0) <= x", "found + step - 1, 0) < x"),
     "bisection": ("step = step // 2", "step = step // 4"),
