@@ -26,14 +26,15 @@ from moec.ir.core import Graph, Op
 from moec.ir.errors import MoecError
 from moec.joining import carried, find_joined, lend, make_way, take_back
 from moec.lowering import block_name, lowering, shared_name
+from moec.micro_batches import bring_together
 from moec.options import CompileOptions
-from moec.passes.base import BLOCK, SHARED_EXPERT, WITH_SHARED, PassContext
+from moec.passes.base import BLOCK, SHARED_EXPERT, WITH_SHARED, PassContext, Remark
 from moec.passes.carry_shared_experts import CarrySharedExperts
 from moec.pipeline import run_pipeline
 from moec.readiness.adapters import MERGE, adapter_inside
 from moec.report import BlockReport
 from moec.retrace import retrace
-from moec.slicing import NotSliced, Slice, find_slices
+from moec.slicing import NotSliced, Slice
 from moec.slicing import nodes as fx_nodes
 from moec.slicing.cut import Refused
 from moec.slicing.join import Joined
@@ -51,11 +52,17 @@ class _Compiled:
         graph: The optimized graph, or None if the block stays with PyTorch.
         claims: Which backend takes which op.
         report: The block's report; its name and source belong to the first occurrence.
+        remarks: What passes said.
     """
 
     graph: Graph | None
     claims: Claims
     report: BlockReport
+    remarks: list[Remark] = field(default_factory=list)
+
+    @property
+    def fused(self) -> bool:
+        return self.graph is not None
 
 
 @dataclass
@@ -83,10 +90,11 @@ class BlockCompiler:
         changed = False
         written: dict[Node, Node] = {}  # outputs of blocks that are replaced; a later block may begin with one
         told: dict[Node, BlockReport] = {}
-        pieces = find_slices(gm.graph)
-        joined = find_joined(gm, pieces, self.options)
+        together = bring_together(gm, self.options, self._compile)
+        alone = [p for p in together.pieces if not (isinstance(p, Slice) and p.parts)]
+        joined = find_joined(gm, alone, self.options)
         inside: dict[Node, _Compiled] = {}  # shared experts that are computed in their blocks, by their anchors
-        for piece in pieces:
+        for piece in together.pieces:
             loc = location_of(piece.anchor.meta)
             block = None if piece.beside is None else told[piece.beside]
             name = block_name(loc.module, len(self.reports)) if block is None else shared_name(loc.module, block.name)
@@ -96,20 +104,22 @@ class BlockCompiler:
                 compiled = _Compiled(None, Claims(), BlockReport(name, reason=piece.reason))
             else:
                 both = joined.get(piece.anchor)
-                if isinstance(both, Joined) and (found := self._compile_joined(gm, both, name, written)) is not None:
+                if isinstance(both, Joined) and (found := self._compile_joined(gm, both, written)) is not None:
                     piece = both.piece
                     compiled, inside[both.shared.anchor] = found
                 else:
                     piece.inputs[:] = [written.get(n, n) for n in piece.inputs]
-                    compiled = self._compile(piece, name)
-            report = replace(compiled.report, name=name, source=loc.source or None, instances=instances)
-            report.remarks, report.shared = list(report.remarks), []
-            if isinstance(why := joined.get(piece.anchor), Refused):
-                report.remarks.append(f"missed: {CarrySharedExperts.name}: the shared expert stays outside: {why}")
-            if report.reason is not None:
-                report.reason += adapter_hint(gm, name if block is not None else loc.module)
-            (self.reports if block is None else block.shared).append(report)
-            told[piece.anchor] = report
+                    compiled = self._compile(piece)
+            for part in (piece.parts if isinstance(piece, Slice) else ()) or (piece,):
+                loc = location_of(part.anchor.meta)
+                report = replace(compiled.report, name=name, source=loc.source or None, instances=instances)
+                report.remarks, report.shared = together.remarks_of(part.anchor, compiled.remarks), []
+                if isinstance(why := joined.get(part.anchor), Refused):
+                    report.remarks.append(f"missed: {CarrySharedExperts.name}: the shared expert stays outside: {why}")
+                if report.reason is not None:
+                    report.reason += adapter_hint(gm, name if block is not None else loc.module)
+                (self.reports if block is None else block.shared).append(report)
+                told[part.anchor] = report
             if piece.anchor in inside:
                 report.remarks.append(IN_BLOCK)
                 continue
@@ -124,30 +134,30 @@ class BlockCompiler:
             gm.recompile()
         return changed
 
-    def _compile(self, piece: Slice, name: str) -> _Compiled:
+    def _compile(self, piece: Slice) -> _Compiled:
         key = _key(piece)
         if key not in self._seen:
-            self._seen[key] = self._compile_new(piece, name)
+            self._seen[key] = self._compile_new(piece)
         return self._seen[key]
 
     def _compile_joined(
-        self, gm: GraphModule, both: Joined, name: str, written: dict[Node, Node]
+        self, gm: GraphModule, both: Joined, written: dict[Node, Node]
     ) -> tuple[_Compiled, _Compiled] | None:
         """A block with its shared expert inside, and that alone; None where one of them has to stand alone."""
         both.shared.inputs[:] = [written.get(n, n) for n in both.shared.inputs]
-        alone = self._compile(both.shared, name)
+        alone = self._compile(both.shared)
         if alone.graph is None:
             return None
         aliases = lend(gm, both)
-        found = self._compile(both.piece, name)
+        found = self._compile(both.piece)
         if found.graph is None or not carried(found.graph):
             take_back(gm, aliases)
             return None
         make_way(both)
         return found, alone
 
-    def _compile_new(self, piece: Slice, name: str) -> _Compiled:
-        report = BlockReport(name)
+    def _compile_new(self, piece: Slice) -> _Compiled:
+        report = BlockReport("")
         shared = piece.beside is not None
         # A shared expert is worth an op on the backend asked first: PyTorch runs it as well as a later one would.
         backends = self.options.backends[:1] if shared else self.options.backends
@@ -158,12 +168,11 @@ class BlockCompiler:
         except MoecError as error:
             report.reason = str(error).replace("\n", "; ")
             return _Compiled(None, Claims(), report)
-        report.remarks = [str(r) for r in ctx.remarks]
         report.ir_after = str(graph)
         claims = claim(graph, backends, self.options.backend_target)
         report.reason = unfinished(graph, claims, ctx)
         fill_report(report, graph.ops, claims)
-        return _Compiled(None if report.reason else graph, claims, report)
+        return _Compiled(None if report.reason else graph, claims, report, ctx.remarks)
 
 
 def adapter_hint(gm: GraphModule, block: str) -> str:
@@ -211,7 +220,7 @@ def unfinished(graph: Graph, claims: Claims, ctx: PassContext) -> str | None:
     if left or not experts:
         return "; ".join(missed) or f"the pipeline leaves {left[0].name if left else 'no MoE op'}"
     for op in graph.ops:
-        if op.dialect == "moe" and op not in claims:
+        if op.dialect == "moe" and op not in claims and op.name != "moe.backward_as":
             return f"no backend takes {op.name}: " + "; ".join(claims.reasons(op))
     return None
 

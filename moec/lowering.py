@@ -15,8 +15,8 @@ from moec.ir.opdef import torch_dtype
 from moec.ir.ops.moe_resume import begun_by
 from moec.ir.types import TensorType, TokenType
 from moec.options import CompileOptions
-from moec.runtime import beside, regroup, staged  # noqa: F401
-from moec.runtime import ops as runtime_ops  # noqa: F401  (registers torch.ops.moec)
+from moec.runtime import as_given, beside, regroup, staged  # noqa: F401  (registers ops of torch.ops.moec, as the next does)
+from moec.runtime import ops as runtime_ops  # noqa: F401
 from moec.runtime.programs import program_graph, register
 
 
@@ -69,6 +69,11 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         return [graph.call_function(operator.getitem, (made, i)) for i in range(len(types))]
 
     def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
+        if op.name == "moe.backward_as":
+            made, given = args
+            node = graph.call_function(torch.ops.moec.experts_as.default, (made, *given.args))
+            graph.erase_node(given)
+            return [node]
         if op not in claims:
             return None
         if op.name == RESUME:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+import torch
 
 from moec.ir.core import Graph, Location
 from moec.op_costs import op_costs
@@ -36,18 +38,22 @@ class _AfterRaise(Instrument):
             self.text = str(shown)
 
 
-def _for_shards(graph: Graph) -> list[Pass]:
-    """What a graph on sharded experts needs to run; nobody has to ask for it."""
-    groups = dict.fromkeys(call_args(op)[0][2] for op in graph.ops if is_call(op, UNSHARD))
-    return [p for group in groups for p in passes_for(group)]
+def passes_of(options: CompileOptions, groups: Iterable[str]) -> list[Pass]:
+    """The passes that the caller asked for, and what sharded experts need to run; nobody has to ask for that.
 
-
-def carries(options: CompileOptions, groups: Sequence[str]) -> bool:
-    """Whether layers whose experts lie over ``groups`` go through ``carry-shared-experts``."""
+    Args:
+        options: The caller's options.
+        groups: Over which experts of the graph are sharded.
+    """
     passes = parse_pipeline(options.passes)
-    if not any(isinstance(p, Spread) for p in passes):
-        passes += [p for group in groups for p in passes_for(group)]
-    return any(isinstance(p, CarrySharedExperts) for p in passes)
+    if any(isinstance(p, Spread) for p in passes):
+        return passes
+    return [*passes, *(p for group in dict.fromkeys(groups) for p in passes_for(group))]
+
+
+def carries(options: CompileOptions, groups: Iterable[str]) -> bool:
+    """Whether layers whose experts lie over ``groups`` go through ``carry-shared-experts``."""
+    return any(isinstance(p, CarrySharedExperts) for p in passes_of(options, groups))
 
 
 def run_pipeline(
@@ -68,7 +74,11 @@ def run_pipeline(
     """
     costs = op_costs(options.target)
     profile = None if options.routing is None else load_routing(options.routing)
-    ctx = PassContext(target=options.target_description, cost_model=costs, profile=profile, cut_as=cut_as, left=left)
+    exact = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
+    ctx = PassContext(
+        target=options.target_description, cost_model=costs, profile=profile, cut_as=cut_as, left=left,
+        deterministic=exact,
+    )  # fmt: skip
     raised = _AfterRaise()
     instruments: list[Instrument] = [raised]
     if options.print_ir_after_all:
@@ -80,9 +90,7 @@ def run_pipeline(
     if options.stats:
         instruments.append(Stats())
     repro = Path(options.dump_dir) / REPRO if options.dump_dir is not None else None
-    passes = parse_pipeline(options.passes)
-    if not any(isinstance(p, Spread) for p in passes):
-        passes += _for_shards(graph)
+    passes = passes_of(options, (call_args(op)[0][2] for op in graph.ops if is_call(op, UNSHARD)))
     manager = PassManager(passes, instruments=instruments, verify=options.verify, fuel=options.fuel, repro=repro)
     manager.run(graph, ctx)
     return ctx, raised.text

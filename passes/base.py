@@ -128,6 +128,7 @@ class PassContext:
             :data:`WITH_SHARED`); "" for a whole program.
         left: What stays as it is because nobody could run what it would become: the name of the pass that would change
             it, and the location that the op it becomes would have.
+        deterministic: Gradients are to keep their bits, whatever that costs.
         remarks: All remarks so far, in order.
         fuel: Budget of rewrites; the manager sets it.
     """
@@ -138,6 +139,7 @@ class PassContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     cut_as: str = ""
     left: Collection[tuple[str, Location]] = ()
+    deterministic: bool = False
     remarks: list[Remark] = field(default_factory=list)
     fuel: Fuel = field(default_factory=Fuel)
 
@@ -191,6 +193,11 @@ class Pass:
     pass_class: ClassVar[PassClass]
     tolerance: ClassVar[float] = 0.0
     summary: ClassVar[str] = ""
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches of a layer it wants to see in one graph; the door that cuts out blocks asks."""
+        return 1
 
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         """Rewrite ``graph`` in place."""

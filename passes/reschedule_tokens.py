@@ -19,7 +19,7 @@ from moec.ir.core import Graph, Op, Value, clone_op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
-from moec.passes.calls import call_op
+from moec.passes.calls import call_op, is_call
 from moec.passes.effects import is_pure
 from moec.passes.expert_parallel.site import Stays, read_site
 from moec.passes.registry import register_pass
@@ -54,6 +54,8 @@ class RescheduleTokens(Pass):
 
     Results and the gradients of tokens and router weights keep their bits, if a GEMM gives a row the same bits
     whatever its place among the rows. Gradients of experts' weights are sums over other rows: their last bits change.
+    With ``exact``, and under ``torch.use_deterministic_algorithms(True)``, backwards run on the micro-batches as they
+    came (``moe.backward_as``): all gradients keep their bits, and a backward touches as many experts as before.
 
     Attributes:
         batches: How many adjacent micro-batches share their tokens.
@@ -61,6 +63,7 @@ class RescheduleTokens(Pass):
         cut: A layer that stands alone is run in ``batches`` parts. That alone never reads less than one run; it is for
             programs that need parts (less memory at a time, communication beside computation).
         always: Regroup though no profile shows clusters.
+        exact: Keep the bits of all gradients.
     """
 
     name: ClassVar[str] = "reschedule-tokens"
@@ -71,15 +74,20 @@ class RescheduleTokens(Pass):
     objective: Literal["experts", "ranks"] = "experts"
     cut: bool = False
     always: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.batches < 2:
             raise ValueError(f"batches = {self.batches}: there must be two or more")
 
+    @property
+    def micro_batches(self) -> int:
+        return self.batches
+
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         layers: dict[Hashable, list[Op]] = {}
         for op in graph.ops:
-            if op.name in ("moe.experts", _SPREAD) and op_def(op.name).attr(op, "experts") > 1:
+            if op.name in ("moe.experts", _SPREAD) and op_def(op.name).attr(op, "experts") > 1 and not _is_done(op):
                 layers.setdefault(_layer_key(op), []).append(op)
         done = 0
         for ops in layers.values():
@@ -94,14 +102,17 @@ class RescheduleTokens(Pass):
                 if isinstance(attrs, str):
                     ctx.remark("missed", self.name, attrs, together[0])
                     continue
+                if ctx.leaves(self.name, together[0]):
+                    continue
                 what = f"{self.batches} micro-batches regrouped by {self.objective}"
                 if not ctx.take_fuel(self.name, what, together[-1]):
                     return PassResult(done > 0, {"regrouped": done})
                 ctx.remark("applied", self.name, what, together[-1])
+                exact = self.exact or ctx.deterministic
                 if len(together) == 1:
-                    _cut(graph, together[0], {**attrs, "parts": self.batches})
+                    _cut(graph, together[0], {**attrs, "parts": self.batches}, exact)
                 else:
-                    _share(graph, together, attrs)
+                    _share(graph, together, attrs, exact)
                 done += 1
         return PassResult(done > 0, {"regrouped": done})
 
@@ -140,6 +151,14 @@ class RescheduleTokens(Pass):
             return "how many experts a token has is not known before it runs"
         least = profile.least_saving(experts, int(ids.shape[1]), self.batches, sizes)
         return least if isinstance(least, str) else {**attrs, "least": least}
+
+
+def _is_done(op: Op) -> bool:
+    """Whether the op is there because this pass has run."""
+    rows = op.operands[_TOKENS].op
+    index = None if rows is None or not is_call(rows, "aten.index_select.default") else rows.operands[1].op
+    given = any(user.name == "moe.backward_as" and at == 1 for user, at in op.result.uses)
+    return given or (index is not None and index.name == "moe.regroup")
 
 
 def _layer_key(op: Op) -> Hashable:
@@ -184,7 +203,7 @@ def _moved(inside: Sequence[Op], together: Sequence[Op]) -> list[Op] | None:
     return None if any(v in made for op in together for v in op.operands) else users
 
 
-def _share(graph: Graph, together: Sequence[Op], attrs: dict[str, Any]) -> None:
+def _share(graph: Graph, together: Sequence[Op], attrs: dict[str, Any], exact: bool) -> None:
     """Deal the tokens of ``together`` out anew. All of them run where the last one stands."""
     users = _moved(_between(graph, together), together)
     assert users is not None
@@ -192,6 +211,7 @@ def _share(graph: Graph, together: Sequence[Op], attrs: dict[str, Any]) -> None:
     moving = {*users, *together}
     graph.ops[:last] = [op for op in graph.ops[:last] if op not in moving] + [*together, *users]
     first, behind = together[0], graph.ops[last - len(users)]
+    given = [_same(op) for op in together] if exact else []
     plan = _regroup(graph, first, [op.operands[_IDS] for op in together], attrs)
     count = len(together)
     for i in range(_ROWWISE):
@@ -201,14 +221,17 @@ def _share(graph: Graph, together: Sequence[Op], attrs: dict[str, Any]) -> None:
             op.set_operand(i, _rows(graph, first, whole, there))
     uses = [list(op.result.uses) for op in together]
     whole = _cat(graph, behind, [op.result for op in together])
-    for used, home in zip(uses, plan[count:], strict=True):
+    for i, (used, home) in enumerate(zip(uses, plan[count:], strict=True)):
         back = _rows(graph, behind, whole, home)
+        if exact:
+            back = _backward_as(graph, behind, back, given[i])
         for user, at in used:
             user.set_operand(at, back)
 
 
-def _cut(graph: Graph, op: Op, attrs: dict[str, Any]) -> None:
+def _cut(graph: Graph, op: Op, attrs: dict[str, Any], exact: bool) -> None:
     """Run ``op`` in parts."""
+    given = _same(op) if exact else None
     plan = _regroup(graph, op, [op.operands[_IDS]], attrs)
     made = []
     for there in plan[:-1]:
@@ -216,8 +239,19 @@ def _cut(graph: Graph, op: Op, attrs: dict[str, Any]) -> None:
         part = graph.insert_before(op, clone_op(op, lambda v, rows=rows: rows.get(v, v), {}))  # type: ignore[misc]
         part.result.type = _with_rows(op.result, there)
         made.append(part.result)
-    op.result.replace_all_uses_with(_rows(graph, op, _cat(graph, op, made), plan[-1]))
+    back = _rows(graph, op, _cat(graph, op, made), plan[-1])
+    op.result.replace_all_uses_with(back if given is None else _backward_as(graph, op, back, given))
     op.erase()
+
+
+def _same(op: Op) -> Op:
+    """A copy of ``op``, in no graph yet."""
+    return clone_op(op, lambda v: v, {})
+
+
+def _backward_as(graph: Graph, before: Op, made: Value, given: Op) -> Value:
+    result = graph.insert_before(before, given).result
+    return graph.insert_before(before, Op("moe.backward_as", [made, result], [result.type], loc=given.loc)).result
 
 
 def _regroup(graph: Graph, before: Op, ids: list[Value], attrs: dict[str, Any]) -> list[Value]:

@@ -31,6 +31,7 @@ CHOICES = {
     "payload": ("whole", "int8", "fp8"),
     "tokens": ("any", "equal"),
     "overlap": ("none", "auto", "two", "tutel", "fsmoe", "2", "3", "4", "5", "6", "7", "8"),
+    "reschedule": ("none", "experts", "ranks"),
 }
 """Settings that are words, and the words."""
 
@@ -52,6 +53,8 @@ class Plan:
         overlap: Who chooses the chunks in which rows travel while experts compute (the pass ``overlap``), or how many
             equal chunks of experts there are.
         step: Tokens of a rank in a step, which that choice is made for; 0 where a routing profile says it.
+        reschedule: What the tokens of two micro-batches in a step are regrouped for, where the compile's routing
+            profile shows that it pays (the pass ``reschedule-tokens``): few experts a batch, or few ranks.
     """
 
     ep: int = 1
@@ -63,6 +66,7 @@ class Plan:
     tp: int = 1
     overlap: str = "none"
     step: int = 0
+    reschedule: str = "none"
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -135,8 +139,12 @@ class Plan:
         from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
         from moec.passes.overlap import Overlap
         from moec.passes.quantize_dispatch import QuantizeDispatch
+        from moec.passes.reschedule_tokens import RescheduleTokens
 
         made: list[Pass] = []
+        if self.reschedule != "none":
+            objective: Any = self.reschedule
+            made.append(RescheduleTokens(objective=objective))
         if self.sums == "way":
             form: Any = self.form
             made.append(ExpertParallelSums(self.ep, form, self.nodes, rank))

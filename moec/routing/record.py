@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moec.backends.partition import DEFAULT_ORDER
 from moec.readiness import prepare
 from moec.routing.consistency import Ids, best_performance, hit_rates
 from moec.routing.profile import LayerRouting, RoutingProfile
@@ -34,6 +35,7 @@ def profile_routing(
     batch_counts: Sequence[int] = (2,),
     ranks: Sequence[int] = (),
     sizes: Sequence[int] = TOKENS,
+    backends: Sequence[str] = DEFAULT_ORDER,
 ) -> RoutingProfile:
     """Run a model on some tokens and measure what its routers do.
 
@@ -45,6 +47,7 @@ def profile_routing(
         batch_counts: Numbers of micro-batches that regrouping is tried with.
         ranks: Numbers of ranks that it is tried with besides.
         sizes: Numbers of tokens that it is tried with.
+        backends: Who runs MoE ops meanwhile, as in the compile options.
 
     Raises:
         RoutingError: No layer ran, or sequences are of several lengths.
@@ -53,7 +56,8 @@ def profile_routing(
     ready = prepare(model, regions=False)
     torch._dynamo.reset()
     try:
-        compiled = torch.compile(model, backend="moec", options={"inner": "eager", "checks": "off"})
+        options: dict[str, Any] = {"inner": "eager", "checks": "off", "backends": tuple(backends)}
+        compiled = torch.compile(model, backend="moec", options=options)
         with traces.watching(recorded.see), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\..*")
             for batch in batches:

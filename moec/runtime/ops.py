@@ -209,6 +209,19 @@ def spread(grads: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [next(found) if need else None for need in needs]
 
 
+def backward_of_experts(
+    grad: Tensor | None, inputs: Sequence[Tensor], needs: list[bool], program: str
+) -> Sequence[Tensor | None]:
+    """The gradients of ``moec::experts``: of x, ids, weights and params, as far as they are needed."""
+    frozen = _frozen(program)
+    needs = [n and i not in frozen for i, n in enumerate(needs)]
+    if grad is None or not any(needs):
+        return (None,) * len(needs)
+    check_trainable(lookup(program))
+    x, ids, weights, *params = inputs
+    return spread(torch.ops.moec.experts_backward.default(grad, x, ids, weights, params, needs, program), needs)
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,13 +264,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = [n and i not in _frozen(ctx.program) for i, n in enumerate(ctx.needs_input_grad[1:])]
-        if grad is None or not any(needs):
-            return (None,) * (1 + len(needs))
-        check_trainable(lookup(ctx.program))
-        x, ids, weights, *params = ctx.saved_tensors
-        grads = torch.ops.moec.experts_backward.default(grad, x, ids, weights, params, needs, ctx.program)
-        return (None, *spread(grads, needs))
+        return (None, *backward_of_experts(grad, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), ctx.program))
 
 
 class _Once(torch.autograd.Function):

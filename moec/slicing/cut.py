@@ -34,6 +34,7 @@ class Slice:
         checks: Asserts about sizes of the slice's inner tensors, with what only they use; they go with the slice.
         beside: The anchor of the block that it is a shared expert of, or None for a block.
         joined: It is a block and its shared expert.
+        parts: The micro-batches' blocks that it was joined of (:mod:`moec.slicing.together`); () for one block.
     """
 
     anchor: Node
@@ -44,6 +45,7 @@ class Slice:
     checks: list[Node] = field(default_factory=list)
     beside: Node | None = None
     joined: bool = False
+    parts: tuple[Slice, ...] = ()
 
 
 @dataclass
@@ -230,8 +232,10 @@ def _check(view: View, chosen: set[Node], out: Node, checks: Collection[Node]) -
             raise _ModeChange(mode, position)
 
 
-def check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
+def check_writes(view: View, chosen: set[Node], first: int, last: int, behind: Collection[Node] = ()) -> None:
     """Refuse if memory that the slice shares with the rest is written to between its first and last node.
+
+    Nodes in ``behind`` do not count: they will have been moved behind it.
 
     Raises:
         Refused: It is.
@@ -241,7 +245,7 @@ def check_writes(view: View, chosen: set[Node], first: int, last: int) -> None:
     for written, writers in view.writers.items():
         where = nodes.memory(written)
         for writer in writers:
-            if not first <= view.order[writer] <= last or where is None:
+            if not first <= view.order[writer] <= last or where is None or writer in behind:
                 continue
             if where in given or (writer not in chosen and where in made):
                 raise Refused(f"{written.name}, whose memory the block reads, is overwritten while the block runs")

@@ -56,7 +56,11 @@ def argument(node: Node, index: int, keyword: str, default: Any = None) -> Any:
 
 def memory(node: Any) -> int | None:
     """The memory that a node's tensor lies in, as a number that views share; None for what is no tensor."""
-    v = value(node)
+    return memory_of(value(node))
+
+
+def memory_of(v: Any) -> int | None:
+    """As :func:`memory`, of a recorded value."""
     if not isinstance(v, torch.Tensor) or v.layout is not torch.strided:
         return None
     return int(v.untyped_storage()._cdata)
@@ -103,6 +107,13 @@ def is_index(node: Any) -> bool:
 def is_number(node: Node) -> bool:
     """True for a SymInt, SymFloat or SymBool, or a Python number."""
     return isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+
+
+def is_zero(number: Any) -> bool:
+    """True for the number 0, written out or recorded as a constant."""
+    v = value(number) if isinstance(number, Node) else number
+    constant = v.node.maybe_as_float() if isinstance(v, torch.SymFloat) else v
+    return isinstance(constant, (int, float)) and constant == 0
 
 
 def is_bundle(node: Any) -> bool:

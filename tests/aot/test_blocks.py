@@ -126,6 +126,15 @@ def test_weights_that_lie_apart_have_no_code() -> None:
     assert "no contiguous side: its strides are (512, 32, 2)" in got.reasons[0]
 
 
+def test_tokens_are_not_regrouped_in_an_artifact() -> None:
+    cut = "reschedule-tokens{always=true,cut=true}"
+    got = found(Block(), passes=f"default,{cut}")
+    assert got.embedded == ["route", "experts"] and got.fused == [("layers.0", True)]
+    assert "moe.regroup" not in got.made.after
+    said = [r for r in (*got.report.remarks, *got.report.layers[0].remarks) if "reschedule-tokens" in r]
+    assert len(said) == 1 and "it stays as it is: no backend takes what it would become" in said[0]
+
+
 def test_what_all_has_code_is_left_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[object] = []
     run = module.run_pipeline

@@ -17,6 +17,7 @@ TESTED = {
     "generate.py",
     "expert_parallel.py",
     "overlap.py",
+    "micro_batches.py",
     "mixtral_small.json",
     "qwen3_30b_a3b.json",
     "block.moe",

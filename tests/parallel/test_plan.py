@@ -18,6 +18,7 @@ from moec.parallel.experts import expert_parameters
 from moec.parallel.formula import expected_bytes, layer_bytes
 from moec.parallel.planner import ModelFacts, foldings
 from moec.passes.overlap import Overlap
+from moec.passes.reschedule_tokens import RescheduleTokens
 from tests.compile.blocks import Block, Layers
 from tests.parallel.heads import Decoder
 from tests.support.models import build
@@ -38,7 +39,9 @@ def test_a_plan_from_text() -> None:
     *_, last = Plan.parse("ep=4,overlap=auto,step=512").passes(3)
     assert last == Overlap("auto", tokens=512, rank=3)
     assert Plan.parse("ep=4,overlap=3").passes(1)[-1] == Overlap(chunks=3)
-    assert all(p.name != "overlap" for p in Plan.parse("ep=4,step=512").passes(3))
+    first, *_, last = Plan.parse("ep=4,overlap=3,reschedule=ranks").passes(1)
+    assert (first, last) == (RescheduleTokens(objective="ranks"), Overlap(chunks=3))
+    assert [p.name for p in Plan.parse("ep=4,step=512").passes(3)] == ["expert-parallel"]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,7 @@ def test_a_plan_from_text() -> None:
         ("ep=0", "ep must be a number from 1 up"),
         ("ep=4,form=hierachical", "form cannot be 'hierachical'; did you mean 'hierarchical'"),
         ("ep=4,overlap=three", "overlap cannot be 'three'"),
+        ("ep=4,reschedule=true", "reschedule cannot be 'true'"),
         ("ep=4,form=hierarchical", "needs several nodes with several ranks each"),
         ("ep=4,nodes=3", "4 ranks are not spread evenly over 3 nodes"),
         ("ep=4,sums=way", "the form 'flat' has no ranks on the way"),

@@ -42,19 +42,21 @@ CASES = {
     "raise-moe, loops": (looped, CLEAN, "moe.combine"),
     "raise-shared-experts": (with_shared, f"{CLEAN},raise-moe", "moe.combine"),
     "fuse-routing": (batched, f"{CLEAN},raise-moe", "moe.route"),
+    "reschedule-tokens{cut=true,always=true}": (batched, "default", "moe.regroup"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_wanted_left_stays(case: str) -> None:
     make_graph, before, op = CASES[case]
-    name = case.partition(",")[0]
+    pass_text = case.partition(", ")[0]
+    name = pass_text.partition("{")[0]
     graph = PassManager(before, repro=None).run(make_graph(), PassContext())
     text = str(graph)
 
     def run(*left: tuple[str, Location]) -> tuple[Graph, PassContext]:
         ctx = PassContext(left=frozenset(left))
-        return PassManager(name, repro=None).run(graph.clone(), ctx), ctx
+        return PassManager(pass_text, repro=None).run(graph.clone(), ctx), ctx
 
     changed, _ = run()
     made = [o for o in changed.ops if o.name == op]
