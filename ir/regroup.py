@@ -12,7 +12,7 @@ long as that lowers the cost. More batches are halves of halves, of which every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import Any
@@ -73,19 +73,13 @@ def as_given(sizes: Sequence[int]) -> list[Indices]:
     return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-Split = Callable[[Floats, int], Floats]
-"""``split(chosen, size)`` finds two batches in ``chosen``, ``[T, E]``, whose first ``size`` tokens are the first one as
-it comes: ``[T]``, with 1 for the ``size`` tokens of the first one as found."""
-
-
-def regroup(chosen: Floats, sizes: Sequence[int], least: float = 0.0, split: Split | None = None) -> list[Indices]:
+def regroup(chosen: Floats, sizes: Sequence[int], least: float = 0.0) -> list[Indices]:
     """The tokens of every batch, ascending.
 
     Args:
         chosen: ``[T, E]``, from :func:`incidence`.
         sizes: Tokens of every batch; they add up to T.
         least: The part of the cost that has to be saved. Where less is, tokens stay as they come.
-        split: Who finds two batches; :func:`two_batches` by default.
 
     Returns:
         One array a batch, of its size; every token is in one of them. The cost is never above that of
@@ -95,40 +89,47 @@ def regroup(chosen: Floats, sizes: Sequence[int], least: float = 0.0, split: Spl
     shared = chosen[:, chosen.sum(axis=0) > 1]  # an expert of one token costs 1, wherever that is
     if not shared.shape[1]:
         return given
-    finder = split or two_batches
-    found = _halve(np.ascontiguousarray(shared), given, finder)
+    found = _halve(np.ascontiguousarray(shared), given)
     for a, b in combinations(range(len(sizes)), 2) if len(sizes) > 2 else ():
-        found[a], found[b] = _two(shared, (found[a], found[b]), finder)
+        found[a], found[b] = _two(shared, (found[a], found[b]))
     before, after = cost(chosen, given), cost(chosen, found)
     return found if after < before and before - after >= least * before else given
 
 
-def _halve(chosen: Floats, given: list[Indices], split: Split) -> list[Indices]:
+def _halve(chosen: Floats, given: list[Indices]) -> list[Indices]:
     """Halves of halves, until each is one batch."""
     if len(given) < 2:
         return [np.sort(g) for g in given]
     middle = len(given) // 2
     sides = [np.concatenate(part) for part in (given[:middle], given[middle:])]
     found = []
-    for tokens, part in zip(_two(chosen, (sides[0], sides[1]), split), (given[:middle], given[middle:]), strict=True):
+    for tokens, part in zip(_two(chosen, (sides[0], sides[1])), (given[:middle], given[middle:]), strict=True):
         ends = list(accumulate(len(g) for g in part))
-        found += _halve(chosen, [tokens[end - len(g) : end] for g, end in zip(part, ends, strict=True)], split)
+        found += _halve(chosen, [tokens[end - len(g) : end] for g, end in zip(part, ends, strict=True)])
     return found
 
 
-def _two(chosen: Floats, given: tuple[Indices, Indices], split: Split) -> tuple[Indices, Indices]:
+def _two(chosen: Floats, given: tuple[Indices, Indices]) -> tuple[Indices, Indices]:
     """Two batches of the sizes of ``given`` that touch no more experts than these; tokens ascending in each."""
     tokens, size = np.concatenate(given), len(given[0])
     if not 0 < size < len(tokens):
         return np.sort(given[0]), np.sort(given[1])
-    first = split(chosen[tokens], size) > 0
+    first = two_batches(chosen[tokens], size) > 0
     if 2 * size == len(tokens) and (2 * int(np.count_nonzero(first[:size])), bool(first[0])) < (size, True):
         first = ~first  # the batch that kept most of its tokens keeps its place
     return np.sort(tokens[first]), np.sort(tokens[~first])
 
 
 def two_batches(chosen: Floats, size: int) -> Floats:
-    """A partition of few experts; see :data:`Split`."""
+    """Two batches of few experts.
+
+    Args:
+        chosen: ``[T, E]``.
+        size: Tokens of the first one, which as it comes are the first ones.
+
+    Returns:
+        ``[T]``, with 1 for the tokens of the first batch as found.
+    """
     start = np.zeros(len(chosen), np.float32)
     start[:size] = 1
     effort = _SMALL if len(chosen) <= _FEW else _LARGE

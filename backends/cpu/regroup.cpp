@@ -1,201 +1,147 @@
-// Two batches of given sizes that touch few experts: the search of moec/ir/regroup.py, start after start.
-#include <algorithm>
+// moe.regroup: which tokens of several micro-batches run together, so that batches touch few experts.
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+
+#include "regroup_best.h"
 
 namespace {
 
-struct Effort { int starts, means, falls, kept, exchanges; };
-constexpr int64_t kFew = 48;
-constexpr Effort kSmall{32, 3, 5, 8, 64}, kLarge{16, 4, 6, 2, 40};
+// The search of moec/ir/regroup.py, start after start. Then the best is disturbed and improved again, a few times.
+struct Effort { int starts, means, falls, kept, exchanges, kicks; };
+constexpr int64_t kFew = 48, kMore = 160;
+constexpr Effort kFewTokens{24, 3, 5, 8, 64, 8}, kSome{24, 4, 6, 4, 64, 16}, kMany{16, 4, 6, 3, 48, 6};
+constexpr int kToTheEnd = 4, kRounds = 30;  // so many starts are improved by K-means until it changes nothing
 constexpr double kLastTau = 0.35;
-constexpr int64_t kCandidates = 24;
 
-struct Random {  // splitmix64
-  uint64_t state = 0;
-  int64_t below(int64_t n) {
-    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return int64_t((z ^ (z >> 31)) % uint64_t(n));
-  }
-};
-
-struct Split {
-  int64_t tokens, experts, size, words;
-  std::vector<int32_t> first, list;  // the experts of token t: list[first[t]] to list[first[t + 1]]
-  std::vector<uint64_t> bits;        // and as a mask
-  std::vector<int32_t> total;
-  std::vector<float> distance;
-  std::vector<uint64_t> keys;
-
-  Split(const float* chosen, int64_t t_count, int64_t e_count, int64_t n)
-      : tokens(t_count), experts(e_count), size(n), words((e_count + 63) / 64), bits(t_count * words),
-        total(e_count), distance(t_count), keys(t_count) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      first.push_back(int32_t(list.size()));
-      for (int64_t e = 0; e < experts; ++e)
-        if (chosen[t * experts + e] != 0) {
-          list.push_back(int32_t(e));
-          bits[t * words + e / 64] |= uint64_t(1) << (e % 64);
-          ++total[e];
-        }
-    }
-    first.push_back(int32_t(list.size()));
-  }
-
-  template <class Weights>
-  float sum(int64_t t, const Weights& weights) const {
-    float found = 0;
-    for (int32_t i = first[t]; i < first[t + 1]; ++i) found += weights[list[i]];
-    return found;
-  }
-
-  void nearest(std::vector<uint8_t>& side) {
-    for (int64_t t = 0; t < tokens; ++t) {  // the distance, so that it sorts as a whole number, before the token
-      uint32_t word;
-      std::memcpy(&word, &distance[t], 4);
-      word ^= (word >> 31) ? ~uint32_t(0) : uint32_t(1) << 31;
-      keys[t] = uint64_t(word) << 32 | uint64_t(t);
-    }
-    std::nth_element(keys.begin(), keys.begin() + size, keys.end());
-    std::fill(side.begin(), side.end(), 0);
-    for (int64_t i = 0; i < size; ++i) side[uint32_t(keys[i])] = 1;
-  }
-
-  void count(const std::vector<uint8_t>& side, std::vector<int32_t>& one) const {
-    std::fill(one.begin(), one.end(), 0);
-    for (int64_t t = 0; t < tokens; ++t)
-      if (side[t])
-        for (int32_t i = first[t]; i < first[t + 1]; ++i) ++one[list[i]];
-  }
-
-  int cost(const std::vector<int32_t>& one) const {
-    int found = 0;
-    for (int64_t e = 0; e < experts; ++e) found += (one[e] > 0) + (total[e] > one[e]);
-    return found;
-  }
-
-  // The best partition that rounds from `side` meet; its cost.
-  int improve(std::vector<uint8_t>& side, const Effort& effort, const std::vector<std::vector<float>>& powers) {
-    std::vector<uint8_t> best = side;
-    std::vector<int32_t> one(experts);
-    std::vector<float> joining(2 * experts);  // of every expert: the first batch, the other one
-    int least = INT32_MAX;
-    for (int turn = 0;; ++turn) {
-      count(side, one);
-      if (int now = cost(one); now < least) least = now, best = side;
-      if (turn == effort.means + effort.falls) break;
-      if (turn < effort.means) {
-        const float rest = 1 / float(tokens - size), mine = 1 / float(size);
-        for (int64_t e = 0; e < experts; ++e) joining[e] = float(total[e] - one[e]) * rest - float(one[e]) * mine;
-        for (int64_t t = 0; t < tokens; ++t) distance[t] = sum(t, joining);
-      } else {
-        const std::vector<float>& power = powers[turn - effort.means];
-        for (int64_t e = 0; e < experts; ++e)
-          joining[2 * e] = power[one[e]], joining[2 * e + 1] = power[total[e] - one[e]];
-        const float stays = 1 / power[1];  // a token counts among those of its own batch
-        for (int64_t t = 0; t < tokens; ++t) {
-          float in = 0, out = 0;
-          for (int32_t i = first[t]; i < first[t + 1]; ++i)
-            in += joining[2 * list[i]], out += joining[2 * list[i] + 1];
-          distance[t] = side[t] ? stays * in - out : in - stays * out;
-        }
-      }
-      nearest(side);
-    }
-    side.swap(best);
-    return least;
-  }
-
-  // Exchanges two tokens as long as that saves something; the cost.
-  int exchange(std::vector<uint8_t>& side, int most) {
-    std::vector<int32_t> one(experts), leave(experts), come(experts), a, b;
-    std::vector<uint64_t> alone_one(words), alone_other(words);
-    count(side, one);
-    for (int turn = 0; turn < most; ++turn) {
-      std::fill(alone_one.begin(), alone_one.end(), 0);
-      std::fill(alone_other.begin(), alone_other.end(), 0);
-      for (int64_t e = 0; e < experts; ++e) {
-        const int32_t other = total[e] - one[e];
-        leave[e] = (one[e] == 1) - (other == 0);  // what leaving one batch saves, less what it costs in the other
-        come[e] = (other == 1) - (one[e] == 0);
-        alone_one[e / 64] |= uint64_t(one[e] == 1) << (e % 64);
-        alone_other[e / 64] |= uint64_t(other == 1) << (e % 64);
-      }
-      a.clear(), b.clear();
-      for (int64_t t = 0; t < tokens; ++t) {
-        distance[t] = side[t] ? sum(t, leave) : sum(t, come);
-        (side[t] ? a : b).push_back(int32_t(t));
-      }
-      largest(a), largest(b);
-      float most_saved = 0;
-      int32_t from = -1, to = -1;
-      for (int32_t i : a)
-        for (int32_t j : b) {
-          float saved = distance[i] + distance[j];
-          if (saved <= most_saved) continue;
-          for (int64_t w = 0; w < words; ++w) {  // an expert of both stays in both batches, so it saves nothing
-            const uint64_t both = bits[i * words + w] & bits[j * words + w];
-            saved -= float(__builtin_popcountll(both & alone_one[w]) + __builtin_popcountll(both & alone_other[w]));
-          }
-          if (saved > most_saved) most_saved = saved, from = i, to = j;
-        }
-      if (from < 0) break;
-      side[from] = 0, side[to] = 1;
-      for (int32_t i = first[from]; i < first[from + 1]; ++i) --one[list[i]];
-      for (int32_t i = first[to]; i < first[to + 1]; ++i) ++one[list[i]];
-    }
-    return cost(one);
-  }
-
-  void largest(std::vector<int32_t>& among) const {
-    if (int64_t(among.size()) <= kCandidates) return;
-    std::nth_element(among.begin(), among.begin() + kCandidates, among.end(), [&](int32_t x, int32_t y) {
-      return distance[x] != distance[y] ? distance[x] > distance[y] : x < y;
-    });
-    among.resize(kCandidates);
-  }
-};
-
-}  // namespace
-
-// chosen: f32[tokens, experts] of zeros and ones. side: u8[tokens], 1 for the `size` tokens of the first batch, which
-// begins with the first `size` tokens.
-extern "C" __attribute__((visibility("default"))) void moec_split(
-    const float* chosen, int64_t tokens, int64_t experts, int64_t size, uint8_t* side) {
-  Split split(chosen, tokens, experts, size);
-  const Effort& effort = tokens <= kFew ? kSmall : kLarge;
-  const double mean = double(split.list.size()) / double(experts);
-  const double from = std::max(1.5, mean / 2);
+// Two batches of `some` tokens, of which the first `size` are the first one as it comes; 1 for those of the first one.
+Side two_batches(const Chosen& chosen, const std::vector<int64_t>& some, int64_t size) {
+  Split split(chosen, some, size);
+  const int64_t tokens = split.tokens;
+  const Effort& effort = tokens <= kFew ? kFewTokens : tokens <= kMore ? kSome : kMany;
+  const double from = std::max(1.5, double(split.list.size()) / double(split.experts) / 2);
   const int32_t most = *std::max_element(split.total.begin(), split.total.end());
   std::vector<std::vector<float>> powers(effort.falls, std::vector<float>(most + 2));
   for (int i = 0; i < effort.falls; ++i) {
     const double tau = from * std::pow(kLastTau / from, double(i) / double(effort.falls - 1));
     for (int32_t n = 0; n < most + 2; ++n) powers[i][n] = float(std::exp(-double(n) / tau));
   }
-  std::vector<std::vector<uint8_t>> sides(effort.starts, std::vector<uint8_t>(tokens));
+  std::vector<Side> sides(effort.starts, Side(tokens));
   std::vector<std::pair<int, int>> costs;
-  std::vector<float> toward(experts);
   Random random;
   for (int s = 0; s < effort.starts; ++s) {
     if (s == 0) {
       std::fill(sides[0].begin(), sides[0].begin() + size, 1);
     } else {
       const int64_t a = random.below(tokens), b = random.below(tokens);
-      for (int64_t e = 0; e < experts; ++e) toward[e] = chosen[a * experts + e] - chosen[b * experts + e];
-      for (int64_t t = 0; t < tokens; ++t) split.distance[t] = split.sum(t, toward);
-      split.nearest(sides[s]);
+      split.begin(sides[s], a, b);
     }
-    costs.emplace_back(split.improve(sides[s], effort, powers), s);
+    costs.emplace_back(split.improve(sides[s], s > 0 && s <= kToTheEnd ? kRounds : effort.means, powers), s);
   }
   std::sort(costs.begin(), costs.end());
-  int least = INT32_MAX;
-  for (int i = 0; i < effort.kept; ++i) {
-    std::vector<uint8_t>& found = sides[costs[i].second];
-    if (int now = split.exchange(found, effort.exchanges); now < least)
-      least = now, std::copy(found.begin(), found.end(), side);
+  int least = INT32_MAX, best = 0;
+  for (int i = 0; i < effort.kept; ++i)
+    if (int now = split.exchange(sides[costs[i].second], effort.exchanges); now < least)
+      least = now, best = costs[i].second;
+  Side found = sides[best], other;
+  for (int i = 0; i < effort.kicks; ++i) {  // the best so far, disturbed and improved again
+    other = found;
+    for (int64_t n = 0; n < std::max<int64_t>(2, tokens / 12); ++n) {
+      const int64_t a = random.below(tokens), b = random.below(tokens);
+      std::swap(other[a], other[b]);
+    }
+    split.improve(other, 0, powers, powers.size() / 2);
+    if (int now = split.exchange(other, effort.exchanges); now < least) least = now, found.swap(other);
   }
+  return tokens <= kTried ? Best(split, found, least).side : found;
+}
+
+using Batches = std::vector<std::vector<int64_t>>;
+
+// The same of two batches that may be empty, tokens ascending in each.
+void improve_two(const Chosen& chosen, std::vector<int64_t>& a, std::vector<int64_t>& b) {
+  if (!a.empty() && !b.empty()) {
+    std::vector<int64_t> all(a);
+    all.insert(all.end(), b.begin(), b.end());
+    const size_t size = a.size();
+    const Side side = two_batches(chosen, all, int64_t(size));
+    size_t kept = 0;
+    for (size_t i = 0; i < size; ++i) kept += side[i];
+    // The batch that kept most of its tokens keeps its place.
+    const bool turned = 2 * size == all.size() && (2 * kept < size || (2 * kept == size && !side[0]));
+    a.clear(), b.clear();
+    for (size_t i = 0; i < all.size(); ++i) ((side[i] != 0) != turned ? a : b).push_back(all[i]);
+  }
+  std::sort(a.begin(), a.end()), std::sort(b.begin(), b.end());
+}
+
+// Halves of halves of batches[from] to batches[to], until each is one batch.
+void halve(const Chosen& chosen, Batches& batches, size_t from, size_t to) {
+  if (to - from < 2) return;
+  const size_t middle = from + (to - from) / 2;
+  std::vector<int64_t> sides[2];
+  for (size_t i = from; i < to; ++i) {
+    std::vector<int64_t>& side = sides[i >= middle];
+    side.insert(side.end(), batches[i].begin(), batches[i].end());
+  }
+  improve_two(chosen, sides[0], sides[1]);
+  for (size_t i = from, at = 0; i < to; ++i) {
+    if (i == middle) at = 0;
+    const std::vector<int64_t>& side = sides[i >= middle];
+    std::copy(side.begin() + at, side.begin() + at + batches[i].size(), batches[i].begin());
+    at += batches[i].size();
+  }
+  if (to - from > 2) halve(chosen, batches, from, middle), halve(chosen, batches, middle, to);
+}
+
+template <class Id>
+void read(const Id* ids, int64_t rows, int64_t k, int64_t experts, const int32_t* column, Chosen& chosen) {
+  std::vector<int64_t> seen(chosen.experts, -1);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t id = int64_t(ids[t * k + i]);
+      if (id < 0 || id >= experts) continue;
+      const int32_t c = column == nullptr ? int32_t(id) : column[id];
+      if (seen[c] != t) chosen.list.push_back(c), seen[c] = t;
+    }
+    chosen.first.push_back(int32_t(chosen.list.size()));
+  }
+}
+
+}  // namespace
+
+// ids: of `inputs` micro-batches, [rows[i], k] of 8 or (`wide` = 0) 4 bytes. column: where the expert e is counted, of
+// `columns`; null for the expert itself. sizes: of the `batches`. least: the part of the cost that must be saved.
+// there, home: the results of the op, i64[sizes[i]] and i64[rows[i]].
+extern "C" __attribute__((visibility("default"))) void moec_regroup(
+    const void* const* ids, const int64_t* rows, int64_t inputs, int64_t k, int64_t wide, int64_t experts,
+    const int32_t* column, int64_t columns, const int64_t* sizes, int64_t batches, double least, int64_t* const* there,
+    int64_t* const* home) {
+  Chosen chosen;
+  chosen.experts = columns;
+  for (int64_t i = 0; i < inputs; ++i) {
+    if (wide) read(static_cast<const int64_t*>(ids[i]), rows[i], k, experts, column, chosen);
+    else read(static_cast<const int32_t*>(ids[i]), rows[i], k, experts, column, chosen);
+  }
+  Batches given(batches), found;
+  int64_t at = 0;
+  for (int64_t b = 0; b < batches; ++b)
+    for (int64_t i = 0; i < sizes[b]; ++i) given[b].push_back(at++);
+  found = given;
+  halve(chosen, found, 0, found.size());
+  if (batches > 2)
+    for (int64_t a = 0; a < batches; ++a)
+      for (int64_t b = a + 1; b < batches; ++b) improve_two(chosen, found[a], found[b]);
+  std::vector<uint8_t> seen(columns);
+  int before = 0, after = 0;
+  for (int64_t b = 0; b < batches; ++b) {
+    before += chosen.cost(given[b].data(), int64_t(given[b].size()), seen);
+    after += chosen.cost(found[b].data(), int64_t(found[b].size()), seen);
+  }
+  const Batches& taken = after < before && double(before - after) >= least * double(before) ? found : given;
+  std::vector<int64_t> places(chosen.tokens());
+  at = 0;
+  for (int64_t b = 0; b < batches; ++b)
+    for (int64_t i = 0; i < sizes[b]; ++i) places[there[b][i] = taken[b][i]] = at++;
+  at = 0;
+  for (int64_t i = 0; i < inputs; ++i)
+    for (int64_t t = 0; t < rows[i]; ++t) home[i][t] = places[at++];
 }

@@ -10,9 +10,9 @@ import torch
 
 from moec.ir.core import Graph, Op
 from moec.ir.exprs import functions
-from moec.ir.opdef import AttrDef, OpDef, OperandDef, op_def, register_op
+from moec.ir.opdef import AttrDef, OpDef, OperandDef, register_op
 from moec.ir.parallel_semantics import owners
-from moec.ir.regroup import Split, incidence, regroup
+from moec.ir.regroup import incidence, regroup
 from moec.ir.types import TensorType, Type
 
 
@@ -78,28 +78,15 @@ class Regroup(OpDef):
             self.fail(op, f"least = {least} must be pairs (tokens, part), tokens ascending")
 
     def evaluate(self, op: Op, inputs: Sequence[Any], run: Callable[[Graph, Sequence[Any]], list[Any]]) -> list[Any]:
-        return list(plan(op, inputs))
-
-
-def plan(op: Op, inputs: Sequence[torch.Tensor], split: Split | None = None) -> list[torch.Tensor]:
-    """The results of a ``moe.regroup``.
-
-    Args:
-        op: The op.
-        inputs: ids, int[T_i, k] each.
-        split: As in :func:`moec.ir.regroup.regroup`.
-    """
-    definition = op_def(op.name)
-    assert isinstance(definition, Regroup)
-    sizes, parts, experts, least = (definition.attr(op, name) for name in ("sizes", "parts", "experts", "least"))
-    ids, device = torch.cat(list(inputs)), inputs[0].device
-    if sizes:
-        ids, experts = owners(ids, sizes), len(sizes)
-    given = [len(t) for t in inputs]
-    part = float(np.interp(len(ids), [t for t, _ in least], [p for _, p in least])) if least else 0.0
-    batches = definition.part_sizes(given[0], parts) if parts else given
-    there = regroup(incidence(ids.cpu().numpy(), experts), batches, part, split)
-    order = torch.from_numpy(np.concatenate(there))
-    home = torch.empty_like(order)
-    home[order] = torch.arange(len(order))
-    return [t.to(device) for t in (*map(torch.from_numpy, there), *(h.clone() for h in home.split(given)))]
+        sizes, parts, experts, least = (self.attr(op, name) for name in ("sizes", "parts", "experts", "least"))
+        ids, device = torch.cat(list(inputs)), inputs[0].device
+        if sizes:
+            ids, experts = owners(ids, sizes), len(sizes)
+        given = [len(t) for t in inputs]
+        part = float(np.interp(len(ids), [t for t, _ in least], [p for _, p in least])) if least else 0.0
+        batches = self.part_sizes(given[0], parts) if parts else given
+        there = regroup(incidence(ids.cpu().numpy(), experts), batches, part)
+        order = torch.from_numpy(np.concatenate(there))
+        home = torch.empty_like(order)
+        home[order] = torch.arange(len(order))
+        return [t.to(device) for t in (*map(torch.from_numpy, there), *(h.clone() for h in home.split(given)))]

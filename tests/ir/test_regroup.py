@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moec.backends.base import Kernel
 from moec.backends.cpu.build import compiler
 from moec.backends.cpu.isa import isa_of
-from moec.backends.cpu.regroup import compiled_split
 from moec.backends.reference import run_graph
 from moec.backends.registry import get_backend
 from moec.ir.errors import VerifyError
 from moec.ir.parser import parse_graph
-from moec.ir.regroup import Split, as_given, cost, incidence, regroup
+from moec.ir.regroup import as_given, cost, incidence, regroup
 from moec.ir.verifier import verify
 
 Ids = npt.NDArray[np.int64]
@@ -58,17 +59,35 @@ def best_of_all(ids: Ids, size: int) -> int:
     return int(counts.min())
 
 
-def k_means(ids: Ids, experts: int, size: int, seed: int) -> int:
-    """The cost of two batches that Lloyd's rounds make of what tokens chose, tokens sorted by the nearer mean."""
-    chosen = np.zeros((len(ids), experts))
+def k_means(ids: Ids, experts: int, size: int, pair: Sequence[int]) -> int:
+    """The cost of two batches that Lloyd's rounds make of what tokens chose, tokens sorted by the nearer mean.
+
+    A token's distance to one mean less that to the other is, but for what is the same for all tokens, a sum over its
+    experts; it is taken times both sizes, in whole numbers.
+    """
+    chosen = np.zeros((len(ids), experts), np.int64)
     chosen[np.arange(len(ids))[:, None], ids] = 1
-    draw = np.random.default_rng(seed)
-    means = chosen[draw.choice(len(ids), 2, replace=False)]
-    for _ in range(30):
-        away = ((chosen[:, None] - means[None]) ** 2).sum(-1)
-        order = np.argsort(away[:, 0] - away[:, 1], kind="stable")
-        means = np.stack([chosen[order[:size]].mean(0), chosen[order[size:]].mean(0)])
-    return touched(ids, [order[:size], order[size:]])
+    weight = chosen[pair[1]] - chosen[pair[0]]
+    for _ in range(31):
+        order = np.argsort(chosen @ weight, kind="stable")
+        one, other = order[:size], order[size:]
+        weight = chosen[other].sum(0) * size - chosen[one].sum(0) * len(other)
+    return touched(ids, [one, other])
+
+
+def any_pair(tokens: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).choice(tokens, 2, replace=False).tolist()
+
+
+def its_own_pairs(tokens: int, count: int = 4) -> list[list[int]]:
+    """The tokens that the compiled search begins with, and carries to the end: numbers of splitmix64."""
+    mask, state, drawn = (1 << 64) - 1, 0, []
+    for _ in range(2 * count):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        drawn.append((z ^ (z >> 31)) % tokens)
+    return [drawn[i : i + 2] for i in range(0, len(drawn), 2)]
 
 
 SMALL = [
@@ -77,62 +96,109 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["numpy", "compiled"])
-def split(request: pytest.FixtureRequest) -> Split | None:
-    """Both searches: the definition's, and the cpu backend's."""
-    isa = isa_of("cpu")
-    if request.param == "numpy":
-        return None
-    if compiler() is None or isinstance(isa, str):
+Groups = list[npt.NDArray[np.int64]]
+Planner = Callable[[Ids, int, Sequence[int]], Groups]
+"""``plan(ids, experts, sizes)``: the tokens of every batch."""
+
+
+@cache
+def kernel(inputs: int, experts: int) -> Kernel:
+    """The cpu backend's, for so many micro-batches."""
+    dims = [chr(ord("A") + i) for i in range(inputs)]
+    takes, gives = ", ".join(f"%i{d}: i64[{d}, k]" for d in dims), ", ".join(f"i64[{d}]" for d in dims * 2)
+    made = ", ".join(f"%r{i}" for i in range(2 * inputs))
+    call = f"moe.regroup [{', '.join(f'%i{d}' for d in dims)}] {{experts = {experts}}}"
+    graph = parse_graph(f"graph @g({takes}) -> ({gives}) {{\n  {made} = {call} : {gives}\n  return {made}\n}}")
+    return get_backend("cpu").load(get_backend("cpu").lower(graph, "cpu"))
+
+
+def by_numpy(ids: Ids, experts: int, sizes: Sequence[int]) -> Groups:
+    return regroup(incidence(ids, experts), sizes)
+
+
+def compiled(ids: Ids, experts: int, sizes: Sequence[int]) -> Groups:
+    parts = [t.contiguous() for t in torch.from_numpy(ids).split(list(sizes))]
+    return [t.numpy() for t in kernel(len(sizes), experts).forward(parts)[: len(sizes)]]
+
+
+def test_the_compiled_search_takes_narrow_ids_and_views() -> None:
+    if compiler() is None or isinstance(isa_of("cpu"), str):
         pytest.skip("the cpu backend cannot run here")
-    return compiled_split(isa)
+    ids = torch.from_numpy(planted(3, 20, 16, 2, 2, 0.1))
+    want = kernel(2, 16).forward([ids[:12].clone(), ids[12:].clone()])
+    for given_ in (ids.int(), ids.t().contiguous().t(), ids.short()):
+        got = kernel(2, 16).forward([given_[:12], given_[12:]])
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_as_good_as_the_best_partition_on_small_instances(split: Split | None) -> None:
+@pytest.fixture(params=[by_numpy, compiled], ids=["numpy", "compiled"])
+def plan(request: pytest.FixtureRequest) -> Planner:
+    """Both searches: the definition's, and the cpu backend's."""
+    if request.param is compiled and (compiler() is None or isinstance(isa_of("cpu"), str)):
+        pytest.skip("the cpu backend cannot run here")
+    planner: Planner = request.param
+    return planner
+
+
+def test_as_good_as_the_best_partition_on_small_instances(plan: Planner) -> None:
     saved = best = 0
     for i, (tokens, experts, *rest) in enumerate(SMALL):
         for seed in range(4):
             ids = planted(100 * i + seed, tokens, experts, *rest)  # type: ignore[arg-type]
             sizes = [tokens // 2, tokens - tokens // 2]
-            found = regroup(incidence(ids, experts), sizes, split=split)
+            found = plan(ids, experts, sizes)
             before, after, least = (
                 touched(ids, as_given(sizes)), touched(ids, found), best_of_all(ids, sizes[0]),
             )  # fmt: skip
             assert least <= after <= before
-            assert after <= k_means(ids, experts, sizes[0], seed)
+            assert after <= k_means(ids, experts, sizes[0], any_pair(tokens, seed))
+            if plan is compiled:
+                assert after == least
             saved, best = saved + before - after, best + before - least
     assert best > 200, "the instances have something to save"
     assert saved >= OF_THE_OPTIMUM * best, f"{saved} of {best}"
 
 
 @pytest.mark.slow
-def test_the_largest_instance_that_all_partitions_are_tried_of(split: Split | None) -> None:
-    ids = planted(5, 24, 64, 8, 2, 0.1)
+@pytest.mark.parametrize(("experts", "top_k", "clusters", "noise"), [(64, 8, 2, 0.1), (60, 4, 3, 0.3), (16, 2, 4, 0.1)])
+def test_the_largest_instances_that_all_partitions_are_tried_of(
+    plan: Planner, experts: int, top_k: int, clusters: int, noise: float
+) -> None:
+    ids = planted(5, 24, experts, top_k, clusters, noise)
     before, least = touched(ids, as_given([12, 12])), best_of_all(ids, 12)
-    assert before - touched(ids, regroup(incidence(ids, 64), [12, 12], split=split)) >= OF_THE_OPTIMUM * (
-        before - least
-    )
+    assert before - touched(ids, plan(ids, experts, [12, 12])) >= OF_THE_OPTIMUM * (before - least)
 
 
 @pytest.mark.parametrize("tokens", [32, 64, 200])
 @pytest.mark.parametrize(("clusters", "noise"), [(2, 0.1), (8, 0.1), (4, 0.3)])
-def test_no_worse_than_k_means(split: Split | None, tokens: int, clusters: int, noise: float) -> None:
+def test_no_worse_than_k_means(plan: Planner, tokens: int, clusters: int, noise: float) -> None:
     total = others = 0
     for seed in range(4):
         ids = planted(seed, tokens, 128, 8, clusters, noise)
-        found = touched(ids, regroup(incidence(ids, 128), [tokens // 2, tokens // 2], split=split))
-        other = k_means(ids, 128, tokens // 2, seed)
+        found = touched(ids, plan(ids, 128, [tokens // 2, tokens // 2]))
+        other = k_means(ids, 128, tokens // 2, any_pair(tokens, seed))
         assert found <= OF_A_LUCKY_START * other
         total, others = total + found, others + other
     assert total <= others
 
 
-def test_clusters_that_are_planted_are_found(split: Split | None) -> None:
+@pytest.mark.parametrize("tokens", [10, 24, 33, 100, 256])
+def test_never_worse_than_k_means_from_where_it_begins(tokens: int) -> None:
+    if compiler() is None or isinstance(isa_of("cpu"), str):
+        pytest.skip("the cpu backend cannot run here")
+    size = tokens // 2
+    for seed, (clusters, noise) in enumerate([(2, 0.1), (8, 0.1), (16, 0.05), (1, 0.0)]):
+        ids = planted(seed, tokens, 128, 8, clusters, noise)
+        found = touched(ids, compiled(ids, 128, [size, tokens - size]))
+        for pair in its_own_pairs(tokens):
+            if pair[0] != pair[1]:
+                assert found <= k_means(ids, 128, size, pair)
+
+
+def test_clusters_that_are_planted_are_found(plan: Planner) -> None:
     ids = planted(0, 256, 128, 8, 2, 0.0)
     assert touched(ids, as_given([128, 128])) == 256
-    assert (
-        touched(ids, regroup(incidence(ids, 128), [128, 128], split=split)) <= 200
-    )  # 128 were both kinds of 128 tokens
+    assert touched(ids, plan(ids, 128, [128, 128])) <= 200  # 128 were both kinds of 128 tokens
 
 
 traces = st.integers(1, 9).flatmap(
@@ -147,19 +213,19 @@ traces = st.integers(1, 9).flatmap(
 @given(trace=traces)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tokens_are_a_permutation_and_sizes_are_kept(
-    split: Split | None, trace: tuple[int, list[list[int]], list[int]]
+    plan: Planner, trace: tuple[int, list[list[int]], list[int]]
 ) -> None:
     experts, rows, cuts = trace
     ids = np.array(rows, np.int64).reshape(-1, 2)
     edges = sorted({min(c, len(ids)) for c in cuts})
     sizes = np.diff([0, *edges, len(ids)]).tolist()
     chosen = incidence(ids, experts)
-    found = regroup(chosen, sizes, split=split)
+    found = plan(ids, experts, sizes)
     assert [len(g) for g in found] == sizes
     assert sorted(np.concatenate(found).tolist()) == list(range(len(ids)))
     assert all((np.diff(g) > 0).all() for g in found)
     assert cost(chosen, found) <= cost(chosen, as_given(sizes))
-    again = regroup(chosen, sizes, split=split)
+    again = plan(ids, experts, sizes)
     assert all((a == b).all() for a, b in zip(found, again, strict=True))
 
 
@@ -246,3 +312,21 @@ def test_backends_run_it(name: str) -> None:
 def test_what_the_verifier_refuses(attrs: str, says: str) -> None:
     with pytest.raises(VerifyError, match=says):
         verify(parse_graph(CALL.format(attrs=attrs)))
+
+
+AS = """
+graph @g(%a: f32[T, 2], %b: f32[{rows}, 2]) -> f32[T, 2] {{
+  %y = moe.backward_as %a, %b : f32[T, 2]
+  return %y
+}}
+"""
+
+
+def test_backward_as_has_the_value_that_was_made() -> None:
+    made, other = torch.rand(3, 2), torch.rand(3, 2)
+    assert torch.equal(run_graph(parse_graph(AS.format(rows="T")), [made, other])[0], made)
+
+
+def test_backward_as_needs_the_same_rows() -> None:
+    with pytest.raises(VerifyError, match="is given"):
+        verify(parse_graph(AS.format(rows="S")))
