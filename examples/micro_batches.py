@@ -113,4 +113,5 @@ def main(**options: Any) -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     main(inner="eager")
+    dist.barrier()
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ namespace {
 struct Effort { int starts, means, falls, kept, exchanges, kicks; };
 constexpr int64_t kFew = 48, kMore = 160;
 constexpr Effort kFewTokens{24, 3, 5, 8, 64, 8}, kSome{24, 4, 6, 4, 64, 16}, kMany{16, 4, 6, 3, 48, 6};
-constexpr int kToTheEnd = 4, kRounds = 30;  // so many starts are improved by K-means until it changes nothing
+constexpr int kToTheEnd = 12, kRounds = 30;  // so many starts are improved by K-means until it changes nothing
 constexpr double kLastTau = 0.35;
 
 // Two batches of `some` tokens, of which the first `size` are the first one as it comes; 1 for those of the first one.

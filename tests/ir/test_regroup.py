@@ -79,7 +79,7 @@ def any_pair(tokens: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).choice(tokens, 2, replace=False).tolist()
 
 
-def its_own_pairs(tokens: int, count: int = 4) -> list[list[int]]:
+def its_own_pairs(tokens: int, count: int = 12) -> list[list[int]]:
     """The tokens that the compiled search begins with, and carries to the end: numbers of splitmix64."""
     mask, state, drawn = (1 << 64) - 1, 0, []
     for _ in range(2 * count):
