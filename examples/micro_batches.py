@@ -113,5 +113,4 @@ def main(**options: Any) -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     main(inner="eager")
-    dist.barrier()
     dist.destroy_process_group()

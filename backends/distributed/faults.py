@@ -7,6 +7,7 @@ a rank whose count stands still is dead (or stopped), one that has begun fewer c
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import threading
@@ -88,6 +89,12 @@ class _Heart:
         self.thread = threading.Thread(target=self._run, name="moec-heart", daemon=True)
         self.beat()
         self.thread.start()
+        atexit.register(self.end)  # what comes back from the store while Python shuts down would abort the process
+
+    def end(self) -> None:
+        """Show no further sign of life."""
+        self.stop.set()
+        self.thread.join(STILL)
 
     def _run(self) -> None:
         while not self.stop.wait(BEAT):

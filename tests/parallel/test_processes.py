@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,3 +308,19 @@ def test_all_cases_ran(ranks: list[dict[str, Any]]) -> None:
     for result in ranks[: RANKS - 1]:
         print({k: round(v, 1) for k, v in result.items() if k.endswith("took")})
         assert {case.__name__ for case in CASES} <= result.keys()
+
+
+BEATING = """
+import torch.distributed as dist
+from moec.backends.distributed import faults
+faults.BEAT = 0.0
+dist.init_process_group("gloo", store=dist.FileStore(r"{store}", 1), rank=0, world_size=1)
+faults.start_heart()
+dist.destroy_process_group()
+"""
+
+
+def test_a_process_ends_while_its_heart_beats(tmp_path: Path) -> None:
+    code = BEATING.format(store=tmp_path / "store")
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert made.returncode == 0, made.stderr
