@@ -14,12 +14,13 @@ from moec.backends.distributed.kernel import ParallelKernel, for_needs
 from moec.backends.reference import run_graph
 from moec.backends.reference.world import run_world
 from moec.backends.registry import get_backend
+from moec.ir.beside import EXPERTS
 from moec.ir.core import Graph
 from moec.ir.verifier import verify
 from moec.passes.overlap.by_experts import Chunks, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.cuts import expert_ranges
-from moec.passes.overlap.order import EXPERTS, reorder
+from moec.passes.overlap.order import reorder
 from tests.parallel.layers import HISTOGRAMS, Layer, one_process
 
 if compiler() is None:
