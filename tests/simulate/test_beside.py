@@ -36,8 +36,8 @@ def test_a_shared_expert_is_computed_while_rows_travel(training: bool) -> None:
 
 def test_without_chunks_it_hides_as_much_as_it_takes() -> None:
     apart, inside = run("expert-parallel").report, run("expert-parallel,carry-shared-experts").report
-    assert inside.compute_s == pytest.approx(apart.compute_s)
-    assert apart.exposed_s - inside.exposed_s > 0
+    assert inside.compute_s >= apart.compute_s, "a collective under way holds compute units"
+    assert inside.seconds < apart.seconds and inside.exposed_s < apart.exposed_s
 
 
 def test_a_plan_says_both() -> None:
@@ -58,5 +58,5 @@ def test_another_micro_batch_runs_while_rows_travel() -> None:
         for p in ("expert-parallel", "expert-parallel,interleave-layers")
     )
     assert dual.seconds < one.seconds and dual.exposed_s < one.exposed_s
-    assert dual.compute_s == pytest.approx(one.compute_s)
+    assert dual.compute_s >= one.compute_s, "a collective under way holds compute units"
     assert [r.sent for r in dual.ranks] == [r.sent for r in one.ranks]
