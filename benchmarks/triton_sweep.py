@@ -1,6 +1,6 @@
 """The model's tiles against all tiles of a grid, compiled: registers, spills, shared memory, and the times they give.
 
-``--compile`` compiles the up GEMM with every tile of the grid for every GPU, and what the model chooses, and notes what
+``--compile`` compiles the up GEMM with what the model chooses and with tiles of a grid, for every GPU, and notes what
 each takes. Without it, every case (layer, GPU, tokens) is judged by those notes: all tiles are timed with the resident
 blocks that the compiler's registers and shared memory leave, and the model's choice is compared with the best of them.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def tile_of(told: tuple[int, ...]) -> Tile:
 
 
 def grid(device: Device, layer: str) -> list[Tile]:
-    """All tiles whose operands fit into shared memory and whose sums a block can hold at all."""
+    """Tiles whose operands fit into shared memory and whose sums a block can hold at all, in an order drawn once."""
     found = []
     for (m, units), n, k, warps in itertools.product(_ROWS, (64, 128, 256), STEPS[layer], (4, 8)):
         tile = Tile(m, n, k, 1, warps, 2 if device.hip else 3, units=units)
@@ -100,6 +101,7 @@ def grid(device: Device, layer: str) -> list[Tile]:
         most = device.thread_registers if not device.tensor_columns else 2 * device.thread_registers
         if buffers(device, tile) * step <= device.shared_block and 4 <= sums <= most:
             found.append(tile)
+    random.Random(0).shuffle(found)
     return found
 
 
@@ -128,8 +130,9 @@ def compile_some(path: Path, most: int) -> None:
     for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
         layer = MASKED if name == MASKED else EVEN
         wanted.append((layer, target, numbers(pick(layer_of(spec_of(name)), tokens, device_of(target)).up)))
-    for layer, target in itertools.product((EVEN, MASKED), TARGETS):
-        wanted += [(layer, target, numbers(t)) for t in grid(device_of(target), layer)]
+    grids = [(layer, target, grid(device_of(target), layer)) for layer in (EVEN, MASKED) for target in TARGETS]
+    for at in range(max(len(tiles) for _, _, tiles in grids)):
+        wanted += [(layer, target, numbers(tiles[at])) for layer, target, tiles in grids if at < len(tiles)]
     wanted = [w for w in dict.fromkeys(wanted) if w not in known]
     for at, (layer, target, tile) in enumerate(wanted[:most], 1):
         try:
@@ -193,17 +196,15 @@ def _short(tile: Tile) -> str:
 
 def report(notes: list[Compiled]) -> None:
     """Print a line for every case, and what they come to."""
-    print(
-        "| layer | GPU | tokens | tile of the model | registers (expected) | spills | shared (at most) | best | loss |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| layer | GPU | tokens | tile of the model | registers (expected) | spills | shared | tiles | best | loss |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     found = []
     for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
         found.append(j := judge(name, target, tokens, notes))
-        best = "the same" if j.best == j.tile else _short(j.best)
+        best = "the same" if numbers(j.best) == numbers(j.tile) else _short(j.best)
         print(
             f"| {name} | {target} | {tokens} | {_short(j.tile)} | {j.taken.registers} ({j.expected.registers}) "
-            f"| {j.taken.spills} | {j.taken.shared} ({j.expected.shared}) | {best} | {j.loss:.1%} |"
+            f"| {j.taken.spills} | {j.taken.shared} | {j.tiles} | {best} | {j.loss:.1%} |"
         )
     spilled, refused = sum(c.spills > 0 for c in notes), sum(not c.registers for c in notes)
     print(f"\n{len(notes)} tiles compiled, of which {spilled} spill and {refused} are refused; {len(found)} cases of")

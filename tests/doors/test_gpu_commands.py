@@ -55,7 +55,8 @@ def test_equal_layers_have_one_plan() -> None:
     assert tokens[-1] == 16384
     first, last = plan.launches[0], plan.launches[-1]
     assert (first["form"], first["bound"]) == ("gemv", "memory")
-    assert (last["form"], last["bound"], last["up"]["block_m"]) == ("gemm", "compute", 128)
+    assert (last["form"], last["bound"]) == ("gemm", "compute")
+    assert last["up"]["block_m"] * last["up"]["units"] >= 128
     assert 0 < last["up"]["shared"] <= 227 * 1024
 
 

@@ -44,10 +44,12 @@ _MOST_F32 = 32
 """Sums of a thread where products are exact in f32: without matrix units both operands are held in registers."""
 _ROW_REGISTERS = 16
 """Addresses of rows that do not lie one after another, where sums leave few registers."""
-_MANY_WARPS_REGISTERS = 24
+_MANY_WARPS, _MANY_WARPS_AMD = 24, 64
 """That eight warps take besides where operands go through registers."""
-_BRANCH_PART = 1.4
-"""Of the operands of a step on AMD, that are held besides where tiles have several heights."""
+_HELD, _HELD_IN_LOOPS = 0.65, 1.4
+"""Of a step's operands on AMD, that are held besides: with one loop, and with one for every height of a tile."""
+_MOST_AMD = 128
+"""Sums of a thread on AMD: twice as many spill, though there are registers for them."""
 _MOST_FP8 = 64
 """Sums of a thread where those of each step are scaled before they are added: both are held in registers."""
 STEP_CYCLES = 40
@@ -119,9 +121,11 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         depth = 16 * item // 2  # bytes of an instruction's depth: 16 elements of two bytes, 8 of four
         fragments = 2 * (rows // wm + outputs // wn) * depth * 2 // 4 // device.warp
         registers = sums + fragments + addresses + _BASE_REGISTERS
-        registers += _MANY_WARPS_REGISTERS if tile.num_warps > 4 and not device.hip else 0
-        if device.hip and tile.units > 1:  # operands of a whole step are held where there is more than one loop
-            registers += int(_BRANCH_PART * (rows // wm + outputs // wn) * tile.block_k * item // 4 // device.warp)
+        if device.hip:  # operands of a whole step are on their way to registers
+            held = (rows // wm + outputs // wn) * tile.block_k * item // 4 // device.warp
+            registers += int(held * (_HELD_IN_LOOPS if tile.units > 1 else _HELD))
+        if tile.num_warps > 4:
+            registers += _MANY_WARPS_AMD if device.hip else _MANY_WARPS
     registers = max(32, registers)
     resident = device.resident(shared, min(registers, device.thread_registers), tile.num_warps)
     if columns:
@@ -145,8 +149,11 @@ def fits(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
     """Whether a block of the tile is within every limit of the hardware."""
     if dtype == "f32" and tile.rows * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
         return False
-    many = tile.rows * tile.block_n * parts > _MOST_FP8 * device.warp * tile.num_warps
-    if dtype == "f8e4m3fn" and (many or tile.block_n > SCALED):  # a scale each for more columns takes registers too
+    sums = tile.rows * tile.block_n * parts / (device.warp * tile.num_warps)
+    if device.hip and sums > _MOST_AMD:
+        return False
+    # A scale each for more columns takes registers too.
+    if dtype == "f8e4m3fn" and (sums > _MOST_FP8 or tile.block_n > SCALED):
         return False
     taken = usage(device, tile, parts, dtype)
     if taken.columns and parts * tile.block_n > _MOST_OUTPUTS:
