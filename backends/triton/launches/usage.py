@@ -34,7 +34,7 @@ _BASE_REGISTERS = 40
 """Loop counters, base addresses, masks."""
 _SLICE_REGISTERS = 210
 """What holds sums on their way out of tensor memory at most: the compiler cuts larger tiles of one part."""
-_MOST_SLICED = 256
+_MOST_SLICED = 128
 """Sums of a thread that leave tensor memory in slices; more of them spill."""
 _SPLIT_REGISTERS = 24
 """That storing sums in f32 takes besides."""
@@ -106,9 +106,9 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         columns = max(32, _power(sum(tile.block_n * max(1, parts * m // 128) for m in (rows, more) if m)))
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
         sums = rows * outputs // threads
-        most = _MOST_SLICED // 2 if more or tile.units > 1 else _MOST_SLICED
-        held = min(sums, _SLICE_REGISTERS) if parts == 1 and sums <= most else 3 * sums // 4 + tile.block_k // 2
-        held = held if sums <= most else 2 * held
+        fit = sums <= _MOST_SLICED
+        held = min(sums, _SLICE_REGISTERS) if parts == 1 and fit else 3 * sums // 4 + tile.block_k // 2
+        held = held if fit or (parts > 1 and tile.units == 1 and not more) else 2 * held
         registers = max(held, addresses) + _BASE_REGISTERS + (_ROW_REGISTERS if more else 0)
     elif instruction.shared and tile.units > 1:
         # Descriptors of weights need no addresses. Rows that are stored one by one do.
@@ -248,7 +248,7 @@ def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
     if split == 1:
         return True
     fits_registers = usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
-    return fits_registers and (not device.tensor_columns or 4 * sums <= _MOST_SLICED)
+    return fits_registers and (not device.tensor_columns or 2 * sums <= _MOST_SLICED)
 
 
 def step_cycles(device: Device, tile: Tile, parts: int, dtype: str, rows: int) -> float:
