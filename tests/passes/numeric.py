@@ -82,7 +82,12 @@ def ranks_of(graph: Graph) -> dict[str, int]:
 
 def in_whole_numbers(inputs: Sequence[Any]) -> list[Any]:
     """Floats as small whole numbers: sums of products have the same bits then, whatever rows a product holds."""
-    return [(3 * t).round() if isinstance(t, torch.Tensor) and torch.is_floating_point(t) else t for t in inputs]
+    return [_whole(t) if isinstance(t, torch.Tensor) and torch.is_floating_point(t) else t for t in inputs]
+
+
+def _whole(t: torch.Tensor) -> torch.Tensor:
+    wide = t.float() if t.element_size() == 1 else t  # torch computes nothing in fp8
+    return (3 * wide).round().to(t.dtype)
 
 
 def compute_world(graph: Graph, seed: int, dims: Mapping[str, int], groups: Mapping[str, int]) -> list[Any]:
