@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.ir.scaled_semantics import blocks
+
 EXPERTS, TOP_K = 16, 4
 _SWIGLU = """(%g: {d}[R, {i}], %u: {d}[R, {i}]) -> {d}[R, {i}] {{
   %s = torch.call @aten.silu.default(%g) : {d}[R, {i}]
@@ -39,6 +41,7 @@ class Layer:
         biases: There are biases.
         post: Text of the region after the down GEMM; empty where there is none.
         single: Every expert's weights are tensors of their own.
+        fp8: Weights are f8e4m3fn with scales.
     """
 
     activation: str
@@ -47,6 +50,7 @@ class Layer:
     biases: bool = False
     post: str = ""
     single: bool = False
+    fp8: bool = False
 
     def text(self, dtype: str, hidden: int, inner: int) -> str:
         """A graph of one layer."""
@@ -58,11 +62,16 @@ class Layer:
             ups = {f"%u{i}": f"{dtype}[{first}]" for i in range(e)}
             downs = {f"%d{i}": f"{dtype}[{second}]" for i in range(e)}
         else:
-            ups, downs = {"%up": f"{dtype}[{e}, {first}]"}, {"%down": f"{dtype}[{e}, {second}]"}
+            element = "f8e4m3fn" if self.fp8 else dtype
+            ups, downs = {"%up": f"{element}[{e}, {first}]"}, {"%down": f"{element}[{e}, {second}]"}
         taken = ups | downs
         if self.biases:
             taken |= {"%ub": f"{dtype}[{e}, {up}]", "%db": f"{dtype}[{e}, {hidden}]"}
         more = ", [%ub], [%db]" if self.biases else ""
+        if self.fp8:
+            taken |= {"%us": f"f32[{e}, {blocks(up)}, {blocks(hidden)}]"}
+            taken |= {"%ds": f"f32[{e}, {blocks(hidden)}, {blocks(inner)}]"}
+            more = ", [], [], [], [], [%us], [%ds]"
         attributes = f"{self.attributes}{', stacked = false' if self.single else ''}"
         regions = [self.activation.format(d=dtype, i=inner)]
         regions += [self.post.format(d=dtype, i=hidden)] if self.post else []
@@ -83,6 +92,7 @@ LAYERS = {
         _CLAMPED, 2, ', layout = "interleaved", up_form = "kn", down_form = "kn"', biases=True
     ),
     "norms of rows, single experts": Layer(_NORM, 1, ', layout = "rows"', post=_NORM, single=True),
+    "silu(g)*u, weights in fp8": Layer(_SWIGLU, 2, fp8=True),
 }
 ROUTERS = {
     "softmax, renormalised": "k = 4, renormalize = true",

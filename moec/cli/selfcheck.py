@@ -60,7 +60,7 @@ def _table(rows: Sequence[Row], where: str) -> Table:
         table.add_column(column, justify="right")
     table.add_column("")
     for r in rows:
-        good = Text("ok", "green") if r.ok else Text(r.failure or "wrong", "red")
+        good = Text(r.left or "ok", "yellow" if r.left else "green") if r.ok else Text(r.failure or "wrong", "red")
         table.add_row(
             r.what, r.layer, r.dtype, str(r.tokens), f"{r.error:.1e}", f"{r.limit:.0e}",
             f"{r.seconds * 1e6:.0f}" if r.seconds else "", good,

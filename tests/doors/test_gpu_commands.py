@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import moec.selfcheck
@@ -17,6 +19,7 @@ from moec.backends.triton.compiled.plan import calls
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.spec import read_spec
 from moec.cli import main
+from moec.cli.selfcheck import _table
 from moec.gpu_plans import gpu_plans
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph
@@ -114,6 +117,39 @@ def test_selfcheck_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(r["ok"] for r in rows)
 
 
+FP8 = "silu(g)*u, weights in fp8"
+
+
+def test_selfcheck_of_weights_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right in every form, and wrong where the reference is given other scales."""
+    monkeypatch.setattr(moec.selfcheck, "LAYERS", {FP8: LAYERS[FP8]})
+    monkeypatch.setattr(moec.selfcheck, "DTYPES", {"bf16": torch.bfloat16})
+    cpu = torch.device("cpu")
+    with interpreting():
+        assert [r for r in moec.selfcheck._layers(cpu) if not r.ok] == []
+        assert not list(moec.selfcheck._gradients(cpu))
+        right = moec.selfcheck.run_graph
+        monkeypatch.setattr(moec.selfcheck, "forms", lambda device, fp8: {"chosen": None})
+        monkeypatch.setattr(
+            moec.selfcheck, "run_graph", lambda graph, given: right(graph, [*given[:-1], given[-1] * 1.1])
+        )
+        (row,) = moec.selfcheck._layers(cpu)
+    assert not row.ok
+
+
+def test_selfcheck_of_a_gpu_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moec.selfcheck, "LAYERS", {FP8: LAYERS[FP8]})
+    monkeypatch.setattr(moec.selfcheck, "DTYPES", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("moec.backends.triton.fp8.target_of", lambda device: "cuda:sm80")
+    (row,) = moec.selfcheck._layers(torch.device("cuda"))
+    assert row.ok
+    assert "sm80 has no matrix instructions for fp8" in row.left
+    shown = Console(width=300, record=True, file=io.StringIO())
+    shown.print(_table([row], "a GPU"))
+    assert "sm80 has no matrix instructions for fp8" in shown.export_text()
+
+
 def test_no_kernel_is_left_out() -> None:
     """Of those of a layer: by what is launched on a GPU for the numbers of tokens that are checked there."""
     there, launched = set(), set()
@@ -121,7 +157,7 @@ def test_no_kernel_is_left_out() -> None:
         spec = read_spec(program_op(parse_graph(layer.text("bf16", 256, 384))))
         file = write_experts(spec)
         there |= set(file.kernels)
-        for form in moec.selfcheck.forms(torch.device("cuda")).values():
+        for form in moec.selfcheck.forms(torch.device("cuda"), layer.fp8).values():
             for tokens in (1, 130):
                 launched |= {c.kernel for c in calls(spec, form, tokens, file)} if form else set()
     assert there == launched
@@ -137,7 +173,7 @@ def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(moec.selfcheck.TritonExperts, "backward", wrong)
-    monkeypatch.setattr(moec.selfcheck, "forms", lambda device: {})
+    monkeypatch.setattr(moec.selfcheck, "forms", lambda device, fp8=False: {})
     with interpreting():
         assert [r.ok for r in moec.selfcheck._gradients(torch.device("cpu"))] == [False]
 
@@ -155,7 +191,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moec.selfcheck.Forced, "forward", wrong)
     all_forms = moec.selfcheck.forms(torch.device("cpu"))
     some = {form: all_forms[form] for form in ("tiles", "vectors", "tiles, atomic sums")}
-    monkeypatch.setattr(moec.selfcheck, "forms", lambda device: some)
+    monkeypatch.setattr(moec.selfcheck, "forms", lambda device, fp8=False: some)
     with interpreting():
         bad = [r for r in selfcheck() if not r.ok]
     assert {r.what for r in bad} == {"vectors", "tiles, atomic sums"}
