@@ -13,7 +13,7 @@ from moec.aot.errors import AotError
 _DTYPES = {
     "F64": ("f64", 8), "F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("i64", 8), "I32": ("i32", 4),
     "I16": ("i16", 2), "I8": ("i8", 1), "U8": ("u8", 1), "BOOL": ("bool", 1), "F8_E4M3": ("f8e4m3fn", 1),
-    "F8_E5M2": ("f8e5m2", 1),
+    "F8_E5M2": ("f8e5m2", 1), "F8_E8M0": ("f8e8m0fnu", 1),
 }  # fmt: skip
 _MOST_HEADER_BYTES = 100 << 20
 

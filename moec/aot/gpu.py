@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from moec.aot.build import AotOptions, Built, Stages, Told, exported_programs
 from moec.aot.errors import AotError, NoBlockError
 from moec.aot.gpu_write import GpuParts, write_gpu_artifact
-from moec.aot.optimize import check_ops
+from moec.aot.optimize import check_left, check_ops
 from moec.aot.source import Source, Tokens
 from moec.aot.state import state_of
 from moec.backends.cpu.operands import form_of
@@ -193,12 +193,14 @@ def _entry(
         report.remarks += [f"{text}; the model runs as PyTorch would run it" for text in refused]
         for block in report.layers:
             block.fused, block.reason = False, refused[0]
+        check_left(from_exported(program), refused)
         return GpuEntry(program, before, before)
     report.remarks += [
         f"{op.loc.module or op.name}: PyTorch's operations run {op.name} on the device: {'; '.join(claims.reasons(op))}"
         for op in _moe_ops(graph)
         if claims[op].name != "triton"
     ]
+    check_left(graph)
     after = str(graph)
     stages.begin("kernels")
     names: dict[Op, str] = {}

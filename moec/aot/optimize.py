@@ -6,7 +6,7 @@ again on the program as it was exported, and leave that block's calls alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,14 @@ from moec.emit import to_exported
 from moec.exported import report_of
 from moec.ir.core import Graph, Location, Op
 from moec.options import CompileOptions
+from moec.passes.calls import packet
 from moec.pipeline import run_pipeline
 from moec.report import Report
 
 OWN_NAMESPACES = ("aten", "prims", "prim", "quantized", "_quantized")
 """Of ops that every torch has."""
+_REWRITTEN = ("moec::grouped_linear", "moec::scaled_linear")
+"""The GEMMs of modules that ``moec.prepare`` rewrites. Passes raise them; none may be left in an artifact."""
 _RAISING = ("raise-moe", "raise-shared-experts")
 _MADE_BY = {"moe.route": ("fuse-routing",)}
 """The passes that make an op of the moe dialect, where they are not those that raise blocks."""
@@ -69,6 +72,7 @@ def optimize(
         ctx, raised = run_pipeline(graph, options, left=left)
         claims = embedding.claims(graph)
     made, last = _without_refused(program, embedding, options, graph, claims, left)
+    check_left(from_exported(program) if last.refusals else made, [r.reason for r in claims.refusals])
     found = report_of(graph, _kept(claims, () if last.refusals else made.walk()), ctx, raised)
     report.graphs += 1
     report.layers += found.layers
@@ -132,12 +136,41 @@ def check_ops(program: ExportedProgram) -> None:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             op = node.target
-            if isinstance(op, torch._ops.OpOverload) and op.namespace not in OWN_NAMESPACES:
+            if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _REWRITTEN:
+                continue
+            if op.namespace not in OWN_NAMESPACES:
                 raise AotError(
                     f"the program calls {op.namespace}::{op._opname}, which torch alone does not have",
                     source=_line(node),
                     hint="an artifact runs without the code that defines it; export the model without that op",
                 )
+
+
+def check_left(graph: Graph, reasons: Sequence[str] = ()) -> None:
+    """Refuse a program in which GEMMs of a rewritten module are left: nothing in an artifact runs them.
+
+    Args:
+        graph: What the artifact is to run.
+        reasons: Why blocks have no kernel.
+
+    Raises:
+        AotError: There is one; its module is named.
+    """
+    for op in graph.walk():
+        name = "::".join(packet(op).split("."))
+        if name not in _REWRITTEN:
+            continue
+        who = f"the experts {op.loc.module or 'of a block without a name'}"
+        if name == "moec::scaled_linear":
+            raise AotError(
+                f"{who} have weights in fp8, and no kernel for this target multiplies them",
+                hint="compile for a GPU (--target cuda:sm90), or load the model with its weights dequantized",
+            )
+        why = f": {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
+        raise AotError(
+            f"{who} are left to PyTorch, and torch alone does not have {name}{why}",
+            hint="moec explain says why they are left",
+        )
 
 
 def _line(node: torch.fx.Node) -> str | None:

@@ -17,6 +17,7 @@ from moec.aot.dynamic import Ranges, shapes
 from moec.aot.errors import AotError
 from moec.ir.errors import MoecError
 from moec.random_weights import MadeUp
+from moec.readiness import prepare
 
 State = Mapping[str, Tensor | MadeUp]
 """Weights by name."""
@@ -62,7 +63,12 @@ class Source:
 
 
 def for_experts(model: nn.Module) -> nn.Module:
-    """Have a transformers model run its experts in a form that exports: batched GEMMs on indexed weights."""
+    """Have a model run its experts in a form that exports, in place.
+
+    Those that follow transformers' interface become batched GEMMs on indexed weights, which torch alone runs. Modules
+    of a class that ``moec.prepare`` rewrites get the rewritten forward; its GEMMs are there for the passes to raise.
+    """
+    prepare(model, implementation=None, regions=False)
     choose = getattr(model, "set_experts_implementation", None)
     if choose is not None:
         choose("batched_mm")

@@ -18,6 +18,7 @@ DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
     "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
     "f8e4m3fn": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2,
+    "f8e8m0fnu": torch.float8_e8m0fnu,
 }  # fmt: skip
 """Element types of tensors in a manifest."""
 NAMES = {v: k for k, v in DTYPES.items()}
