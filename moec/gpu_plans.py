@@ -62,11 +62,11 @@ def _plan(block: BlockReport, device: Device, target: str) -> tuple[list[dict[st
     for planned in schedule(spec, device, 1, MOST_TOKENS):
         told = launch_json(planned)
         if planned.launch.form == "gemm":
-            for name, tile, parts in (
-                ("up", planned.launch.up, 2 if spec.gated else 1),
-                ("down", planned.launch.down, 1),
+            for name, tile, parts, biased in (
+                ("up", planned.launch.up, 2 if spec.gated else 1, spec.up_bias),
+                ("down", planned.launch.down, 1, spec.down_bias),
             ):
-                taken = usage(device, tile, parts, spec.dtype)
+                taken = usage(device, tile, parts, spec.dtype, biased)
                 told[name] |= {"shared": taken.shared, "registers": taken.registers, "resident": taken.resident}
         made.append(told)
     return made, ""

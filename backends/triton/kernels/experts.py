@@ -91,7 +91,7 @@ def up_products(spec: Spec) -> tuple[Product, ...]:
     outputs = spec.up * (2 if spec.layout in ("concat", "interleaved") else 1)
 
     def product(name: str, weight: str, first: int = 0, wide: int = 1) -> Product:
-        return Product(name, weight, first, wide, outputs, spec.hidden, spec.up_nk)
+        return Product(name, weight, first, wide, outputs, spec.hidden, spec.up * wide, spec.up_nk)
 
     if spec.layout == "concat":
         return (product("g", "w"), product("u", "w", spec.inner))
@@ -247,7 +247,7 @@ def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
 
 def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
     """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result."""
-    product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
+    product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.out, spec.down_nk)
     read = (*row_arguments(spec, "a"), *down_arguments(spec))
     row_at = row_lines(spec, "a", "row", str(spec.inner), spec.inner)
     bias = bias_lines(spec, (product,), ("b",) if spec.down_bias else (), "[None, :]")

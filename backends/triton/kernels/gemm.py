@@ -80,6 +80,7 @@ class Product:
         first: The first output of the weight that belongs to it.
         wide: Outputs for each column of the tile, next to each other (2 where gate and up are interleaved).
         outputs, inputs: Of the weight.
+        columns: Outputs that belong to it.
         nk: Rows of the weight in memory are outputs.
     """
 
@@ -89,6 +90,7 @@ class Product:
     wide: int
     outputs: int
     inputs: int
+    columns: int
     nk: bool
 
     @property
@@ -102,10 +104,17 @@ class Product:
         return f"{self.name}_n"
 
     def places(self) -> str:
-        """Statement: the outputs of the tile. Those past the end read the first one, and are not stored."""
+        """Statement: the outputs of the tile. Those past the end read others, and are not stored.
+
+        Where outputs lie one after another they go on from the first: Triton sees that a remainder leaves neighbours
+        together, and loads them at once. After a choice it would load each with an address of its own.
+        """
         if self.wide == 1:
-            return f"{self.name}_n = column_in + {self.first}" if self.first else f"{self.name}_n = column_in"
+            column = "column_in" if self.nk else f"column % {self.columns}"
+            return f"{self.name}_n = {column} + {self.first}" if self.first else f"{self.name}_n = {column}"
         at = f"column_block * ({self.block}) + tl.arange(0, {self.block})"
+        if not self.nk:
+            return f"{self.name}_n = ({at}) % {self.outputs}"
         return f"{self.name}_n = tl.where({at} < {self.outputs}, {at}, 0)"
 
     def pointers(self) -> str:

@@ -92,7 +92,7 @@ def up_vector(spec: Spec) -> tuple[Kernel, str]:
 
 def down_vector(spec: Spec) -> tuple[Kernel, str]:
     """``down_vector``: the result of a token, or the rows of its slots where a function of whole rows follows."""
-    product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.down_nk)
+    product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.out, spec.down_nk)
     read = (*row_arguments(spec, "a"), *down_arguments(spec), _IDS)
     row = [
         "expert = id",

@@ -36,6 +36,7 @@ class Layer:
         top_k: Experts of a token.
         parts: 2 for gate and up, else 1.
         dtype: Of tokens and weights.
+        up_bias, down_bias: There are biases, which take registers.
     """
 
     hidden: int
@@ -45,13 +46,15 @@ class Layer:
     top_k: int
     parts: int = 2
     dtype: str = "bf16"
+    up_bias: bool = False
+    down_bias: bool = False
 
     @property
     def gemms(self) -> tuple[Gemm, Gemm]:
         """Up and down."""
         return (
-            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k),
-            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1),
+            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias),
+            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1, self.down_bias),
         )
 
 
@@ -112,7 +115,8 @@ class Search:
 
     def __init__(self, layer: Layer, load: Load, device: Device) -> None:
         self.gemms, self.load, self.device = layer.gemms, load, device
-        self.tables = [tiles_for(device, g.parts, g.dtype, s) for g, s in zip(self.gemms, ((1,), SPLITS), strict=True)]
+        splits = zip(self.gemms, ((1,), SPLITS), strict=True)
+        self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased) for g, s in splits]
         self.found = [times(g, load, device, t) for g, t in zip(self.gemms, self.tables, strict=True)]
 
     def choices(self, most: int | None = None) -> list[Choice]:

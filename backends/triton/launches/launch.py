@@ -13,7 +13,7 @@ from moec.backends.triton.kernels.sort import CHUNK
 from moec.backends.triton.launches.choose import Choice, Layer, Search, load_of, pick
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS
-from moec.backends.triton.launches.tiles import Launch, Tile
+from moec.backends.triton.launches.tiles import Launch
 from moec.backends.triton.launches.tuned import Timer, key_of, lookup, measure
 from moec.backends.triton.launches.usage import ITEM_BYTES, usage
 from moec.backends.triton.launches.vector_time import vector_time
@@ -56,7 +56,8 @@ class Planned:
 def layer_of(spec: Spec) -> Layer:
     """The sizes that times depend on."""
     dtype = "f8e4m3fn" if spec.fp8 else spec.dtype
-    return Layer(spec.hidden, spec.up, spec.out, spec.experts, spec.top_k, 2 if spec.gated else 1, dtype)
+    parts = 2 if spec.gated else 1
+    return Layer(spec.hidden, spec.up, spec.out, spec.experts, spec.top_k, parts, dtype, spec.up_bias, spec.down_bias)
 
 
 def rounded_up(tokens: int) -> int:
@@ -133,10 +134,9 @@ def _planned(layer: Layer, fp8: bool, stacked: bool, tokens: int, device: Device
 def _launch(layer: Layer, choice: Choice, stacked: bool, device: Device) -> Launch:
     tma = stacked and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
     up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
-    resident = (_resident(device, up, layer.parts, layer.dtype), _resident(device, down, 1, layer.dtype))
+    resident = [
+        usage(device, tile, gemm.parts, gemm.dtype, gemm.biased).resident
+        for tile, gemm in zip((up, down), layer.gemms, strict=True)
+    ]
     # Tiles of several heights are handed out one by one; programs that walk over them would not end together.
     return Launch("gemm", up, down, programs=device.units * max(resident) if up.units == 1 else 0)
-
-
-def _resident(device: Device, tile: Tile, parts: int, dtype: str) -> int:
-    return usage(device, tile, parts, dtype).resident

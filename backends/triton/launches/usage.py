@@ -50,6 +50,10 @@ _HELD, _HELD_IN_LOOPS = 0.65, 1.4
 """Of a step's operands on AMD, that are held besides: with one loop, and with one for every height of a tile."""
 _MOST_AMD = 128
 """Sums of a thread on AMD: twice as many spill, though there are registers for them."""
+_MOST_AMD_BIASED = 64
+"""The same where biases are added: with masks for what lies past the end, scalar registers run out first."""
+_BIAS_REGISTERS = 8
+"""Where biases lie, and which columns have them."""
 _MOST_FP8 = 64
 """Sums of a thread where those of each step are scaled before they are added: both are held in registers."""
 STEP_CYCLES = 40
@@ -83,7 +87,7 @@ def ahead(device: Device, tile: Tile) -> int:
     return max(1, buffers(device, tile) - in_use)
 
 
-def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
+def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False) -> Usage:
     """What a block takes, as Triton lowers it.
 
     Args:
@@ -91,12 +95,14 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         tile: Its ``group_m`` and ``split_k`` do not matter.
         parts: 2 where gate and up are multiplied at once.
         dtype: Of both operands.
+        biased: Biases are added to the sums.
     """
     item, threads = ITEM_BYTES[dtype], device.warp * tile.num_warps
     (rows, more), outputs = tile.forms()[-1], parts * tile.block_n
     instruction = device.mma_for(tile.block_m, tile.num_warps)
     step = (tile.rows + outputs) * tile.block_k * item
-    result = 0 if device.hip else rows * tile.block_n * item  # on its way out rows are made contiguous
+    # On their way out rows are made contiguous; on AMD only where biases were added.
+    result = 0 if device.hip and not biased else rows * tile.block_n * item
     shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if device.mma[0].shared else 0)
     sums = tile.rows * outputs // threads
     addresses = 2 * math.ceil(step / 16 / threads)
@@ -110,6 +116,9 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
         held = min(sums, _SLICE_REGISTERS) if parts == 1 and fit else 3 * sums // 4 + tile.block_k // 2
         held = held if fit or (parts > 1 and tile.units == 1 and not more) else 2 * held
         registers = max(held, addresses) + _BASE_REGISTERS + (_ROW_REGISTERS if more else 0)
+        if biased and parts > 1:
+            # A thread has whole rows, so a bias for each sum. Other numbers of rows lie otherwise, and need their own.
+            registers += sums // 4 + (more * outputs // threads if more != rows else 0)
     elif instruction.shared and tile.units > 1:
         # Descriptors of weights need no addresses. Rows that are stored one by one do.
         addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)
@@ -126,7 +135,7 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str) -> Usage:
             registers += int(held * (_HELD_IN_LOOPS if tile.units > 1 else _HELD))
         if tile.num_warps > 4:
             registers += _MANY_WARPS_AMD if device.hip else _MANY_WARPS
-    registers = max(32, registers)
+    registers = max(32, registers + (_BIAS_REGISTERS if biased and not columns else 0))
     resident = device.resident(shared, min(registers, device.thread_registers), tile.num_warps)
     if columns:
         resident = min(resident, device.tensor_columns // columns)
@@ -145,17 +154,17 @@ def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
     return rows, outputs
 
 
-def fits(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
+def fits(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False) -> bool:
     """Whether a block of the tile is within every limit of the hardware."""
     if dtype == "f32" and tile.rows * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
         return False
     sums = tile.rows * tile.block_n * parts / (device.warp * tile.num_warps)
-    if device.hip and sums > _MOST_AMD:
+    if device.hip and sums > (_MOST_AMD_BIASED if biased else _MOST_AMD):
         return False
     # A scale each for more columns takes registers too.
     if dtype == "f8e4m3fn" and (sums > _MOST_FP8 or tile.block_n > SCALED):
         return False
-    taken = usage(device, tile, parts, dtype)
+    taken = usage(device, tile, parts, dtype, biased)
     if taken.columns and parts * tile.block_n > _MOST_OUTPUTS:
         return False
     return (
@@ -196,7 +205,7 @@ class Tiles:
 
 
 @lru_cache(maxsize=64)
-def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = (1,)) -> Tiles:
+def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = (1,), biased: bool = False) -> Tiles:
     """Every tile that fits the device, with every number of ``splits``."""
     fitting = [
         tile
@@ -205,17 +214,17 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
         for k in (_KS if dtype != "f8e4m3fn" else _KS[-1:])  # a scale for every 128 inputs
         for warps in (4, 8)
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
-        if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype)
+        if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype, biased)
         and m * n >= 128 * warps
         and (units == 1 or (m, units) in (_AMD_UNITS if device.hip else _UNITS if device.mma[0].shared else ()))
     ]
     found = [
         replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
     ]
-    return table_of(device, found, parts, dtype)
+    return table_of(device, found, parts, dtype, biased)
 
 
-def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str) -> Tiles:
+def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str, biased: bool = False) -> Tiles:
     """The columns of some tiles."""
     shapes = [(t.block_m, t.units) for t in found]
     item = ITEM_BYTES[dtype]
@@ -224,7 +233,7 @@ def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str) -> T
         {s: np.array([i for i, own in enumerate(shapes) if own == s]) for s in dict.fromkeys(shapes)},
         np.array([t.block_n for t in found]),
         np.array([t.block_k for t in found]),
-        np.array([float(usage(device, t, parts, dtype).resident) for t in found]),
+        np.array([float(usage(device, t, parts, dtype, biased).resident) for t in found]),
         _forms(found, lambda t, rows, more: float(rows + more)),
         _forms(found, lambda t, rows, more: sum(step_cycles(device, t, parts, dtype, m) for m in (rows, more) if m)),
         _forms(found, lambda t, rows, more: float((rows + more + parts * t.block_n) * t.block_k * item)),

@@ -14,10 +14,12 @@ from moec.backends.triton.compiled.plan import calls
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launches.device import device_of
 from moec.backends.triton.launches.launch import plan_launch
+from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.launches.usage import usage
 from moec.backends.triton.module import load_module
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.parser import parse_graph
+from tests.backends.triton.real_layers import layer as checkpoint_layer
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")
 
@@ -25,6 +27,8 @@ SIZES = {
     "OLMoE": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8), "gpt-oss-20b": (2880, 2880, 32, 4),
     "Mixtral-8x7B": (4096, 14336, 8, 2), "DeepSeek-V3": (7168, 2048, 256, 8),
 }  # fmt: skip
+OWN = "gpt-oss-20b as its checkpoint lies"
+"""Gate and up interleaved, both weights transposed, biases."""
 MMA = {"cuda:sm80": "mma.sync", "cuda:sm90": "wgmma.mma_async", "cuda:sm100": "tcgen05.mma", "hip:gfx942": "v_mfma"}
 LAYER = """
 graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
@@ -51,6 +55,8 @@ NEAR = 0.35
 
 @lru_cache(maxsize=8)
 def spec(name: str) -> Spec:
+    if name == OWN:
+        return checkpoint_layer("gpt-oss-20b")
     h, i, e, k = SIZES[name]
     return read_spec(program_op(parse_graph(LAYER.format(h=h, i=i, ii=2 * i, e=e, k=k))))
 
@@ -76,8 +82,9 @@ def gemms(name: str, target: str, tokens: int) -> None:
             stages=call.stages,
             aligned=call.aligned,
         )
-        tile, parts = (launch.up, 2) if call.kernel == "up" else (launch.down, 1)
-        taken, expected = binary.resources, usage(device, tile, parts, "bf16")
+        up = call.kernel == "up"
+        tile, parts, biased = (launch.up, 2, layer.up_bias) if up else (launch.down, 1, layer.down_bias)
+        taken, expected = binary.resources, usage(device, tile, parts, "bf16", biased)
         where = (name, target, tokens, call)
         assert taken.spills == 0, where
         assert taken.shared <= device.shared_block, where
@@ -97,10 +104,28 @@ def test_the_models_tiles_use_matrix_units_and_spill_nothing(target: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", MMA)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [*SIZES, OWN])
 def test_at_the_real_layers(name: str, target: str) -> None:
     for tokens in (1, 1024, 4096, 16384):
         gemms(name, target, tokens)
+
+
+def test_transposed_weights_are_loaded_sixteen_bytes_at_a_time() -> None:
+    """Though the last tile goes past the end: 5760 outputs are no multiple of its 256."""
+    layer, device = spec(OWN), device_of("cuda:sm80")
+    tile = Tile(64, 128, 32, num_warps=8)
+    file = write_experts(layer)
+    call = next(c for c in calls(layer, Launch("gemm", tile, tile), 1024, file) if c.kernel == "up")
+    kernel = file.kernels["up"]
+    signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
+    function = load_module(file.text).up
+    assembly = compile_kernel(
+        function, signature, dict(call.constants), device, warps=call.warps, stages=call.stages, aligned=call.aligned
+    ).assembly
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*", assembly)
+    step = (64 + 2 * 128) * 32 * 2 // 16 // (8 * 32)  # copies of a thread for rows and weights
+    assert len(copies) >= 2 * step
+    assert all(" 0x10" in copy for copy in copies)
 
 
 def small() -> Spec:
