@@ -70,8 +70,9 @@ def test_it_never_ends_later_than_with_that_outside_nor_sooner_than_the_work_tak
     rng = random.Random(seed)
     layer = random_layer(rng)
     extra = beside(rng.uniform(0, 20), len(layer.sizes), whole=rng.random() < 0.5)
-    outside = auto(layer).seconds + max(extra.chunk().compute)
-    found = auto_filled(layer, ("experts", "tokens"), extra)
+    allowed = ("experts", "tokens")
+    outside = auto(layer, allowed).seconds + max(extra.chunk().compute)
+    found = auto_filled(layer, allowed, extra)
     assert found.schedule.seconds <= outside + 1e-9
     assert found.schedule.seconds <= fill(uncut(layer), extra).schedule.seconds + 1e-9
     busy = [sum(c) for c in zip(*(c.compute for c in timed(found.schedule.chunks, extra, found.places)), strict=True)]
