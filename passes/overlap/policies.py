@@ -16,6 +16,8 @@ from moec.passes.overlap.timeline import Chunk, exposed_floor, makespan
 CUTS: dict[str, type[ByExperts] | type[ByTokens]] = {"experts": ByExperts, "tokens": ByTokens}
 EVERYTHING = ("experts", "tokens", "own")
 POLICIES = ("auto", "none", "two", "tutel", "fsmoe")
+MARGIN = 0.01
+"""A layer is cut where that ends sooner by more than this part of the step: predictions are not better than that."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def uncut(layer: Layer) -> Schedule:
 
 
 def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) -> Schedule:
-    """The best schedule that the cost model knows.
+    """The best schedule that the cost model knows; the layer whole where that is no worse by :data:`MARGIN`.
 
     Args:
         layer: The layer.
@@ -99,7 +101,8 @@ def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) 
     if "own" in allowed and most > 1:
         found.append(schedule(layer, "experts", best_sizes(ByExperts(rest), own, most - 1), own_first=True))
     found += equal(layer, range(2, most + 1)) if "tokens" in allowed else []
-    return min(found, key=lambda s: (s.seconds, len(s.chunks)))
+    best = min(found, key=lambda s: (s.seconds, len(s.chunks)))
+    return best if best.seconds * (1 + MARGIN) < found[0].seconds else found[0]
 
 
 def equal(layer: Layer, degrees: Collection[int]) -> Iterator[Schedule]:
