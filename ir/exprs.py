@@ -40,7 +40,7 @@ _RELATIONS: dict[str, type[sympy.Basic]] = {
 }
 _TOKEN = re.compile(
     r"""[ \t\r\n]*+(?:
-    (?P<number>\d++(?:\.\d*+)?+(?:[eE][+-]?\d++)?+)
+    (?P<number>\d++(?:\.\d*+)?+(?:[eE][+-]?\d++)?)
     |(?P<name>[A-Za-z_][A-Za-z0-9_]*+)
     |(?P<quoted>\$"(?:[^"\\\n]|\\[^\n])*+")
     |(?P<op>\*\*|//|<=|>=|==|!=|[-+*/%()<,])
