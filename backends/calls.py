@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moec.ir.attributes import Operand
 from moec.ir.core import Op, Value
+from moec.ir.types import TensorType
 
 
 class UnsupportedError(Exception):
@@ -130,3 +131,24 @@ def emit_binary(symbol: str) -> Emit:
 def emit_same(a: list[str], kw: dict[str, str]) -> str:
     """The first argument as it is."""
     return a[0]
+
+
+def check_value(value: Value, row: TensorType, known: Collection[str], what: str) -> TensorType:
+    """The type of a value of an elementwise activation: rows, or what broadcasts along a row.
+
+    Args:
+        value: The value.
+        row: The type of the rows.
+        known: Element types that the language has.
+        what: What it is, for messages.
+
+    Raises:
+        UnsupportedError: It is of another type or shape.
+    """
+    type = value.type
+    if not isinstance(type, TensorType) or type.dtype.name not in known:
+        raise UnsupportedError(f"the activation has {what} of type {getattr(type, 'dtype', type)}")
+    width = row.shape[-1:]
+    if type.shape not in (row.shape, width, (1, *width), (), (1,)):
+        raise UnsupportedError(f"the activation has {what} of shape {list(type.shape)}")
+    return type

@@ -92,17 +92,6 @@ def expression(op: Op, names: Mapping[Value, str], where: str = "the activation"
     return _OPS[call.name](call.args, call.kwargs)
 
 
-def _check(value: Value, row: TensorType, what: str) -> TensorType:
-    """Rows, or what broadcasts along a row: a number or one value for each column."""
-    type = value.type
-    if not isinstance(type, TensorType) or type.dtype.name not in C_TYPES:
-        raise UnsupportedError(f"the activation has {what} of type {getattr(type, 'dtype', type)}")
-    width = row.shape[-1:]
-    if type.shape not in (row.shape, width, (1, *width), (), (1,)):
-        raise UnsupportedError(f"the activation has {what} of shape {list(type.shape)}")
-    return type
-
-
 def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
     """The C++ body of an elementwise region.
 
@@ -119,10 +108,10 @@ def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
     names: dict[Value, str] = {}
     lines: list[str] = []
     for arg, name in zip(region.args[:rows], ("g", "u"), strict=False):
-        _check(arg, row, "rows")
+        calls.check_value(arg, row, C_TYPES, "rows")
         names[arg] = name
     for i, arg in enumerate(region.args[rows:]):
-        type = _check(arg, row, "a captured tensor")
+        type = calls.check_value(arg, row, C_TYPES, "a captured tensor")
         c_type = C_TYPES[type.dtype.name]
         wide = bool(type.shape) and type.shape[-1] == row.shape[-1]
         at = f"(const {c_type}*)captures[{i}]"
@@ -134,11 +123,11 @@ def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
             break
         if op.name != "torch.call" or len(op.results) != 1:
             raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
-        type = _check(op.result, row, f"a result of {op.attrs['target']}")
+        type = calls.check_value(op.result, row, C_TYPES, f"a result of {op.attrs['target']}")
         names[op.result] = f"v{position}"
         lines.append(f"V v{position} = round_to<{C_TYPES[type.dtype.name]}>({expression(op, names)});")
     (result,) = region.terminator.operands
-    type = _check(result, row, "a result")
+    type = calls.check_value(result, row, C_TYPES, "a result")
     if type.dtype.name != dtype or type.shape != row.shape:
         raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
     return Activation(tuple(lines), names, names[result])

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,15 +36,22 @@ def _check(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Non
         raise OpError(f"{NAME}: {reason}")
 
 
-def _forward(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-    _check(rows, weight, scales, offsets)
-    out = rows.new_zeros((rows.shape[0], weight.shape[1]))
+def _by_expert(
+    rows: Tensor, width: int, weight: Tensor, scales: Tensor, offsets: Tensor, gemm: Callable[..., Tensor]
+) -> Tensor:
+    """``gemm`` of every expert's rows, in [R, width]; rows of no expert are 0."""
+    out = rows.new_zeros((rows.shape[0], width))
     start = 0
     for expert, stop in enumerate(offsets.tolist()):
         if stop > start:
-            out[start:stop] = scaled_gemm(rows[start:stop], weight[expert], scales[expert])
+            out[start:stop] = gemm(rows[start:stop], weight[expert], scales[expert])
         start = max(start, stop)
     return out
+
+
+def _forward(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    _check(rows, weight, scales, offsets)
+    return _by_expert(rows, weight.shape[1], weight, scales, offsets, scaled_gemm)
 
 
 def _forward_fake(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
@@ -52,13 +60,7 @@ def _forward_fake(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor)
 
 
 def _backward(grad: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-    out = grad.new_zeros((grad.shape[0], weight.shape[2]))
-    start = 0
-    for expert, stop in enumerate(offsets.tolist()):
-        if stop > start:
-            out[start:stop] = scaled_gradient(grad[start:stop], weight[expert], scales[expert])
-        start = max(start, stop)
-    return out
+    return _by_expert(grad, weight.shape[2], weight, scales, offsets, scaled_gradient)
 
 
 def _backward_fake(grad: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:

@@ -174,17 +174,6 @@ def helpers_in(text: str, interpreted: bool = False) -> list[str]:
     return [known[name] for name in known if re.search(rf"\b{name}\(", text)]
 
 
-def _check(value: Value, row: TensorType, what: str) -> TensorType:
-    """Rows, or what broadcasts along a row: a number or one value for each column."""
-    type = value.type
-    if not isinstance(type, TensorType) or type.dtype.name not in TL_TYPES:
-        raise UnsupportedError(f"the activation has {what} of type {getattr(type, 'dtype', type)}")
-    width = row.shape[-1:]
-    if type.shape not in (row.shape, width, (1, *width), (), (1,)):
-        raise UnsupportedError(f"the activation has {what} of shape {list(type.shape)}")
-    return type
-
-
 def compile_elementwise(region: Graph, rows: int, dtype: str) -> Elementwise:
     """The Triton statements of an elementwise region.
 
@@ -202,10 +191,10 @@ def compile_elementwise(region: Graph, rows: int, dtype: str) -> Elementwise:
     lines: list[str] = []
     captures: list[tuple[str, bool]] = []
     for arg, name in zip(region.args[:rows], ("g", "u"), strict=False):
-        _check(arg, row, "rows")
+        calls.check_value(arg, row, TL_TYPES, "rows")
         names[arg] = name
     for i, arg in enumerate(region.args[rows:]):
-        type = _check(arg, row, "a captured tensor")
+        type = calls.check_value(arg, row, TL_TYPES, "a captured tensor")
         captures.append((type.dtype.name, bool(type.shape) and type.shape[-1] == row.shape[-1]))
         names[arg] = f"c{i}"
     for position, op in enumerate(region.ops):
@@ -213,11 +202,11 @@ def compile_elementwise(region: Graph, rows: int, dtype: str) -> Elementwise:
             break
         if op.name != "torch.call" or len(op.results) != 1:
             raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
-        type = _check(op.result, row, f"a result of {op.attrs['target']}")
+        type = calls.check_value(op.result, row, TL_TYPES, f"a result of {op.attrs['target']}")
         names[op.result] = f"v{position}"
         lines.append(f"v{position} = {rounded(expression(op, names, 'the activation'), type.dtype.name)}")
     (result,) = region.terminator.operands
-    type = _check(result, row, "a result")
+    type = calls.check_value(result, row, TL_TYPES, "a result")
     if type.dtype.name != dtype or type.shape != row.shape:
         raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
     return Elementwise(tuple(lines), names[result], tuple(captures))
