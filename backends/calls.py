@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moec.ir.attributes import Operand
 from moec.ir.core import Op, Value
-from moec.ir.types import TensorType
 
 
 class UnsupportedError(Exception):
@@ -44,62 +43,6 @@ _POWERS = {2: "pow2", 3: "pow3", 0.5: "sqrt", -0.5: "rsqrt"}
 _SHARED_BY_OVERLOADS = {"default", "Tensor", "Scalar", "dtype", "self", "other", "Tensor_Scalar"}
 
 
-def read_call(
-    op: Op, names: Mapping[Value, str], where: str, known: Mapping[str, Emit], number: Callable[[float], str]
-) -> Call:
-    """The op's name and arguments.
-
-    Args:
-        op: An op of a region.
-        names: What each value is called.
-        where: What the op is part of, for messages.
-        known: The ops that the language has a form for.
-        number: A number in the language.
-
-    Raises:
-        UnsupportedError: It is not among ``known``, or has arguments without a form.
-    """
-    target = str(op.attrs.get("target", op.name))
-    namespace, _, rest = target.partition(".")
-    name, _, overload = rest.partition(".")
-
-    def text(value: Any) -> str:
-        if isinstance(value, Operand):
-            return names[op.operands[value.index]]
-        if value is None:
-            return ""
-        if isinstance(value, (bool, int, float)):
-            return number(value)
-        raise UnsupportedError(f"{where} calls {target} with {value!r}")
-
-    def source(value: Any) -> Value | None:
-        return op.operands[value.index] if isinstance(value, Operand) else None
-
-    args: Sequence[Any] = op.attrs.get("args", ())
-    kwargs: dict[str, Any] = dict(op.attrs.get("kwargs", {}))
-    readable = namespace in ("aten", "prims") and overload in _SHARED_BY_OVERLOADS and not op.regions
-    if name == "gelu":
-        name = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else name
-    if name == "pow" and len(args) == 2 and args[1] in _POWERS:
-        name, args = _POWERS[args[1]], args[:1]
-    if not readable or name not in known:
-        raise UnsupportedError(f"{where} calls {target}")
-    if name in FIRST_ALONE:
-        args, kwargs = args[:1], {}
-    if kwargs.keys() - {"alpha", "min", "max"}:
-        raise UnsupportedError(f"{where} calls {target} with {', '.join(kwargs)}")
-    if name == "hardtanh" and len(args) + len(kwargs) < 3:
-        args = (*args, -1.0, 1.0)[:3] if len(args) == 1 else (*args, 1.0)
-    return Call(
-        target,
-        name,
-        [text(a) for a in args],
-        [source(a) for a in args],
-        {k: text(v) for k, v in kwargs.items() if v is not None},
-        [v for v in map(source, kwargs.values()) if v is not None],
-    )
-
-
 def emit_alpha(symbol: str) -> Emit:
     """``a + b * alpha``, as ``aten.add`` and ``aten.sub`` have it."""
 
@@ -133,22 +76,80 @@ def emit_same(a: list[str], kw: dict[str, str]) -> str:
     return a[0]
 
 
-def check_value(value: Value, row: TensorType, known: Collection[str], what: str) -> TensorType:
-    """The type of a value of an elementwise activation: rows, or what broadcasts along a row.
+@dataclass(frozen=True)
+class Language:
+    """What a backend writes elementwise ops in.
 
-    Args:
-        value: The value.
-        row: The type of the rows.
-        known: Element types that the language has.
-        what: What it is, for messages.
-
-    Raises:
-        UnsupportedError: It is of another type or shape.
+    Attributes:
+        types: Element types that its kernels read and write, and their names.
+        ops: An expression for every op that a region may call.
+        number: A number.
+        most_arguments: Ops whose further arguments must have their defaults, and how many they are written with.
     """
-    type = value.type
-    if not isinstance(type, TensorType) or type.dtype.name not in known:
-        raise UnsupportedError(f"the activation has {what} of type {getattr(type, 'dtype', type)}")
-    width = row.shape[-1:]
-    if type.shape not in (row.shape, width, (1, *width), (), (1,)):
-        raise UnsupportedError(f"the activation has {what} of shape {list(type.shape)}")
-    return type
+
+    types: Mapping[str, str]
+    ops: Mapping[str, Emit]
+    number: Callable[[float], str]
+    most_arguments: Mapping[str, int] = field(default_factory=dict)
+
+    def spell(self, name: str, *args: str) -> str:
+        """The expression of the op called ``name``."""
+        return self.ops[name](list(args), {})
+
+    def expression(self, op: Op, names: Mapping[Value, str], where: str) -> str:
+        """The expression of an elementwise op; see :meth:`read_call`."""
+        call = self.read_call(op, names, where)
+        return self.ops[call.name](call.args, call.kwargs)
+
+    def read_call(self, op: Op, names: Mapping[Value, str], where: str) -> Call:
+        """The op's name and arguments.
+
+        Args:
+            op: An op of a region.
+            names: What each value is called.
+            where: What the op is part of, for messages.
+
+        Raises:
+            UnsupportedError: The language has no form for it, or for its arguments.
+        """
+        target = str(op.attrs.get("target", op.name))
+        namespace, _, rest = target.partition(".")
+        name, _, overload = rest.partition(".")
+
+        def text(value: Any) -> str:
+            if isinstance(value, Operand):
+                return names[op.operands[value.index]]
+            if value is None:
+                return ""
+            if isinstance(value, (bool, int, float)):
+                return self.number(value)
+            raise UnsupportedError(f"{where} calls {target} with {value!r}")
+
+        def source(value: Any) -> Value | None:
+            return op.operands[value.index] if isinstance(value, Operand) else None
+
+        args: Sequence[Any] = op.attrs.get("args", ())
+        kwargs: dict[str, Any] = dict(op.attrs.get("kwargs", {}))
+        readable = namespace in ("aten", "prims") and overload in _SHARED_BY_OVERLOADS and not op.regions
+        if name == "gelu":
+            name = "gelu_tanh" if kwargs.pop("approximate", "none") == "tanh" else name
+        if name == "pow" and len(args) == 2 and args[1] in _POWERS:
+            name, args = _POWERS[args[1]], args[:1]
+        if not readable or name not in self.ops:
+            raise UnsupportedError(f"{where} calls {target}")
+        if name in FIRST_ALONE:
+            args, kwargs = args[:1], {}
+        if kwargs.keys() - {"alpha", "min", "max"}:
+            raise UnsupportedError(f"{where} calls {target} with {', '.join(kwargs)}")
+        if name == "hardtanh" and len(args) + len(kwargs) < 3:
+            args = (*args, -1.0, 1.0)[:3] if len(args) == 1 else (*args, 1.0)
+        if len(args) > self.most_arguments.get(name, len(args)):
+            raise UnsupportedError(f"{where} calls {target} with other arguments than its defaults")
+        return Call(
+            target,
+            name,
+            [text(a) for a in args],
+            [source(a) for a in args],
+            {k: text(v) for k, v in kwargs.items() if v is not None},
+            [v for v in map(source, kwargs.values()) if v is not None],
+        )

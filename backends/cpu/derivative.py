@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 from moec.backends.calls import Call, UnsupportedError
-from moec.backends.cpu.expression import Activation, compile_activation, number, read_call
+from moec.backends.cpu.expression import CPP, Activation, compile_activation, number
 from moec.ir.core import Graph, Value
 
 Rule = Callable[[list[str], dict[str, str], str, str], list[str]]
@@ -148,7 +148,7 @@ def compile_derivative(region: Graph, rows: int, dtype: str) -> str:
             continue
         grad = f"d_{names[op.result]}"
         lines.append(f"V {grad} = {' + '.join(f'({s})' for s in shares[op.result])};")
-        for value, text in partials(read_call(op, names), names[op.result], grad, moving):
+        for value, text in partials(CPP.read_call(op, names, "the activation"), names[op.result], grad, moving):
             shares.setdefault(value, []).append(text)
     for arg, name in zip(region.args[:rows], ("dg", "du"), strict=False):
         lines.append(f"{name} = {' + '.join(f'({s})' for s in shares.get(arg, ['zero()']))};")

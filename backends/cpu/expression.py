@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moec.backends import calls
 from moec.backends.calls import (
     FIRST_ALONE,
-    Call,
     Emit,
-    UnsupportedError,
+    Language,
     emit_alpha,
     emit_binary,
     emit_clamp,
@@ -22,8 +20,8 @@ from moec.backends.calls import (
     emit_same,
 )
 from moec.backends.cpu.cpp import C_TYPES, real
-from moec.ir.core import Graph, Op, Value
-from moec.ir.types import TensorType
+from moec.backends.elementwise import read_elementwise
+from moec.ir.core import Graph, Value
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Activation:
 
 
 _FUNCTIONS = ("silu", "relu", "sigmoid", "tanh", "exp", "erf", "gelu", "gelu_tanh")
-_OPS: dict[str, Emit] = {
+OPS: dict[str, Emit] = {
     **{name: emit_function(name) for name in _FUNCTIONS},
     "neg": emit_function("negate"),
     "abs": emit_function("absolute"),
@@ -70,6 +68,7 @@ _OPS: dict[str, Emit] = {
     "hardtanh": emit_clamp,
     **dict.fromkeys(FIRST_ALONE, emit_same),
 }
+"""An expression of vectors for every op that a region may call."""
 
 
 def number(value: float) -> str:
@@ -77,19 +76,8 @@ def number(value: float) -> str:
     return f"set1({real(value)})"
 
 
-def read_call(op: Op, names: Mapping[Value, str], where: str = "the activation") -> Call:
-    """The op's name and arguments in C++. ``where`` says in messages what the op is part of.
-
-    Raises:
-        UnsupportedError: It has no vector form.
-    """
-    return calls.read_call(op, names, where, _OPS, number)
-
-
-def expression(op: Op, names: Mapping[Value, str], where: str = "the activation") -> str:
-    """The C++ expression of an elementwise op; see :func:`read_call`."""
-    call = read_call(op, names, where)
-    return _OPS[call.name](call.args, call.kwargs)
+CPP = Language(C_TYPES, OPS, number)
+"""How generated C++ writes elementwise ops: as expressions of vectors."""
 
 
 def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
@@ -103,31 +91,10 @@ def compile_activation(region: Graph, rows: int, dtype: str) -> Activation:
     Raises:
         UnsupportedError: Something in it is not elementwise or has no vector form.
     """
-    row = region.args[0].type
-    assert isinstance(row, TensorType)
-    names: dict[Value, str] = {}
+    read = read_elementwise(region, rows, dtype, CPP)
     lines: list[str] = []
-    for arg, name in zip(region.args[:rows], ("g", "u"), strict=False):
-        calls.check_value(arg, row, C_TYPES, "rows")
-        names[arg] = name
-    for i, arg in enumerate(region.args[rows:]):
-        type = calls.check_value(arg, row, C_TYPES, "a captured tensor")
-        c_type = C_TYPES[type.dtype.name]
-        wide = bool(type.shape) and type.shape[-1] == row.shape[-1]
-        at = f"(const {c_type}*)captures[{i}]"
-        read = f"load_n({at} + i, n)" if wide else f"broadcast({at})"
-        names[arg] = f"c{i}"
-        lines.append(f"V c{i} = {read};")
-    for position, op in enumerate(region.ops):
-        if op is region.terminator:
-            break
-        if op.name != "torch.call" or len(op.results) != 1:
-            raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
-        type = calls.check_value(op.result, row, C_TYPES, f"a result of {op.attrs['target']}")
-        names[op.result] = f"v{position}"
-        lines.append(f"V v{position} = round_to<{C_TYPES[type.dtype.name]}>({expression(op, names)});")
-    (result,) = region.terminator.operands
-    type = calls.check_value(result, row, C_TYPES, "a result")
-    if type.dtype.name != dtype or type.shape != row.shape:
-        raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
-    return Activation(tuple(lines), names, names[result])
+    for i, (kind, wide) in enumerate(read.captures):
+        at = f"(const {C_TYPES[kind]}*)captures[{i}]"
+        lines.append(f"V c{i} = {f'load_n({at} + i, n)' if wide else f'broadcast({at})'};")
+    lines += [f"V {s.name} = round_to<{C_TYPES[s.dtype]}>({s.text});" for s in read.statements]
+    return Activation(tuple(lines), read.names, read.result)

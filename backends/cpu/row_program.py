@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moec.backends.cpu.cpp import C_TYPES
+from moec.backends.cpu.expression import CPP
+
 LANES = 16
 """Of the widest vector. Rows in working memory are padded to it, so that loops need no tail."""
 
@@ -56,40 +59,49 @@ class Loop:
 
 
 class RowProgram:
-    """Builds the C++ function of a row.
+    """Builds the C++ function of a row (a :class:`moec.backends.rows.RowProgram`)."""
 
-    Args:
-        width: Columns of the row it is given, as floats at ``h``.
-    """
+    language = CPP
+    widest: int | None = None
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         self._count = 0
         self._loops: dict[tuple[int, int], Loop] = {}
         self._between: dict[int, list[str]] = {}
         self._floats = 0
-        self.input = Node("v0", width, 0, True, load="load(h + i)", memory="h")
+        self._takes = 0
 
     @property
     def floats(self) -> int:
         """Floats of working memory, at ``room``."""
         return self._floats
 
-    def capture(self, index: int, c_type: str, width: int | None) -> Node:
+    @property
+    def takes(self) -> int:
+        """Columns of the row it is given."""
+        return self._takes
+
+    def given(self, width: int) -> Node:
+        """The row, as floats at ``h``."""
+        self._takes = width
+        return Node("v0", width, 0, True, load="load(h + i)", memory="h")
+
+    def capture(self, index: int, dtype: str, width: int | None) -> Node:
         """Captured tensor ``index``: an element for every column, or one number."""
-        at = f"(const {c_type}*)captures[{index}]"
+        at = f"(const {C_TYPES[dtype]}*)captures[{index}]"
         if width is None:
             node = Node(self._name("s"), None, 0, False)
             self._after(0, f"const V {node.name} = broadcast({at});")
             return node
         return Node(self._name("v"), width, 0, False, load=f"load_to<{width}>({at}, i)")
 
-    def each(self, text: str, operands: Sequence[Node], c_type: str = "float") -> Node:
-        """An expression of vectors, ``text`` with the operands' names in it, rounded to ``c_type``."""
+    def each(self, text: str, operands: Sequence[Node], dtype: str = "f32") -> Node:
+        """An expression of vectors, ``text`` with the operands' names in it, rounded to ``dtype``."""
         stage = max((o.stage for o in operands), default=0)
         moving = any(o.moving for o in operands)
         width = next((o.width for o in operands if o.width is not None), None)
-        if c_type != "float":
-            text = f"round_to<{c_type}>({text})"
+        if dtype != "f32":
+            text = f"round_to<{C_TYPES[dtype]}>({text})"
         if width is None:
             node = Node(self._name("s"), None, stage, moving)
             self._after(stage, f"const V {node.name} = {text};")
@@ -109,6 +121,11 @@ class RowProgram:
     def largest(self, node: Node) -> Node:
         """The largest element of a row; NaN where there is one."""
         return self._fold(node, "set1(LOWEST)", "{0} = maximum({0}, or_lowest({1}, {2} - i));", "largest_lane({0})")
+
+    def smallest(self, node: Node) -> Node:
+        """The smallest element of a row; NaN where there is one."""
+        most = self.largest(self.each(CPP.spell("neg", node.name), [node]))
+        return self.each(CPP.spell("neg", most.name), [most])
 
     def piece(self, node: Node, start: int, width: int, step: int = 1) -> Node:
         """Columns ``start``, ``start + step``, ...: ``width`` of them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.cpp import C_TYPES, boolean
 from moec.backends.cpu.expression import compile_activation
-from moec.backends.cpu.row_ops import RowFunction, compile_rows
+from moec.backends.cpu.row_function import RowFunction, compile_rows
 from moec.backends.cpu.row_program import padded
 from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def

@@ -7,23 +7,21 @@ op, so that a result differs from the reference's by no more than the elementary
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moec.backends import calls
 from moec.backends.calls import (
     FIRST_ALONE,
     Emit,
-    UnsupportedError,
+    Language,
     emit_alpha,
     emit_binary,
     emit_clamp,
     emit_function,
     emit_same,
 )
+from moec.backends.elementwise import read_elementwise
 from moec.backends.triton.kernels.dtypes import TL_TYPES, number, rounded
-from moec.ir.core import Graph, Op, Value
-from moec.ir.types import TensorType
+from moec.ir.core import Graph
 
 HELPERS = {
     "sigmoid": """\
@@ -152,20 +150,8 @@ OPS: dict[str, Emit] = {
     **dict.fromkeys(FIRST_ALONE, emit_same),
 }
 """An expression for every op that a region may call."""
-_FEWER_ARGUMENTS = {"elu": 1, "softplus": 1}
-"""Ops whose other arguments must have their defaults."""
-
-
-def expression(op: Op, names: Mapping[Value, str], where: str) -> str:
-    """The Triton expression of an elementwise op, in f32.
-
-    Raises:
-        UnsupportedError: It has no form.
-    """
-    call = calls.read_call(op, names, where, OPS, number)
-    if len(call.args) > _FEWER_ARGUMENTS.get(call.name, len(call.args)):
-        raise UnsupportedError(f"{where} calls {call.target} with other arguments than its defaults")
-    return OPS[call.name](call.args, call.kwargs)
+TRITON = Language(TL_TYPES, OPS, number, {"elu": 1, "softplus": 1})
+"""How kernels write elementwise ops: as expressions of tensors in f32."""
 
 
 def helpers_in(text: str, interpreted: bool = False) -> list[str]:
@@ -185,28 +171,6 @@ def compile_elementwise(region: Graph, rows: int, dtype: str) -> Elementwise:
     Raises:
         UnsupportedError: Something in it is not elementwise or has no form in Triton.
     """
-    row = region.args[0].type
-    assert isinstance(row, TensorType)
-    names: dict[Value, str] = {}
-    lines: list[str] = []
-    captures: list[tuple[str, bool]] = []
-    for arg, name in zip(region.args[:rows], ("g", "u"), strict=False):
-        calls.check_value(arg, row, TL_TYPES, "rows")
-        names[arg] = name
-    for i, arg in enumerate(region.args[rows:]):
-        type = calls.check_value(arg, row, TL_TYPES, "a captured tensor")
-        captures.append((type.dtype.name, bool(type.shape) and type.shape[-1] == row.shape[-1]))
-        names[arg] = f"c{i}"
-    for position, op in enumerate(region.ops):
-        if op is region.terminator:
-            break
-        if op.name != "torch.call" or len(op.results) != 1:
-            raise UnsupportedError(f"the activation holds {op.attrs.get('target', op.name)}")
-        type = calls.check_value(op.result, row, TL_TYPES, f"a result of {op.attrs['target']}")
-        names[op.result] = f"v{position}"
-        lines.append(f"v{position} = {rounded(expression(op, names, 'the activation'), type.dtype.name)}")
-    (result,) = region.terminator.operands
-    type = calls.check_value(result, row, TL_TYPES, "a result")
-    if type.dtype.name != dtype or type.shape != row.shape:
-        raise UnsupportedError(f"the activation gives {type.dtype}{list(type.shape)}, the down GEMM takes {dtype}")
-    return Elementwise(tuple(lines), names[result], tuple(captures))
+    read = read_elementwise(region, rows, dtype, TRITON)
+    lines = (f"{s.name} = {rounded(s.text, s.dtype)}" for s in read.statements)
+    return Elementwise(tuple(lines), read.result, read.captures)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.backends.calls import UnsupportedError
 from moec.backends.cpu.derivative import RULES, compile_derivative
-from moec.backends.cpu.expression import _OPS
+from moec.backends.cpu.expression import OPS
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 from tests.backends.cases import call, close
@@ -118,7 +118,7 @@ def check(make: Make, function: Callable[[Tensor, Tensor], Tensor], g: Tensor, u
 
 
 def test_every_supported_op_has_a_tested_rule() -> None:
-    assert set(RULES) == set(_OPS) == set(RULE_CASES)
+    assert set(RULES) == set(OPS) == set(RULE_CASES)
 
 
 @pytest.mark.parametrize("name", sorted(RULE_CASES))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.backends.calls import UnsupportedError
-from moec.backends.cpu.row_ops import compile_rows
+from moec.backends.cpu.row_function import compile_rows
 from moec.backends.reference import run_graph
 from moec.ir.attributes import Operand
 from moec.ir.core import Graph, Op, Value
@@ -208,7 +208,7 @@ def test_what_is_no_function_of_a_row_is_refused() -> None:
         lambda g, h: call(g, "div.Tensor", h, call(g, "linalg_vector_norm.default", h, 1, [-1], True, width=columns(1)))
     )
     assert "f64" in rejected(lambda g, h: cast(g, h, "f64"))
-    assert "one column" in rejected(lambda g, h: call(g, "slice.Tensor", h, 1, 0, 1, width=columns(1)))
+    assert "1 column" in rejected(lambda g, h: call(g, "slice.Tensor", h, 1, 0, 1, width=columns(1)))
 
 
 def test_widths_that_do_not_meet_are_refused() -> None:
