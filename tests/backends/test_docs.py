@@ -49,12 +49,13 @@ def run_pytest(folder: Path, installed: Path, arguments: list[str]) -> str:
 def test_the_page_runs(tmp_path: Path) -> None:
     files = shown_files()
     assert set(files) == {
-        "moec_dense.py", "pyproject.toml", "test_moec_dense.py", "moec_renormalize.py", "test_moec_renormalize.py",
+        "moec_dense.py", "pyproject.toml", "test_moec_dense.py", "test_moec_language.py", "moec_renormalize.py",
+        "test_moec_renormalize.py",
     }  # fmt: skip
     assert "py-modules" in files["pyproject.toml"]
     install(files, tmp_path)
-    found = ["test_moec_dense.py", "test_moec_renormalize.py"]
-    assert "8 passed" in run_pytest(tmp_path, tmp_path, found)
+    found = ["test_moec_dense.py", "test_moec_language.py", "test_moec_renormalize.py"]
+    assert "10 passed" in run_pytest(tmp_path, tmp_path, found)
     every = [str(ROOT / "tests/backends/test_every_backend.py"), "-k", "dense and (bits or status)"]
     assert " passed" in run_pytest(ROOT, tmp_path, every)
 
