@@ -18,6 +18,7 @@ import torch
 from moec.simulate import Topology, load_topology
 from published_fsmoe import gain as fsmoe_gain
 from published_layers import hidden, layer, pipelining_gain, slower_in_chunks, training_step
+from published_overlap import pair, throughput, trained_gain, trained_seconds, two_batch_gain
 from published_parts import even, gathered, in_chunks, product_seconds, rows, scattered
 
 HERE = Path(__file__).resolve().parent
@@ -25,11 +26,14 @@ PAGE = HERE.parent / "docs" / "simulator.md"
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 
 
-SCALE = {"us": 1e6, "ms": 1e3}
+SCALE = {"us": 1e6, "ms": 1e3, "s": 1.0}
 RATIOS: dict[str, Callable[[Topology, dict[str, Any]], float]] = {
     "hidden": hidden,
     "pipelining_gain": pipelining_gain,
     "slower_in_chunks": slower_in_chunks,
+    "two_batch_gain": two_batch_gain,
+    "throughput": throughput,
+    "trained_gain": trained_gain,
 }
 SECONDS: dict[str, Callable[[Topology, dict[str, Any]], float]] = {
     "even": even,
@@ -39,6 +43,8 @@ SECONDS: dict[str, Callable[[Topology, dict[str, Any]], float]] = {
     "scattered_product": lambda t, p: in_chunks(t, p, "product"),
     "layer": layer,
     "training_step": training_step,
+    "trained": lambda t, p: trained_seconds(t, p, bool(p.get("overlapped"))),
+    "pair": pair,
 }
 """Kinds of rows, and who predicts them."""
 

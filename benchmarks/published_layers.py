@@ -17,7 +17,7 @@ from moec.simulate.collectives import all_to_all
 from moec.simulate.planning import MachineCosts
 from moec.simulate.steps import Collective, Compute, Start, Step, Wait
 from moec.targets import Target
-from published_parts import alone, met, one_start, product_seconds, routed
+from published_parts import alone, messages, met, one_start, product_seconds, routed
 
 IN_ONE_KERNEL = 8
 """Parts in which one kernel takes its rows. More change little: their first and last are what is exposed."""
@@ -47,7 +47,7 @@ def run_layer(topology: Topology, p: dict[str, Any], there: Any, back: Any, chun
     ranks = len(there)
     collectives = []
     for name, table in (("there", there), ("back", back)):
-        flows = tuple(all_to_all(range(ranks), (table / chunks).tolist()))
+        flows = tuple(messages(table / chunks, bool(p.get("own"))))
         collectives += [Collective(name, "ep", tuple(range(ranks)), flows)] * chunks
     beside = topology.device.beside_collective
     if p.get("fused"):

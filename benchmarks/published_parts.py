@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moec.cost.curve import EFFICIENCY, TILE
+from moec.cost.products import EFFICIENCY, TILE, Product
+from moec.cost.products import product_seconds as seconds_of
 from moec.ir.parallel_semantics import chunk_sizes, owners
 from moec.simulate import Routing, Topology, simulate
 from moec.simulate.collectives import all_gather, all_to_all, reduce_scatter
@@ -32,7 +33,7 @@ def alone(topology: Topology, ranks: int, flows: Sequence[Flow]) -> float:
 
 
 def product_seconds(topology: Topology, p: dict[str, Any], rows: float, target: Target | None = None) -> float:
-    """Of one GEMM of ``rows`` rows dealt out to ``groups`` experts: whole tiles of rows, or the bytes.
+    """Of one GEMM of ``rows`` rows dealt out to ``groups`` experts.
 
     Args:
         topology: Its device's launch time counts.
@@ -41,15 +42,13 @@ def product_seconds(topology: Topology, p: dict[str, Any], rows: float, target: 
         rows: In all.
         target: What is left of the device; all of it by default.
     """
-    target = target or topology.device.target
-    tile, item = TILE[target.kind], p.get("item", 2)
-    each = -(-rows / p["groups"] // tile) * tile
+    target, item = target or topology.device.target, p.get("item", 2)
     left = target.flops_per_s("bf16") / topology.device.target.flops_per_s("bf16")
     rate = p["flops"] * left if "flops" in p else target.flops_per_s(p.get("dtype", "bf16"))
-    compute = 2 * each * p["groups"] * p["outputs"] * p["inputs"] / (rate * EFFICIENCY)
-    weights = p["groups"] * p["inputs"] * p["outputs"] * p.get("weight_item", item)
-    bytes = rows * (p["inputs"] * item + p["outputs"] * max(2, item)) + weights
-    return topology.device.launch_s + max(compute, bytes / target.memory_bandwidth)
+    sizes = Product(
+        rows / p["groups"], p["inputs"], p["outputs"], p["groups"], item, p.get("weight_item", item), max(2, item)
+    )
+    return topology.device.launch_s + seconds_of(sizes, target, rate)
 
 
 def looped_product_seconds(topology: Topology, p: dict[str, Any]) -> float:
@@ -65,6 +64,12 @@ def looped_product_seconds(topology: Topology, p: dict[str, Any]) -> float:
     return p["groups"] * (2 * topology.device.launch_s + product) + scaled
 
 
+def messages(table: Any, own: bool = False) -> list[Flow]:
+    """An all-to-all of float[N, N] bytes; with ``own`` rows that stay on their rank move as others do."""
+    found = all_to_all(range(len(table)), table.tolist())
+    return found + [Flow(r, r, float(table[r, r])) for r in range(len(table)) if own and table[r, r]]
+
+
 def met(chosen: Any, ranks: int) -> Any:
     """bool[T, N]: whether a token has a choice on a rank."""
     on = np.zeros((len(chosen), ranks), dtype=bool)
@@ -73,10 +78,10 @@ def met(chosen: Any, ranks: int) -> Any:
 
 
 def routed(p: dict[str, Any]) -> list[Any]:
-    """The rank of every choice of every rank's tokens, uniformly drawn."""
-    nodes, top_groups = p["ranks"] // 8, p.get("top_groups", 0)
+    """The rank of every choice of every rank's tokens, uniformly drawn, of ``top_groups`` of ``groups``, one a node."""
+    count, top_groups = p.get("groups", p["ranks"] // 8), p.get("top_groups", 0)
     sizes = chunk_sizes(p["experts"], p["ranks"])
-    groups = {"groups": nodes, "top_groups": top_groups} if top_groups and top_groups < nodes else {}
+    groups = {"groups": count, "top_groups": top_groups} if top_groups and top_groups < count else {}
     routing = Routing("drawn")
     ids = [routing.ids(r, p["tokens"], p["top_k"], p["experts"], **groups) for r in range(p["ranks"])]
     return [owners(chosen, sizes).numpy() for chosen in ids]
@@ -86,7 +91,8 @@ def rows(topology: Topology, p: dict[str, Any]) -> tuple[float, float]:
     """Token rows to their experts: seconds, and the bytes that are counted for a bandwidth.
 
     ``send`` is ``slots`` (a row a choice), ``ranks`` (a row for every rank that a token has choices on) or ``nodes``
-    (a row to every node, whose ranks hand it on: both at once, in small pieces).
+    (a row to every node, whose ranks hand it on: both at once, in small pieces). With ``own`` the kernel moves rows
+    that stay on their rank as it moves the others.
     """
     ranks, row = p["ranks"], p["row"]
     home = routed(p)
@@ -97,7 +103,7 @@ def rows(topology: Topology, p: dict[str, Any]) -> tuple[float, float]:
                 np.bincount(chosen.ravel(), minlength=ranks) if p["send"] == "slots" else met(chosen, ranks).sum(0)
             )
             table[r] = rows_to * row
-        return alone(topology, ranks, all_to_all(range(ranks), table.tolist())), float(table.sum(1).max())
+        return alone(topology, ranks, messages(table, bool(p.get("own")))), float(table.sum(1).max())
     each, nodes = topology.per_node, ranks // topology.per_node
     between: dict[tuple[int, int], float] = {}
     inside: dict[tuple[int, int], float] = {}
@@ -112,7 +118,7 @@ def rows(topology: Topology, p: dict[str, Any]) -> tuple[float, float]:
                 between[r, relay] = float(copies[node])
             for place, size in enumerate((by_node[:, node].sum(0) * float(row)).tolist()):
                 to = node * each + place
-                if to != relay:
+                if to != relay or p.get("own"):
                     inside[relay, to] = inside.get((relay, to), 0.0) + size
     flows = [Flow(s, d, b) for pairs in (between, inside) for (s, d), b in pairs.items()]
     return alone(topology, ranks, flows), counted

@@ -7,7 +7,6 @@ GEMMs 35 % slower (pytorch/torchtitan#3434).
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +14,11 @@ from itertools import pairwise
 
 from moec.cost.layer import LayerShape, predict
 from moec.cost.machine import ROWS, MachineProfile
+from moec.cost.products import EFFICIENCY, TILE, whole_rows, written_seconds
 from moec.targets import Target
 
-EFFICIENCY = 0.7
-"""Part of a vendor's peak that whole tiles of a grouped GEMM reach, where nothing was measured."""
 LAUNCH_S = 10e-6
 """Start of the kernels of one call on a device, where nothing was measured."""
-TILE = {"cuda": 128, "ascend": 128, "cpu": 16}
-"""Rows that a kernel of this kind of target computes together; fewer cost as much."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,15 @@ def measured_curve(shape: LayerShape, machine: MachineProfile, threads: int, isa
 
 
 def assumed_curve(shape: LayerShape, target: Target) -> LayerCurve:
-    """The curve of a layer on a target that nobody measured: the larger of reading weights and whole tiles of rows."""
+    """The curve of a layer on a target that nobody measured: reading weights, or whole tiles of rows and their results.
+
+    The up GEMM writes what the activation leaves of it, ``inner`` elements a row, in no less than 16 bits.
+    """
     tile = TILE[target.kind]
     reading = shape.elements * shape.item / target.memory_bandwidth
     row = 2 * shape.elements / (target.flops_per_s(shape.dtype) * EFFICIENCY)
+    written = written_seconds((shape.inner + shape.width) * max(2, shape.item), target)
     most = 64 * tile
     rows = sorted({1, *(n * tile + more for n in (*range(9), 12, 16, 24, 32, 48, 64) for more in (0, 1))} - {0})
-    points = [(float(r), max(reading, math.ceil(r / tile) * tile * row)) for r in rows if r <= most]
+    points = [(float(r), max(reading, whole_rows(r, target) * row + r * written)) for r in rows if r <= most]
     return LayerCurve(LAUNCH_S, tuple(points))

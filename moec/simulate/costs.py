@@ -1,8 +1,9 @@
 """How long an op keeps a rank's compute stream busy.
 
 Experts take what the layer's curve of rows says (:mod:`moec.cost.curve`). A product of matrices takes the longer of its
-multiply-adds and its bytes. Anything else takes its bytes, read and written once; views take nothing. Beside a
-collective an op has fewer units for its arithmetic, and the same memory.
+multiply-adds and its bytes, and so does the core of attention (:mod:`moec.cost.attention`). Anything else takes its
+bytes, read and written once; views take nothing. Beside a collective an op has fewer units for its arithmetic, and the
+same memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.cost.curve import EFFICIENCY, LayerCurve, assumed_curve, measured_curve
+from moec.cost.attention import core_seconds
+from moec.cost.curve import LayerCurve, assumed_curve, measured_curve
 from moec.cost.layer import LayerShape
 from moec.cost.machine import ITEM_BYTES
+from moec.cost.products import EFFICIENCY, written_seconds
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
+from moec.passes.calls import call_args
 from moec.simulate.topology import Device
 
 _VIEWS = frozenset(
@@ -29,6 +33,7 @@ _VIEWS = frozenset(
     }
 )
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"})
+_CORE = "scaled_dot_product_attention"
 _FREE = frozenset(
     {
         *("moe.slots", "moe.loads", "moe.count_tokens", "moe.own_ids", "return", "torch.get_attr"),
@@ -60,8 +65,11 @@ class Costs:
             return 0.0
         moved = sum(_bytes(v) for v in (*values, *results))
         time = moved / self.device.target.memory_bandwidth
+        if _called(op) == _CORE:
+            return self.device.launch_s + core_seconds(_core_flops(op, values), moved, self.device.target)
         if _called(op) in _PRODUCTS:
-            time = max(time, _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY))
+            summed = _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY)
+            time = max(time, summed + written_seconds(_bytes(results[0]), self.device.target))
         return self.device.launch_s + time
 
     @cached_property
@@ -148,3 +156,12 @@ def _flops(values: Sequence[Any], results: Sequence[Any]) -> float:
     """Of a product: two for each element of the result and each that is summed over."""
     factors = [v for v in values if isinstance(v, Tensor) and v.dim() >= 2]
     return 2.0 * results[0].numel() * factors[0].shape[-1] if factors else 0.0
+
+
+def _core_flops(op: Op, values: Sequence[Any]) -> float:
+    """Of attention on queries ``[B, h, S, d]``; half of it where a token sees none that comes later."""
+    query, key, value = values[:3]
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    args, kwargs = call_args(op)
+    causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
+    return float(pairs) * (query.shape[-1] + value.shape[-1]) * (1 if causal else 2)

@@ -138,7 +138,9 @@ class Topology:
         return {edge: i for i, edge in enumerate(self.links)}
 
     def way(self, source: int, to: int) -> Way:
-        """The shortest way from one rank to another.
+        """The shortest way from one rank to another; to itself, over its link to the switch and back.
+
+        That is what rows cost that stay on their rank where a kernel moves all rows alike, through buffers.
 
         Raises:
             SimulationError: The graph does not join them.
@@ -150,6 +152,9 @@ class Topology:
                 for name, nodes in found.items()
                 if name.startswith("rank ") and len(nodes) > 1
             }
+            switch = f"switch {self.node_of(source)}"
+            if self.graph.has_edge(f"rank {source}", switch):
+                self._ways[source][source] = self._way_along([f"rank {source}", switch, f"rank {source}"])
         try:
             return self._ways[source][to]
         except KeyError:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.cost import LayerShape, defaults_for, predict
-from moec.cost.curve import EFFICIENCY, LAUNCH_S, LayerCurve, assumed_curve, measured_curve
+from moec.cost.curve import LAUNCH_S, LayerCurve, assumed_curve, measured_curve
+from moec.cost.products import EFFICIENCY
 from moec.targets import parse_target
 
 QWEN = LayerShape(hidden=2048, inner=768, width=2048, experts=128, top_k=8)
@@ -32,10 +33,18 @@ def test_a_device_reads_weights_first_and_fills_tiles_after() -> None:
     curve = assumed_curve(QWEN, target)
     weights = QWEN.elements * 2 / target.memory_bandwidth
     row = 2 * QWEN.elements / (target.flops_per_s("bf16") * EFFICIENCY)
+    written = 2 * (QWEN.inner + QWEN.width) / target.memory_bandwidth
     assert curve.launch_s == LAUNCH_S
-    assert curve.expert_seconds(1) == curve.expert_seconds(100) == pytest.approx(max(weights, 128 * row))
-    assert curve.expert_seconds(513) == curve.expert_seconds(640) == pytest.approx(640 * row)
-    assert curve.expert_seconds(64 * 128 * 2) == pytest.approx(64 * 128 * 2 * row)
+    assert curve.expert_seconds(1) == pytest.approx(max(weights, 128 * row + written))
+    assert curve.expert_seconds(513) == pytest.approx(640 * row + 513 * written)
+    assert curve.expert_seconds(640) == pytest.approx(640 * (row + written))
+    assert curve.expert_seconds(64 * 128 * 2) == pytest.approx(64 * 128 * 2 * (row + written))
+
+
+def test_results_are_written_under_the_next_tiles_sum_on_other_devices() -> None:
+    target = parse_target("cuda:sm100")
+    row = 2 * QWEN.elements / (target.flops_per_s("bf16") * EFFICIENCY)
+    assert assumed_curve(QWEN, target).expert_seconds(640) == pytest.approx(640 * row)
 
 
 def test_on_a_processor_the_curve_is_the_layers_model() -> None:

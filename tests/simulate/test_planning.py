@@ -97,5 +97,6 @@ def test_arithmetic_beside_a_collective_has_fewer_units_and_the_same_memory() ->
     assert Costs(machine(4).device).beside is None
     shape = LayerShape(4096, 4096, 4096, experts=1, top_k=1, dtype="bf16")
     alone, slowed = costs.curve_of(shape), costs.beside.curve_of(shape)
-    assert slowed.expert_seconds(8192) == pytest.approx(alone.expert_seconds(8192) / 0.75)
+    written = 8192 * 2 * (4096 + 4096) / device.target.memory_bandwidth  # results of both GEMMs
+    assert slowed.expert_seconds(8192) - written == pytest.approx((alone.expert_seconds(8192) - written) / 0.75)
     assert slowed.expert_seconds(1) == alone.expert_seconds(1), "one row is bound by reading weights"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from moec.simulate.errors import SimulationError
+from moec.simulate.events import simulate
+from moec.simulate.steps import Collective, Flow, Start, Wait
 from moec.simulate.topology import PRESETS, known_topologies, load_topology
-from tests.simulate.machines import machine
+from tests.simulate.machines import ALPHA, BANDWIDTH, machine
 
 DATA = json.loads(PRESETS.read_text())
 
@@ -44,6 +46,18 @@ def test_ways_lead_over_links_of_the_right_tiers(name: str) -> None:
         assert far.alpha_s == pytest.approx(made.between.alpha_s)
     back = [made.links[i] for i in made.way(1, 0).links]
     assert not set(back) & {made.links[i] for i in near.links}  # full duplex: the way back is other edges
+
+
+def test_rows_that_stay_where_a_kernel_moves_all_alike_share_the_ranks_link() -> None:
+    """To itself a rank's way is to the switch and back; with a message to another rank its link carries both."""
+    made = machine(4, 2)
+    assert made.way(1, 1).links == (made.links.index(("rank 1", "switch 0")), made.links.index(("switch 0", "rank 1")))
+    assert made.way(1, 1).alpha_s == pytest.approx(made.inside.alpha_s)
+    flows = (Flow(1, 1, 3e5), Flow(1, 0, 5e5))
+    steps = [[Start(0), Wait(0)]] * 2
+    both, alone = (simulate(steps, [Collective("c", "ep", (0, 1), f)], made).seconds for f in (flows, flows[1:]))
+    assert alone == pytest.approx(ALPHA + 5e5 / BANDWIDTH)
+    assert both == pytest.approx(ALPHA + 8e5 / BANDWIDTH)
 
 
 def test_the_first_ranks() -> None:
