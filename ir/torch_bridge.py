@@ -98,4 +98,13 @@ def _pure_target(target: str) -> bool:
 
 def is_pure_call(op: Op) -> bool:
     """True if the call may be removed when unused, merged with an equal one, or moved."""
-    return _pure_target(op.attrs["target"])
+    return _pure_target(op.attrs["target"]) or _draws_nothing(op)
+
+
+def _draws_nothing(op: Op) -> bool:
+    """Whether attention that may draw random numbers is told to drop nothing out."""
+    if op.attrs["target"] != "aten.scaled_dot_product_attention.default":
+        return False
+    args, kwargs = op.attrs.get("args", ()), op.attrs.get("kwargs", {})
+    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    return isinstance(dropout, (int, float)) and dropout == 0

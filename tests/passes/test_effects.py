@@ -242,3 +242,17 @@ def test_every_amount_of_fuel_gives_a_right_program(text: str, fuel: int) -> Non
     x, y = torch.randn(4, 4), torch.randn(4, 4)
     want, got = (run_graph(g, [x.clone(), y.clone()]) for g in (before, after))
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "pure"),
+    [
+        ("@aten.scaled_dot_product_attention.default(%x, %y, %x)", True),
+        ("@aten.scaled_dot_product_attention.default(%x, %y, %x, none, 0.0, true)", True),
+        ("@aten.scaled_dot_product_attention.default(%x, %y, %x, none, 0.1)", False),
+        ("@aten.scaled_dot_product_attention.default(%x, %y, %x, dropout_p = 0.1)", False),
+        ("@aten.dropout.default(%x, 0.0, true)", False),
+    ],
+)
+def test_attention_draws_numbers_where_it_drops_out(call: str, pure: bool) -> None:
+    assert is_pure(one_op(call).ops[0]) is pure
