@@ -81,8 +81,14 @@ class MachineCosts:
             return 0.0  # nor will it be cut
         return self.topology.device.launch_s * (_started(more) - _started(one))
 
-    def burden(self, group: str) -> None:
-        """Nothing: links work without the processor."""
+    def burden(self, group: str) -> Link | None:
+        """What a collective takes of the experts beside it: while it is under way they have fewer units.
+
+        In t seconds beside it, experts do what takes ``(1 - units) t`` without it, so they end ``units t`` later.
+        """
+        units = self.topology.device.comm_units
+        link = self.transport(group, self.topology.ranks)
+        return None if link is None or not units else Link(link.alpha_s * units, link.bytes_per_s / units)
 
 
 def _started(region: Graph) -> int:

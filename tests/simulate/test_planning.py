@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from moec.cost import LayerShape
+from moec.parallel.plan import Plan
+from moec.passes import parse_pipeline
 from moec.simulate.collectives import all_to_all
 from moec.simulate.costs import Costs, rows_of_experts
 from moec.simulate.events import simulate
+from moec.simulate.layer import layer_graphs
 from moec.simulate.planning import MachineCosts, RoutedRows
 from moec.simulate.routing import Routing
-from moec.simulate.steps import Collective, Start, Wait
+from moec.simulate.run import Outcome, Setting, run_graphs
+from moec.simulate.steps import Collective, Compute, Start, Step, Wait
 from moec.simulate.topology import Topology, load_topology
 from tests.parallel.layers import Layer
+from tests.parallel.test_plan import FACTS
 from tests.simulate.machines import machine
 
 STARTED = {"moe.arrivals", "aten.ones_like.default", "aten.index_select.default", "aten.reshape.default"}
@@ -75,7 +80,6 @@ def test_a_chunk_costs_the_starts_of_its_ops() -> None:
         assert each > 0
         assert costs.chunk_seconds(op, place, "experts") == each * made.device.launch_s
     assert costs.chunk_seconds(op, 0, "tokens") > costs.chunk_seconds(op, 0, "experts"), "the whole program again"
-    assert costs.burden("ep") is None
     gather = layer.spread(0, "expert-parallel{form=gather}").ops[0]
     assert costs.chunk_seconds(gather, 0, "experts") == 0.0, "it is not cut so"
 
@@ -100,3 +104,35 @@ def test_arithmetic_beside_a_collective_has_fewer_units_and_the_same_memory() ->
     written = 8192 * 2 * (4096 + 4096) / device.target.memory_bandwidth  # results of both GEMMs
     assert slowed.expert_seconds(8192) - written == pytest.approx((alone.expert_seconds(8192) - written) / 0.75)
     assert slowed.expert_seconds(1) == alone.expert_seconds(1), "one row is bound by reading weights"
+
+
+def test_a_collective_makes_experts_beside_it_end_later_by_its_part_of_the_units() -> None:
+    """What the pass is told is what the simulation finds, where experts last at least as long as the collective."""
+    plain, units = machine(4), 0.25
+    made = replace(plain, device=replace(plain.device, comm_units=units))
+    assert MachineCosts(plain).burden("ep") is None
+    taken = MachineCosts(made).burden("ep")
+    assert taken is not None
+    each, alone = 20_000.0, 0.5
+    moved = all_to_all(range(4), [[each] * 4] * 4)
+    steps: list[Step] = [Start(0), Compute("experts", alone, alone / (1 - units)), Wait(0)]
+    found = simulate([steps] * 4, [Collective("c", "ep", (0, 1, 2, 3), tuple(moved))], made).seconds
+    assert found == pytest.approx(alone + taken.seconds(3 * each))
+    assert taken.seconds(3 * each, 2) - taken.seconds(3 * each) == pytest.approx(units * made.inside.alpha_s)
+
+
+def test_schedules_are_predicted_nearer_when_units_are_counted() -> None:
+    """The step that the pass foretells, with what collectives take and without, beside the simulated one."""
+    facts = replace(FACTS, hidden=2048, inner=768, experts=64, top_k=8, element=2)
+    setting = Setting(load_topology("8xh100"), Plan(ep=4), tokens=2048)
+
+    def told(outcome: Outcome) -> float:
+        message = next(r.message for r in outcome.remarks if "the forward in" in r.message)
+        return float(message.split(": ")[1].split(" ms")[0]) / 1e3
+
+    counted = run_graphs(layer_graphs(facts, 4), setting, lambda: parse_pipeline("overlap"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MachineCosts, "burden", lambda *_: None)
+        uncounted = run_graphs(layer_graphs(facts, 4), setting, lambda: parse_pipeline("overlap"))
+    assert counted.report.seconds <= uncounted.report.seconds * 1.01
+    assert told(counted) / counted.report.seconds > told(uncounted) / uncounted.report.seconds
