@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,15 +23,28 @@ def facts(text: str, dtype: str | None) -> ModelFacts:
         MoecError: It cannot be read, or has no stacked experts.
     """
     from moec.cli import hugging_face
-    from moec.cli.model import dtype_of, load_model, read_config
+    from moec.cli.model import dtype_of, load_model
     from moec.parallel.planner import ModelFacts
 
     path = Path(text).expanduser()
     if not path.exists():
         return ModelFacts.of(load_model(text, dtype=dtype).model)
     file = path / "config.json" if path.is_dir() else path
-    config = hugging_face.config_from(read_config(file), file)
-    return ModelFacts.of(hugging_face.on_meta(config, dtype_of(dtype), file))
+    return ModelFacts.of(hugging_face.on_meta(config_at(text), dtype_of(dtype), file))
+
+
+def config_at(text: str) -> Any:
+    """The configuration object of a folder's or file's ``config.json``.
+
+    Raises:
+        MoecError: It cannot be read.
+    """
+    from moec.cli import hugging_face
+    from moec.cli.model import read_config
+
+    path = Path(text).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    return hugging_face.config_from(read_config(file), file)
 
 
 def plan(

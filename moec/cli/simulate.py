@@ -19,6 +19,8 @@ from moec.sizes import size_text
 
 if TYPE_CHECKING:
     from moec.ir.core import Graph
+    from moec.parallel.plan import Plan
+    from moec.simulate.attention import Prompts
     from moec.simulate.report import Report
 
 _MOST_RANKS = 16
@@ -43,6 +45,13 @@ def simulate(
         typer.Option("-p", "--passes", help="Passes after the plan's; several times to compare, '' for none."),
     ] = None,
     size: Annotated[list[str] | None, typer.Option(help="What another symbol of the graph is: s0=128.")] = None,
+    attention: Annotated[
+        int, typer.Option(min=0, help="Put a config's attention before its experts, on prompts of so many tokens.")
+    ] = 0,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of a config's model, with --attention.")] = 1,
+    micro_batches: Annotated[
+        int, typer.Option(min=1, help="Parts of the tokens that go through the layers one by one, with --attention.")
+    ] = 1,
     training: Annotated[bool, typer.Option("--training", help="Run the layers' backward programs too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of choices that are drawn.")] = 0,
     dtype: Annotated[
@@ -58,6 +67,7 @@ def simulate(
     from moec.calibration.picture import require_matplotlib
     from moec.parallel.plan import Plan
     from moec.passes.registry import all_passes, parse_pipeline
+    from moec.simulate.attention import Prompts
     from moec.simulate.chrome import chrome_trace
     from moec.simulate.picture import draw_timelines
     from moec.simulate.routing import Routing
@@ -70,12 +80,16 @@ def simulate(
     for text in pipelines:
         parse_pipeline(text)
     machine, wanted = load_topology(topology), Plan.parse(plan)
-    setting = Setting(machine, wanted, Routing.parse(skew, seed), tokens, _sizes(size or []), training)
+    prompts = Prompts(attention, layers, micro_batches)
+    prompts.check(tokens)
+    if training and attention:
+        raise FileError("the backward of attention is not simulated", hint="leave --attention or --training out")
+    setting = Setting(machine, wanted, Routing.parse(skew, seed), tokens // micro_batches, _sizes(size or []), training)
     if trace is not None and len(pipelines) > 1:
         raise FileError("a trace is of one pipeline", hint="give -p once, or --picture, which shows several")
     if picture is not None:
         require_matplotlib()
-    graphs = _graphs(source, wanted, dtype)
+    graphs = _graphs(source, wanted, dtype, prompts)
     found = {text: run_graphs(graphs, setting, partial(parse_pipeline, text)) for text in pipelines}
     first = found[pipelines[0]]
     for remark in [r for outcome in found.values() for r in outcome.remarks] if remarks else []:
@@ -95,20 +109,24 @@ def simulate(
         _show(first.report, title)
 
 
-def _graphs(source: str, plan: object, dtype: str | None) -> list[Graph]:
+def _graphs(source: str, plan: Plan, dtype: str | None, prompts: Prompts) -> list[Graph]:
     from moec.ir.parser import parse
     from moec.ir.verifier import verify
-    from moec.parallel.plan import Plan
+    from moec.simulate.attention import attention_of, model_graphs
     from moec.simulate.errors import SimulationError
     from moec.simulate.layer import layer_graphs
 
-    assert isinstance(plan, Plan)
     if source.endswith(".json") or Path(source).is_dir():
-        from moec.cli.plan import facts
+        from moec.cli.plan import config_at, facts
 
         if plan.ep == 1:
             raise SimulationError("a config.json says nothing of ranks", hint="--plan ep=8")
-        return layer_graphs(facts(source, dtype), plan.ep)
+        sizes = facts(source, dtype)
+        if not prompts.length:
+            return layer_graphs(sizes, plan.ep)
+        return model_graphs(sizes, attention_of(config_at(source)), prompts, plan.ep)
+    if prompts.length:
+        raise SimulationError("IR text holds its own attention", hint="--attention is for a config.json")
     text, name = read_source(source)
     graphs = parse(text, name)
     for graph in graphs:

@@ -89,6 +89,16 @@ def test_a_config_in_json_and_training(moec: Moec) -> None:
     assert both["seconds"] > once["seconds"] == pytest.approx(once["compute_s"] + once["exposed_s"])
 
 
+def test_attention_of_a_config(moec: Moec) -> None:
+    pytest.importorskip("transformers")
+    words = [CONFIG, "--plan", "ep=4", "--tokens", "64", "--attention", "16", "--layers", "2", "--micro-batches", "2"]
+    found = json.loads(moec(*words, "-p", "", "-p", "interleave-layers", "--json").out)
+    assert found["interleave-layers"]["exposed_s"] < found[""]["exposed_s"]
+    assert "not 2 micro-batches of prompts of 16" in moec(*words, "--tokens", "60").err
+    assert "the backward of attention is not simulated" in moec(*words, "--training").err
+    assert "IR text holds its own attention" in moec(BLOCK, "--attention", "16").err
+
+
 def test_text_runs_with_passes_and_a_plan(moec: Moec, tmp_path: Path) -> None:
     file = layer(tmp_path, (2, "2, 2"))
     gathered = json.loads(moec(file, "--tokens", "8", "--json").out)
