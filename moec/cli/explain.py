@@ -83,24 +83,35 @@ def explain(
     target: Annotated[
         str, typer.Option(help="cuda:sm90, hip:gfx942, ...: how its layers would be launched there; cpu:avx512, ...")
     ] = "cpu",
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Also how long rows of its layers would travel between so many ranks.")
+    ] = 0,
+    topology: Annotated[str, typer.Option(help="The machine of these ranks, as moec simulate has them.")] = "8xh100",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each of these ranks.")] = 4096,
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
     from moec.backends.triton.launches.device import is_gpu
+    from moec.cli.form_table import form_table, model_forms
     from moec.cli.model import load_model
     from moec.gpu_plans import gpu_plans
     from moec.predicted_table import predicted_table
+    from moec.simulate.topology import load_topology
     from moec.targets import parse_target
 
     gpu = is_gpu(target)
     parse_target(target)
+    if ranks:
+        load_topology(topology).first(ranks)
     loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, random_weights=random_weights)
     report = _explain(loaded, model, "cpu" if gpu else target)
     plans = gpu_plans(report, target) if gpu else []
+    forms = model_forms(loaded.model, ranks, topology, tokens) if ranks else []
     planned = {name for plan in plans if plan.launches for name in plan.blocks}
     for entry in report.entries() if gpu else ():  # the model was traced here, and would run there
         entry.backend = ("triton" if entry.name in planned else "aten") if entry.fused else None
     if as_json:
         data = report.to_dict() | ({"target": target, "plans": [asdict(p) for p in plans]} if gpu else {})
+        data |= {"forms": [asdict(f) for f in forms]} if forms else {}
         emit(json.dumps(data, indent=2, default=str))
     elif report.layers:
         out().print(report.table())
@@ -108,6 +119,10 @@ def explain(
             _show_plans(plans, target)
         elif predicted := predicted_table([*report.entries()]):
             out().print(predicted)
+        if forms:
+            out().print(
+                form_table(forms, f"a layer's rows, {ranks} ranks of {topology}, {tokens} tokens each: predicted")
+            )
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")
     if not report.layers:

@@ -1,0 +1,47 @@
+"""How the rows of a model's layers would travel between ranks, in each form: predicted times and bytes as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moec.sizes import size_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from moec.simulate.forms import FormTime
+
+
+def model_forms(model: torch.nn.Module, ranks: int, topology: str, tokens: int) -> list[FormTime]:
+    """Every form's times for a layer of the model, ``tokens`` tokens of each rank that choose experts evenly.
+
+    Raises:
+        MoecError: No such machine, ranks that do not fit it or hold no expert, or a model without stacked experts.
+    """
+    from moec.parallel.planner import ModelFacts
+    from moec.simulate.forms import form_times
+    from moec.simulate.layer import shares
+    from moec.simulate.routing import Routing
+    from moec.simulate.topology import load_topology
+
+    machine = load_topology(topology).first(ranks)
+    m = ModelFacts.of(model)
+    routing = Routing("drawn")
+    ids = [routing.ids(r, tokens, m.top_k, m.experts) for r in range(ranks)]
+    return form_times(machine, ids, shares(m, ranks), m.hidden * m.element)
+
+
+def form_table(found: Sequence[FormTime], title: str) -> Table:
+    """One row for each form, the fastest first."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("form", "there, us", "back, us", "both, us", "between nodes", "inside"):
+        table.add_column(name, justify="left" if name == "form" else "right")
+    for f in sorted(found, key=lambda f: f.seconds):
+        table.add_row(
+            f.form, f"{f.there_s * 1e6:.0f}", f"{f.back_s * 1e6:.0f}", f"{f.seconds * 1e6:.0f}",
+            size_text(round(f.between)), size_text(round(f.inside)),
+        )  # fmt: skip
+    return table
