@@ -11,7 +11,6 @@ from moec.backends.partition import BEGIN, RESUME, SPREAD, Claims, layer_inside
 from moec.describe import is_shared
 from moec.emit import LowerOp
 from moec.ir.core import Op
-from moec.ir.opdef import torch_dtype
 from moec.ir.ops.moe_resume import begun_by
 from moec.ir.types import TensorType, TokenType
 from moec.options import CompileOptions
@@ -56,17 +55,15 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         label: Name of the block for messages and counters; by default the module path of each op.
     """
 
-    rows: dict[Op, Any] = {}  # of layers in pieces: the node of their tokens
+    begun: dict[Op, tuple[list[Any], str]] = {}  # of layers in pieces: what they were begun with
 
     def _resumed(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any]:
         if isinstance(op.results[0].type, TokenType):
             return [graph.call_function(torch.ops.moec.resume_layer.default, (args[0],))]
         begin, _ = begun_by(op)
         assert begin is not None
-        types = [r.type for r in op.results if isinstance(r.type, TensorType)]
-        widths, dtypes = [int(t.shape[1]) for t in types], [torch_dtype(t.dtype.name) for t in types]
-        made = graph.call_function(torch.ops.moec.end_layer.default, (args[0], rows[begin], widths, dtypes))
-        return [graph.call_function(operator.getitem, (made, i)) for i in range(len(types))]
+        made = graph.call_function(torch.ops.moec.end_layer.default, (args[0], *begun[begin]))
+        return [graph.call_function(operator.getitem, (made, i)) for i in range(len(op.results))]
 
     def lower(op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any] | None:
         if op.name == "moe.backward_as":
@@ -84,9 +81,8 @@ def lowering(claims: Claims, options: CompileOptions, label: str = "") -> LowerO
         graph_of_op, looked_at = program_graph(op), op.name == "moe.experts" and _routed(op)
         program = register(graph_of_op, claims[op], options.backend_target, name, options.checks, looked_at)
         if op.name == BEGIN:
-            begun = graph.call_function(torch.ops.moec.begin_layer.default, (args, program.key))
-            rows[op] = args[0]
-            return [begun]
+            begun[op] = args, program.key
+            return [graph.call_function(torch.ops.moec.begin_layer.default, begun[op])]
         if op.name == SPREAD and len(op.results) > 1:
             several = graph.call_function(torch.ops.moec.experts_beside.default, (args, program.key))
             return [graph.call_function(operator.getitem, (several, i)) for i in range(len(op.results))]

@@ -134,14 +134,23 @@ class ParallelKernel(Kernel):
         given = [g for g in grads if g is not None]
         if len(given) < len(grads):  # no rank has one, as all run the same program
             return [t.new_zeros(t.shape) if n else None for t, n in zip(inputs, needs, strict=True)]
+        with running_in(WORLD):
+            found = iter(run_graph(self._backward_for(needs), [*given, *inputs], self._execute))
+        return [next(found) if need else None for need in needs]
+
+    def begin_backward(self, grads: list[Tensor], inputs: list[Tensor], needs: Sequence[bool]) -> Staged:
+        """The backward in pieces, run up to where it waits for rows the first time; its results are those needed."""
+        graph = self._backward_for(needs)
+        with running_in(WORLD):
+            return Staged(graph, [*grads, *inputs], stops(graph), self._execute_any)
+
+    def _backward_for(self, needs: Sequence[bool]) -> Graph:
         key = tuple(map(bool, needs))
         with self._lock:
             graph = self._backwards.get(key)
             if graph is None:
                 graph = self._backwards[key] = for_needs(self.op.regions[1], key)
-        with running_in(WORLD):
-            found = iter(run_graph(graph, [*given, *inputs], self._execute))
-        return [next(found) if need else None for need in key]
+            return graph
 
     def _execute_any(self, op: Op, inputs: Sequence[Any]) -> list[Any]:
         found = self._execute(op, inputs)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.ir.types import TensorType
 from moec.runtime import checks, counters, ops, traces
 from moec.runtime.programs import lookup
 
@@ -42,14 +41,7 @@ def _backward(grads: list[Tensor], inputs: list[Tensor], needs: list[bool], prog
 
 
 def _forward_fake(inputs: list[Tensor], program: str) -> list[Tensor]:
-    prog = ops.check_fake(program, inputs)
-    found = []
-    for place, result in enumerate(prog.op.results):
-        assert isinstance(result.type, TensorType)
-        found.append(
-            inputs[0].new_empty((inputs[0].shape[0], int(result.type.shape[1])), dtype=ops.result_dtype(prog, place))
-        )
-    return found
+    return ops.rows_like(ops.check_fake(program, inputs).op.results, inputs[0])
 
 
 def _backward_fake(grads: list[Tensor], inputs: list[Tensor], needs: list[bool], program: str) -> list[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.ir.core import Value
 from moec.ir.errors import MoecError
 from moec.ir.opdef import op_def, torch_dtype
 from moec.ir.types import TensorType
@@ -105,6 +106,17 @@ def gradients(prog: Program, grads: Sequence[Tensor | None], inputs: list[Tensor
     """
     with torch.no_grad(), without_autocast(inputs[0].device):
         found = prog.kernel().backward(grads, inputs, needs)
+    return as_inputs_lie(prog, found, inputs, needs)
+
+
+def as_inputs_lie(
+    prog: Program, found: Sequence[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are asked for, of those that a kernel ``found``; each of its input's type and strides.
+
+    Raises:
+        OpError: There is none, or one of another shape.
+    """
     out = []
     for i, (need, grad, like) in enumerate(zip(needs, found, inputs, strict=True)):
         if not need:
@@ -156,6 +168,16 @@ def result_dtype(prog: Program, index: int) -> torch.dtype:
     type = prog.op.results[index].type
     assert isinstance(type, TensorType)
     return torch_dtype(type.dtype.name)
+
+
+def rows_like(values: Sequence[Value], x: Tensor) -> list[Tensor]:
+    """Fakes of a program's results, which have a row for each of ``x``."""
+    found = []
+    for value in values:
+        assert isinstance(value.type, TensorType)
+        dtype = torch_dtype(value.type.dtype.name)
+        found.append(x.new_empty((x.shape[0], int(value.type.shape[1])), dtype=dtype))
+    return found
 
 
 def _route_fake(inputs: list[Tensor], program: str) -> tuple[Tensor, Tensor]:

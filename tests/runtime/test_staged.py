@@ -39,13 +39,13 @@ def begun(x: Tensor) -> Tensor:
     region = parse_graph(TEXT)
     assert stops(region) == (1, 3)
     with running_in(Alone()):  # type: ignore[arg-type]
-        return staged._number(Staged(region, [x], stops(region), lambda op, values: [values[0] + 1]))
+        return staged.keep(Staged(region, [x], stops(region), lambda op, values: [values[0] + 1]), [x])
 
 
 def test_pieces_one_after_the_other() -> None:
     x = torch.zeros(3, 2)
     layer = torch.ops.moec.resume_layer(begun(x))
-    (found,) = torch.ops.moec.end_layer(layer, x, [2], [torch.float32])
+    (found,) = torch.ops.moec.end_layer(layer, [x], "")
     assert torch.equal(found, torch.full((3, 2), 4.0)) and staged.under_way() == 0
     with pytest.raises(MoecError, match="is not under way"):
         torch.ops.moec.resume_layer(layer)
@@ -54,7 +54,7 @@ def test_pieces_one_after_the_other() -> None:
 def test_results_are_asked_for_at_the_end_alone() -> None:
     x = torch.zeros(3, 2)
     with pytest.raises(MoecError, match="under way still"):
-        torch.ops.moec.end_layer(begun(x), x, [2], [torch.float32])
+        torch.ops.moec.end_layer(begun(x), [x], "")
     layer = torch.ops.moec.resume_layer(begun(x))
     with pytest.raises(MoecError, match="at its end"):
         torch.ops.moec.resume_layer(layer)
