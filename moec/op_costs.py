@@ -21,6 +21,7 @@ from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.parallel.costs import costs_of
+from moec.parallel.piece_costs import piece_seconds
 from moec.targets import parse_target
 
 BACKWARD_WORK = 8 / 3
@@ -77,6 +78,17 @@ class OpCosts:
         """What a chunk costs beside its rows, as the ranks of the layer's group measured it together."""
         agreed = costs_of(op.attrs["group"])
         return 0.0 if agreed is None else agreed.chunks.of(place, along)
+
+    def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
+        """Time of a GEMM of ``rows`` rows with a matrix of so many elements, on a rank of a group."""
+        agreed = costs_of(group)
+        if agreed is None or dtype not in ITEM_BYTES:
+            return None
+        return agreed.machine.curve(dtype, agreed.isa, agreed.threads).seconds(rows) * elements
+
+    def piece_seconds(self, group: str) -> float | None:
+        """What an op of a layer in pieces takes, as the ranks of its group measured it together."""
+        return piece_seconds(group)
 
     def burden(self, group: str) -> Link | None:
         """What a collective of a group takes of the experts beside it."""

@@ -20,7 +20,7 @@ import moec
 from moec.ir.beside import makers
 from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType, TokenType, dtype
-from moec.passes.interleave_layers import schedule
+from moec.passes.interleave_layers.interleave import schedule
 from moec.runtime import unshard  # noqa: F401  (registers torch.ops.moec.unshard)
 from tests.support.processes import run_processes
 
