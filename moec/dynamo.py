@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from moec import ddp
 from moec.blocks import BlockCompiler
+from moec.interleaving import CUSTOM_PASS, InterleavePass, Wanted, aot_eager, decide
 from moec.ir.errors import MoecError
 from moec.options import CompileOptions
 from moec.report import Report
@@ -29,7 +30,7 @@ class NotFusedError(MoecError):
     code = "not-fused"
 
 
-def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
+def compile_blocks(gm: GraphModule, options: CompileOptions) -> Wanted:
     """Replace the MoE blocks of ``gm`` and of its nested graphs, in place.
 
     Args:
@@ -37,7 +38,7 @@ def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
         options: What the caller asked for.
 
     Returns:
-        What was found, one entry per block.
+        Which of the graphs that autograd makes of it are to be put in order while layers wait for rows.
     """
     compiler = BlockCompiler(options)
     calls = count_calls(gm)
@@ -50,11 +51,12 @@ def compile_blocks(gm: GraphModule, options: CompileOptions) -> Report:
     if ddp.cuts_graphs():
         ddp.explain(report)
     report.remarks += dict.fromkeys(map(str, compiler.computed))
+    wanted = decide(gm, options, report)
     _tell(report, options)
     if options.checks != "off" and not torch.is_grad_enabled():  # where gradients are wanted they have to be computed
         for text in dict.fromkeys(str(c) for c in compiler.computed if not c.cast_only):
             warnings.warn(text, MoecWarning, stacklevel=2)
-    return report
+    return wanted
 
 
 def count_calls(gm: GraphModule) -> dict[GraphModule, int]:
@@ -99,21 +101,22 @@ def _first_compile() -> bool:
 
 
 def _inner(
-    gm: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, mode: str | None
+    gm: GraphModule, example_inputs: Sequence[Any], options: CompileOptions, mode: str | None, wanted: Wanted
 ) -> Callable[..., Any]:
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(gm, list(example_inputs))
-    from torch._inductor import list_mode_options
+        return aot_eager(gm, example_inputs, wanted)
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
     patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # It orders a graph by sizes, which differ by rank, and collectives must come in one order on all ranks.
         patches["reorder_for_peak_memory"] = False
+    if wanted.forward or wanted.backward:
+        patches[CUSTOM_PASS] = (*get_custom_graph_passes(getattr(config, CUSTOM_PASS)), InterleavePass(wanted))
     return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
 
 
@@ -136,5 +139,4 @@ def moec_backend(
         MoecError: A bad option, or an unfused block with ``checks = "strict"``.
     """
     chosen = CompileOptions.from_dict(options)
-    compile_blocks(gm, chosen)
-    return _inner(gm, example_inputs, chosen, mode)
+    return _inner(gm, example_inputs, chosen, mode, compile_blocks(gm, chosen))

@@ -111,6 +111,7 @@ def _spread(
     from moec.parallel.experts import expert_parameters
     from moec.parallel.fill import fill
     from moec.parallel.load import Reader
+    from moec.parallel.piece_costs import measure_pieces
     from moec.parallel.roles import roles_of
     from moec.parallel.start import compare, digest
 
@@ -146,6 +147,8 @@ def _spread(
     faults.start_heart()
     if plan.plans_overlap and plan.ep > 1:
         agree(group, layout.ep_group, mesh.device_type, _own_costs)
+        if plan.interleave == "auto":
+            measure_pieces(group, layout.ep_group, mesh.device_type)
     reader = None if path is None else Reader(path, model)
     roles = roles_of(model, layout, found, attention)
 

@@ -32,6 +32,7 @@ CHOICES = {
     "tokens": ("any", "equal"),
     "overlap": ("none", "auto", "two", "tutel", "fsmoe", "2", "3", "4", "5", "6", "7", "8"),
     "reschedule": ("none", "experts", "ranks"),
+    "interleave": ("none", "auto", "always"),
 }
 """Settings that are words, and the words."""
 
@@ -55,6 +56,8 @@ class Plan:
         step: Tokens of a rank in a step, which that choice is made for; 0 where a routing profile says it.
         reschedule: What the tokens of two micro-batches in a step are regrouped for, where the compile's routing
             profile shows that it pays (the pass ``reschedule-tokens``): few experts a batch, or few ranks.
+        interleave: Whether one micro-batch of a step computes while the rows of another travel (the pass
+            ``interleave-layers``): where the cost model sees it pay, or ``always``.
     """
 
     ep: int = 1
@@ -67,6 +70,7 @@ class Plan:
     overlap: str = "none"
     step: int = 0
     reschedule: str = "none"
+    interleave: str = "none"
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -130,13 +134,14 @@ class Plan:
 
     @property
     def plans_overlap(self) -> bool:
-        """Whether chunks are chosen by times, on which all ranks must agree."""
-        return self.overlap != "none" and not self.overlap.isdigit()
+        """Whether something is chosen by times, on which all ranks must agree."""
+        return (self.overlap != "none" and not self.overlap.isdigit()) or self.interleave == "auto"
 
     def passes(self, rank: int) -> list[Pass]:
         """The passes that carry the plan out, for the ``rank``-th of the ranks that share experts."""
         from moec.passes.carry_shared_experts import CarrySharedExperts
         from moec.passes.expert_parallel import ExpertParallel, ExpertParallelSums
+        from moec.passes.interleave_layers import InterleaveLayers
         from moec.passes.overlap import Overlap
         from moec.passes.quantize_dispatch import QuantizeDispatch
         from moec.passes.reschedule_tokens import RescheduleTokens
@@ -158,6 +163,8 @@ class Plan:
             told = policy.isdigit()
             made.append(CarrySharedExperts())
             made.append(Overlap(chunks=int(policy)) if told else Overlap(policy, tokens=self.step, rank=rank))
+        if self.interleave != "none":
+            made.append(InterleaveLayers(always=self.interleave == "always", tokens=self.step))
         return made
 
 

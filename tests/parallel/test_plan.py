@@ -17,6 +17,7 @@ from moec.parallel.attention import split_heads
 from moec.parallel.experts import expert_parameters
 from moec.parallel.formula import expected_bytes, layer_bytes
 from moec.parallel.planner import ModelFacts, foldings
+from moec.passes.interleave_layers import InterleaveLayers
 from moec.passes.overlap import Overlap
 from moec.passes.reschedule_tokens import RescheduleTokens
 from tests.compile.blocks import Block, Layers
@@ -42,6 +43,11 @@ def test_a_plan_from_text() -> None:
     first, *_, last = Plan.parse("ep=4,overlap=3,reschedule=ranks").passes(1)
     assert (first, last) == (RescheduleTokens(objective="ranks"), Overlap(chunks=3))
     assert [p.name for p in Plan.parse("ep=4,step=512").passes(3)] == ["expert-parallel"]
+    *_, last = Plan.parse("ep=4,overlap=3,interleave=auto,step=512").passes(1)
+    assert last == InterleaveLayers(tokens=512)
+    assert Plan.parse("ep=4,interleave=always").passes(1)[-1] == InterleaveLayers(always=True)
+    asked = {text: Plan.parse(text).plans_overlap for text in ("ep=4,overlap=2", "ep=4,interleave=always")}
+    assert not any(asked.values()) and Plan.parse("ep=4,interleave=auto").plans_overlap
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,7 @@ def test_a_plan_from_text() -> None:
         ("ep=4,form=hierachical", "form cannot be 'hierachical'; did you mean 'hierarchical'"),
         ("ep=4,overlap=three", "overlap cannot be 'three'"),
         ("ep=4,reschedule=true", "reschedule cannot be 'true'"),
+        ("ep=4,interleave=true", "interleave cannot be 'true'"),
         ("ep=4,form=hierarchical", "needs several nodes with several ranks each"),
         ("ep=4,nodes=3", "4 ranks are not spread evenly over 3 nodes"),
         ("ep=4,sums=way", "the form 'flat' has no ranks on the way"),
