@@ -18,6 +18,7 @@ TESTED = {
     "expert_parallel.py",
     "overlap.py",
     "micro_batches.py",
+    "dual_batch.py",
     "mixtral_small.json",
     "qwen3_30b_a3b.json",
     "block.moe",
