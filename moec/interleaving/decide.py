@@ -75,13 +75,20 @@ def decide(gm: GraphModule, options: CompileOptions, report: Report) -> Wanted:
         options: The caller's options.
         report: Of the graph.
     """
-    layers = [found for found in layers_of(gm.graph.nodes) if found.stops]
-    groups = [str(layer.program.op.attrs["group"]) for layer in layers]
-    pass_ = next((p for p in passes_of(options, groups) if isinstance(p, InterleaveLayers)), None) if layers else None
+    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
+    everywhere = [found for graph in graphs for found in layers_of(graph.nodes) if found.stops]
+    groups = [str(layer.program.op.attrs["group"]) for layer in everywhere]
+    passes = passes_of(options, groups) if groups else []
+    pass_ = next((p for p in passes if isinstance(p, InterleaveLayers)), None)
     if pass_ is None:
         return Wanted()
+    layers = [layer for layer in everywhere if layer.node.graph is gm.graph]
+    why = ""
     if options.inner == "eager":
         why = "inner='eager' makes no graphs of forward and backward that could be put in order; the others do"
+    elif not layers:
+        why = "layers lie in nested graphs, one at a time; moec.prepare(model, regions=False) makes no regions"
+    if why:
         report.remarks.append(str(Remark("missed", pass_.name, why)))
         return Wanted()
     forward = _forward(gm, layers, options)

@@ -146,7 +146,7 @@ def _spread(
     _bind(layout, groups.bind)
     faults.start_heart()
     if plan.plans_overlap and plan.ep > 1:
-        agree(group, layout.ep_group, mesh.device_type, _own_costs)
+        agree(group, layout.ep_group, mesh.device_type, own_costs)
         if plan.interleave == "auto":
             measure_pieces(group, layout.ep_group, mesh.device_type)
     reader = None if path is None else Reader(path, model)
@@ -204,7 +204,7 @@ def _spread(
     return model
 
 
-def _own_costs() -> tuple[MachineProfile, str] | None:
+def own_costs() -> tuple[MachineProfile, str] | None:
     """This rank's processor as the cost model knows it."""
     from moec.op_costs import op_costs
 

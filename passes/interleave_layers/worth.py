@@ -34,26 +34,51 @@ class Worth:
         return self.interleaved < self.in_turn * (1 - LEAST)
 
 
-def seconds(steps: Iterable[tuple[int, Step]]) -> float:
-    """When the last of the steps is done.
+@dataclass(frozen=True)
+class Span:
+    """One piece of work.
+
+    Attributes:
+        what: ``compute`` or ``travel``.
+        task: What it is of.
+        start: Seconds from the start of the graph.
+        end: The same.
+    """
+
+    what: str
+    task: int
+    start: float
+    end: float
+
+
+def timeline(steps: Iterable[tuple[int, Step]]) -> list[Span]:
+    """Every piece of work, in the order in which it is begun.
 
     Args:
-        steps: Steps in their order, with the layer that each is of: a wait's number counts starts of its layer.
+        steps: Steps in their order, with the task that each is of: a wait's number counts starts of its task.
     """
     now = free = busy = 0.0
+    spans: list[Span] = []
     under_way: dict[int, list[tuple[float, Step, float]]] = {}
-    for layer, step in steps:
+    for task, step in steps:
         if step.kind == "compute":
+            spans.append(Span("compute", task, now, now + step.seconds))
             now, busy = now + step.seconds, busy + step.seconds
         elif step.kind == "start":
-            free = max(now, free) + step.seconds
-            under_way.setdefault(layer, []).append((free, step, busy))
+            spans.append(Span("travel", task, max(now, free), max(now, free) + step.seconds))
+            free = spans[-1].end
+            under_way.setdefault(task, []).append((free, step, busy))
         else:
-            arrives, start, busy_before = under_way[layer][step.of]
+            arrives, start, busy_before = under_way[task][step.of]
             if start.seconds > 0:
                 now += start.burden * min(1.0, (busy - busy_before) / start.seconds)
             now = max(now, arrives)
-    return now
+    return [*spans, Span("compute", -1, now, now)]
+
+
+def seconds(steps: Iterable[tuple[int, Step]]) -> float:
+    """When the last of the steps (as in :func:`timeline`) is done on the rank."""
+    return timeline(steps)[-1].end
 
 
 def expand(tasks: Sequence[Task], counts: Mapping[int, int]) -> tuple[list[Task], list[tuple[int, int]]]:
@@ -84,33 +109,51 @@ def expand(tasks: Sequence[Task], counts: Mapping[int, int]) -> tuple[list[Task]
     return made, origin
 
 
-def worth(
-    tasks: Sequence[Task], layers: Mapping[int, Pieces], computing: Mapping[int, float], split: Iterable[int],
-    piece_seconds: float,
-) -> Worth:  # fmt: skip
-    """Compare a graph as it is with the order that layers in pieces allow.
+def in_turn(
+    tasks: Sequence[Task], layers: Mapping[int, Pieces], computing: Mapping[int, float]
+) -> list[tuple[int, Step]]:
+    """The steps of a graph as it is.
 
     Args:
         tasks: All tasks.
         layers: What happens in each layer.
         computing: Seconds of other tasks; what is not in it takes none.
+    """
+    return [(i, step) for i in range(len(tasks)) for step in _whole(i, layers, computing)]
+
+
+def interleaved(
+    tasks: Sequence[Task], layers: Mapping[int, Pieces], computing: Mapping[int, float], split: Iterable[int],
+    piece_seconds: float,
+) -> list[tuple[int, Step]]:  # fmt: skip
+    """The steps with layers in pieces, in the order that they allow.
+
+    Args:
+        tasks, layers, computing: As in :func:`in_turn`.
         split: Which layers are run in pieces.
         piece_seconds: What each op of a layer in pieces takes beside.
     """
-
-    def steps(i: int) -> list[Step]:
-        return [Step("compute", computing[i])] if i in computing else []
-
-    whole = [
-        (i, s) for i in range(len(tasks)) for s in ([x for p in layers[i] for x in p] if i in layers else steps(i))
-    ]
-    made, origin = expand(tasks, {i: len(layers[i]) for i in split})
     cut = set(split)
-    dual: list[tuple[int, Step]] = []
-    for number in in_order(made):
-        i, piece = origin[number]
+    made, origin = expand(tasks, {i: len(layers[i]) for i in cut})
+    found: list[tuple[int, Step]] = []
+    for i, piece in (origin[number] for number in in_order(made)):
         if i in cut:
-            dual += [(i, Step("compute", piece_seconds)), *((i, s) for s in layers[i][piece])]
+            found += [(i, Step("compute", piece_seconds)), *((i, step) for step in layers[i][piece])]
         else:
-            dual += [(i, s) for s in ([x for p in layers[i] for x in p] if i in layers else steps(i))]
-    return Worth(seconds(whole), seconds(dual))
+            found += [(i, step) for step in _whole(i, layers, computing)]
+    return found
+
+
+def _whole(i: int, layers: Mapping[int, Pieces], computing: Mapping[int, float]) -> list[Step]:
+    if i in layers:
+        return [step for piece in layers[i] for step in piece]
+    return [Step("compute", computing[i])] if i in computing else []
+
+
+def worth(
+    tasks: Sequence[Task], layers: Mapping[int, Pieces], computing: Mapping[int, float], split: Iterable[int],
+    piece_seconds: float,
+) -> Worth:  # fmt: skip
+    """Compare a graph as it is with the order that layers in pieces allow; arguments as in :func:`interleaved`."""
+    dual = interleaved(tasks, layers, computing, split, piece_seconds)
+    return Worth(seconds(in_turn(tasks, layers, computing)), seconds(dual))

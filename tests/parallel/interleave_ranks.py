@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 import moec
 from moec.cost.chunks import ChunkCosts
@@ -129,7 +130,7 @@ def compared(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def training() -> dict[str, Any]:
-    return compared(layers=2)
+    return compared()
 
 
 def inductor() -> dict[str, Any]:
@@ -166,6 +167,13 @@ def random() -> dict[str, Any]:
     return compared(prepare=dropping)
 
 
+def nested() -> dict[str, Any]:
+    def step(m: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return tuple(checkpoint(m, x, use_reentrant=False) for x in (a, b))
+
+    return compared(step)
+
+
 def grad_modes() -> dict[str, Any]:
     def step(m: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -197,7 +205,7 @@ def does_not_pay() -> dict[str, Any]:
 
 
 QUICK: tuple[Callable[[], Any], ...] = (training, inference, eager, pays, does_not_pay)
-LONG: tuple[Callable[[], Any], ...] = (inductor, dependent, written, random, grad_modes)
+LONG: tuple[Callable[[], Any], ...] = (inductor, dependent, written, random, nested, grad_modes)
 
 
 def _main(rank: int, folder: str, cases: tuple[Callable[[], Any], ...]) -> None:

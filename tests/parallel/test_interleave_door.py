@@ -45,17 +45,17 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return _run(ranks.long, tmp_path_factory.mktemp("long"))
 
 
-def both_in_turns(case: dict[str, Any]) -> None:
+def both_in_turns(case: dict[str, Any], layers: int) -> None:
     forward, backward = case["orders"]
     assert [n for n, _ in forward if n != "all_reduce"][:2] == ["begin_layer"] * 2
     assert [n for n, _ in backward if n != "all_reduce"][:2] == ["begin_gradients"] * 2
-    assert case["ran"]["moec::begin_layer"] == case["ran"]["moec::begin_gradients"] == 4
+    assert case["ran"]["moec::begin_layer"] == case["ran"]["moec::begin_gradients"] == 2 * layers
     assert "moec::experts" not in case["ran"] and "moec::experts_backward" not in case["ran"]
 
 
 def test_a_training_step(quick: Results) -> None:
     case = quick[0]["training"]
-    both_in_turns(case)
+    both_in_turns(case, layers=1)
     assert [r.partition(": interleave-layers: ")[2].partition(":")[0] for r in case["remarks"]] == [
         "forward",
         "backward",
@@ -89,7 +89,7 @@ def test_it_is_done_where_it_pays(quick: Results) -> None:
 
 @pytest.mark.slow
 def test_inductor_keeps_the_order(long: Results) -> None:
-    both_in_turns(long[0]["inductor"])
+    both_in_turns(long[0]["inductor"], layers=2)
 
 
 @pytest.mark.slow
@@ -99,6 +99,7 @@ def test_inductor_keeps_the_order(long: Results) -> None:
         ("dependent", "forward: nothing large could run meanwhile"),
         ("written", "forward: nothing large could run meanwhile"),
         ("random", "forward: dropout has an effect and must keep its place"),
+        ("nested", "layers lie in nested graphs"),
     ],
 )
 def test_what_stays_in_turn(case: str, why: str, long: Results) -> None:
