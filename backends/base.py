@@ -84,6 +84,11 @@ Adviser = Callable[[int, int], Advice]
 """Advice for a call of so many tokens that may have so many threads at most. It is quick: asked again, it remembers."""
 
 
+def placed(found: list[Tensor | None], into: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients, those copied that have a place."""
+    return [g if g is None or place is None else place.copy_(g) for g, place in zip(found, into, strict=True)]
+
+
 class Kernel:
     """A loaded program. It must be deterministic, keep no state between calls and never write into its inputs.
 
@@ -112,6 +117,24 @@ class Kernel:
             One entry per input: a tensor of the input's shape and type where it is needed, None elsewhere.
         """
         raise NotImplementedError
+
+    def backward_into(
+        self,
+        grads: Sequence[Tensor | None],
+        inputs: list[Tensor],
+        needs: Sequence[bool],
+        into: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """As :meth:`backward`, with places for some gradients; kernels that can write there spare a copy.
+
+        Args:
+            grads: As there.
+            inputs: As there.
+            needs: As there.
+            into: One per input: where its gradient is to be, of its shape and type, with anything in it; None for a
+                tensor of its own.
+        """
+        return placed(self.backward(grads, inputs, needs), into)
 
 
 class Backend:

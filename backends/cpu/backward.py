@@ -61,7 +61,12 @@ class CpuBackward:
         return found
 
     def __call__(
-        self, grad: Tensor, inputs: list[Tensor], needs: Sequence[bool], threads: int
+        self,
+        grad: Tensor,
+        inputs: list[Tensor],
+        needs: Sequence[bool],
+        threads: int,
+        into: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor | None] | None:
         """Gradients of the flat operands, None where not needed; or None where aten has to compute them.
 
@@ -70,8 +75,9 @@ class CpuBackward:
             inputs: The flat operands.
             needs: Which of them want a gradient.
             threads: The most to use.
+            into: Where they are to be; None for tensors of their own, of one or of all.
         """
-        spec, b = self.spec, self.spec.bounds
+        spec, b, into = self.spec, self.spec.bounds, into or [None] * len(inputs)
         if self.reason or any(needs[b[6] :]):
             return None  # gradients of captured tensors are sums over all rows
         check_readable(inputs)
@@ -79,10 +85,14 @@ class CpuBackward:
         up_nk, down_nk = form_of(p.up, spec.up_nk), form_of(p.down, spec.down_nk)
         x, ids, weights = inputs[:3]
         found: list[Tensor | None] = [
-            torch.empty(x.shape, dtype=x.dtype) if needs[0] else None,
-            None,
-            torch.zeros(weights.shape, dtype=weights.dtype) if needs[2] else None,
-            *(recycle.SHARED.empty_like(t) if need else None for t, need in zip(inputs[3:], needs[3:], strict=True)),
+            None if not need else torch.empty(t.shape, dtype=t.dtype) if place is None else place
+            for t, need, place in zip(inputs[:3], needs[:3], into[:3], strict=True)
+        ]
+        if (d_weights := found[2]) is not None:
+            d_weights.zero_()
+        found += [
+            None if not need else recycle.SHARED.empty_like(t) if place is None else place
+            for t, need, place in zip(inputs[3:], needs[3:], into[3:], strict=True)
         ]
         d_up, d_down = found[b[2] : b[3]], found[b[3] : b[4]]
         forms = up_nk, down_nk, form_of(d_up, spec.up_nk), form_of(d_down, spec.down_nk)

@@ -11,10 +11,12 @@ system.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,10 +42,15 @@ class Recycler:
 
     def empty_like(self, t: Tensor) -> Tensor:
         """A tensor as ``torch.empty_like(t)`` makes it, with anything in it."""
-        size = t.numel() * t.element_size()
-        if size < FROM_BYTES:
+        if t.numel() * t.element_size() < FROM_BYTES:
             return torch.empty_like(t)
-        strides = torch.empty_like(t, device="meta").stride()
+        return self.empty(t.shape, torch.empty_like(t, device="meta").stride(), t.dtype)
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A dense tensor, with anything in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < FROM_BYTES:
+            return torch.empty_strided(shape, strides, dtype=dtype)
         try:
             _, block = self._free.setdefault(size, deque()).pop()
         except IndexError:
@@ -52,7 +59,7 @@ class Recycler:
         lent = (ctypes.c_char * size).from_address(block.data_ptr())
         weakref.finalize(lent, self._take_back, block).atexit = False
         storage = torch.frombuffer(lent, dtype=torch.uint8).untyped_storage()
-        return torch.empty(0, dtype=t.dtype).set_(storage, 0, t.shape, strides)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
 
     def idle_bytes(self) -> int:
         """Bytes that wait for their next use."""

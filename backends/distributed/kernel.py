@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from moec.backends.base import Kernel
 from moec.backends.distributed.order import combine_in_order, sum_in_order
+from moec.backends.distributed.together import Gradients, Part, parts
 from moec.backends.distributed.world import WORLD
 from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import get_backend
 from moec.ir.comm_semantics import running_in
-from moec.ir.core import Graph, Op
+from moec.ir.core import Graph, Op, Value
 from moec.ir.opdef import op_def, torch_dtype
 from moec.ir.staged import Staged, stops
 from moec.ir.types import TensorType, Type
@@ -100,7 +102,7 @@ class ParallelKernel(Kernel):
         self.backend = get_backend(op.attrs.get("backend") or "reference")
         self.in_order = self.backend.name in IN_ORDER
         self._lock = threading.Lock()
-        self._backwards: dict[tuple[bool, ...], Graph] = {}
+        self._backwards: dict[tuple[bool, ...], tuple[Graph, dict[Value, Part]]] = {}
         self._kernels: dict[str, Kernel] = {}
         self._kernel_of: dict[Op, Kernel] = {}
         for inner in op.regions[0].ops:
@@ -134,33 +136,39 @@ class ParallelKernel(Kernel):
         given = [g for g in grads if g is not None]
         if len(given) < len(grads):  # no rank has one, as all run the same program
             return [t.new_zeros(t.shape) if n else None for t, n in zip(inputs, needs, strict=True)]
+        graph, written = self._backward_for(needs)
+        execute = partial(self._execute, gradients=Gradients(written))
         with running_in(WORLD):
-            found = iter(run_graph(self._backward_for(needs), [*given, *inputs], self._execute))
+            found = iter(run_graph(graph, [*given, *inputs], execute))
         return [next(found) if need else None for need in needs]
 
     def begin_backward(self, grads: list[Tensor], inputs: list[Tensor], needs: Sequence[bool]) -> Staged:
         """The backward in pieces, run up to where it waits for rows the first time; its results are those needed."""
-        graph = self._backward_for(needs)
+        graph, written = self._backward_for(needs)
+        execute = partial(self._execute_any, gradients=Gradients(written))
         with running_in(WORLD):
-            return Staged(graph, [*grads, *inputs], stops(graph), self._execute_any)
+            return Staged(graph, [*grads, *inputs], stops(graph), execute)
 
-    def _backward_for(self, needs: Sequence[bool]) -> Graph:
+    def _backward_for(self, needs: Sequence[bool]) -> tuple[Graph, dict[Value, Part]]:
         key = tuple(map(bool, needs))
         with self._lock:
-            graph = self._backwards.get(key)
-            if graph is None:
-                graph = self._backwards[key] = for_needs(self.op.regions[1], key)
-            return graph
+            if key not in self._backwards:
+                graph = for_needs(self.op.regions[1], key)
+                self._backwards[key] = graph, parts(graph)
+            return self._backwards[key]
 
-    def _execute_any(self, op: Op, inputs: Sequence[Any]) -> list[Any]:
-        found = self._execute(op, inputs)
+    def _execute_any(self, op: Op, inputs: Sequence[Any], gradients: Gradients | None = None) -> list[Any]:
+        found = self._execute(op, inputs, gradients)
         return op_def(op.name).evaluate(op, inputs, run_graph) if found is None else found
 
-    def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
+    def _execute(self, op: Op, inputs: Sequence[Any], gradients: Gradients | None = None) -> list[Any] | None:
         if op.name == "moe.experts":
             return self._experts(op, list(inputs))
         if op.name == "moe.experts_backward":
-            return self._experts_backward(op, list(inputs))
+            return self._experts_backward(op, list(inputs), gradients)
+        if op.name == "torch.call" and gradients is not None:
+            joined = gradients.joined(op)
+            return None if joined is None else [joined]
         if op.name == "moe.combine" and self.in_order:
             assert isinstance(op.result.type, TensorType)
             rows, weights, plan = inputs
@@ -174,10 +182,15 @@ class ParallelKernel(Kernel):
             return [inputs[0].new_empty((0, int(result.shape[1])), dtype=torch_dtype(result.dtype.name))]
         return self._kernel(op, result).forward(inputs)
 
-    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    def _experts_backward(self, op: Op, inputs: list[Tensor], gradients: Gradients | None) -> list[Tensor]:
         grad, *inputs = inputs
         needs = op.attrs["needs"]
+        into = [None] * len(inputs) if gradients is None else gradients.places(op, inputs, needs)
         if not len(grad):
-            return [t.new_zeros(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
-        found = self._kernel(op, op.operands[0].type).backward([grad], inputs, needs)
+            return [
+                t.new_zeros(t.shape) if place is None else place.zero_()
+                for t, place, need in zip(inputs, into, needs, strict=True)
+                if need
+            ]
+        found = self._kernel(op, op.operands[0].type).backward_into([grad], inputs, needs, into)
         return [g for g in found if g is not None]

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from moec.backends.cpu.build import compiler
 from moec.backends.distributed.kernel import ParallelKernel, for_needs
+from moec.backends.distributed.together import Gradients, parts
 from moec.backends.reference import run_graph
 from moec.backends.reference.world import run_world
 from moec.backends.registry import get_backend
+from moec.ir.attributes import Operand
 from moec.ir.beside import EXPERTS
-from moec.ir.core import Graph
+from moec.ir.core import Graph, Op
 from moec.ir.verifier import verify
+from moec.passes.calls import is_call
+from moec.passes.expert_parallel.route import tensor_type
 from moec.passes.overlap.by_experts import Chunks, cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.cuts import expert_ranges
@@ -67,8 +71,11 @@ def kernels(layer: Layer, cut: Cutter, place: int) -> list[tuple[ParallelKernel,
     return made
 
 
-def run(layer: Layer, cut: Cutter, histogram: str, place: int) -> list[list[Tensor]]:
-    """What every rank gets: its result, or the gradients of its tokens, weights and experts."""
+def run(layer: Layer, cut: Cutter, histogram: str, place: int, in_place: bool = False) -> list[list[Tensor]]:
+    """What every rank gets: its result, or the gradients of its tokens, weights and experts.
+
+    With ``in_place`` chunks write their parts of gradients, and nobody joins them.
+    """
     given, weights = layer.tokens(histogram), layer.weights()
     inputs = [[*given[r], *layer.share(r, weights)] for r in range(layer.ranks)]
     if place:
@@ -77,7 +84,8 @@ def run(layer: Layer, cut: Cutter, histogram: str, place: int) -> list[list[Tens
 
     def rank(r: int) -> list[Tensor]:
         kernel, region = made[r]
-        return run_graph(region, inputs[r], kernel._execute)
+        gradients = Gradients(parts(region)) if in_place else None
+        return run_graph(region, inputs[r], functools.partial(kernel._execute, gradients=gradients))
 
     return run_world(layer.ranks, layer.groups, rank)[0]
 
@@ -97,7 +105,40 @@ def test_results_have_the_bits_of_the_whole_layer_and_of_one_process(dtype: str,
 @pytest.mark.parametrize("histogram", HISTOGRAMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_have_the_bits_of_the_whole_layer(dtype: str, histogram: str) -> None:
-    got, want = (run(LAYERS[dtype], cut, histogram, 1) for cut in (experts, whole))
-    for mine, theirs in zip(got, want, strict=True):
-        assert len(mine) == len(theirs) == 4
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    want = run(LAYERS[dtype], whole, histogram, 1)
+    for in_place in (False, True):
+        for mine, theirs in zip(run(LAYERS[dtype], experts, histogram, 1, in_place), want, strict=True):
+            assert len(mine) == len(theirs) == 4
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_gradients_of_weights_are_written_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, written, join = list[Op](), list[Op](), Gradients.joined
+
+    def watched(self: Gradients, op: Op) -> Tensor | None:
+        found = join(self, op)
+        (joined if found is None else written).append(op)
+        return found
+
+    monkeypatch.setattr(Gradients, "joined", watched)
+    run(ODD, experts, "spread", 1, in_place=True)
+    weights = [op for op in written if tensor_type(op.result).rank == 3]
+    assert len(weights) == len(written) == 2 * ODD.ranks, "of up and of down, on every rank"
+    assert all(tensor_type(op.result).rank == 2 for op in joined if is_call(op, "aten.cat.default")), "rows"
+
+
+def test_a_part_that_is_used_elsewhere_too_is_joined() -> None:
+    region = kernels(ODD, experts, 1)[0][1].clone()
+    found = parts(region)
+    part = next(iter(found))
+    again = Op("torch.call", [part], [part.type], attrs={"target": "aten.clone.default", "args": (Operand(0),)})
+    region.insert_before(region.terminator, again)
+    left = parts(region)
+    assert part not in left and len(left) == len(found) - 2, "the other gradient's two parts stay"
+
+
+def test_joined_along_another_dimension_nobody_writes_in_place() -> None:
+    region = kernels(ODD, experts, 1)[0][1].clone()
+    for op in {part.join for part in parts(region).values()}:
+        op.attrs["args"] = (*op.attrs["args"], 1)
+    assert not parts(region)
