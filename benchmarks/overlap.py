@@ -15,6 +15,7 @@ what is predicted; links, and what a chunk costs, are measured as ``moec.paralle
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import socket
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ from moec.ir.core import Op
 from moec.parallel.chunk_costs import measure_chunks
 from moec.parallel.costs import measure
 from moec.passes import PassContext, PassManager
+from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.plan import BACKWARD, plan, read_layer
-from moec.passes.overlap.policies import Schedule
+from moec.passes.overlap.policies import Schedule, cut_seconds
 from moec.runtime.programs import program_graph
 from moec.testing import delayed_group
+from moec.testing.delay import Carrier
 from overlap_layers import (
     ALPHA,
     AsleepLayer,
@@ -62,6 +65,9 @@ from overlap_layers import (
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 POLICIES = ("none", "two", "auto")
 DIRECTIONS = ("forward", "backward")
+ROUTINGS = ("balanced", "zipf")
+HEAD_START = 0.003
+"""Seconds that ranks agree on a start before it; they share a clock."""
 
 
 @dataclass
@@ -84,24 +90,42 @@ class Row:
         return self.step - self.compute - self.outside
 
 
-def curves_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str) -> tuple[LayerCurve, LayerCurve]:
-    """Times of a rank's experts, forwards and backwards; all ranks have the first one's numbers."""
+def curve_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str, place: int) -> LayerCurve:
+    """Times of a rank's experts in one direction; all ranks have the first one's numbers."""
     if compute == "sleep":
-        return asleep()
+        return asleep()[place]
     dist.barrier()
-    mine = measured(layer, sizes, weights)
+    mine = measured(layer, sizes, weights, place == BACKWARD)
     everyone: list[Any] = [None] * sizes.ranks
     dist.all_gather_object(everyone, mine)
-    first: tuple[LayerCurve, LayerCurve] = everyone[0]
+    first: LayerCurve = everyone[0]
     return first
+
+
+@dataclass
+class Case:
+    """One ratio, routing and direction: what runs, what it does beside its experts, and what was seen so far.
+
+    That is, seconds of steps and of experts.
+    """
+
+    ratio: float
+    zipf: bool
+    place: int
+    inputs: list[Tensor]
+    kernels: dict[str, Clocked]
+    layer: Layer
+    schedules: dict[str, Schedule]
+    outside: float
+    seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {p: [] for p in POLICIES})
 
 
 class Bench:
     """One rank's layer, whole and cut."""
 
-    def __init__(self, rank: int, sizes: Sizes, compute: str) -> None:
+    def __init__(self, rank: int, sizes: Sizes, compute: str, carrier: Carrier) -> None:
         self.rank, self.sizes, self.compute = rank, sizes, compute
-        self.group = delayed_group(Link(0.0, 1e15))
+        self.group = delayed_group(Link(0.0, 1e15), carrier=carrier)
         groups.bind("ep", self.group)
         gen = torch.Generator().manual_seed(rank)
         own = sizes.experts // sizes.ranks
@@ -113,9 +137,7 @@ class Bench:
         self.factors = torch.rand(sizes.tokens, sizes.top_k, generator=gen)
         self.spread = sizes.graph()
         PassManager("expert-parallel", repro=None).run(self.spread, PassContext())
-        self.curves = curves_of(sizes, self.spread.ops[0], self.weights, compute)
         self.chunks, self.copies = self.cutting()
-        self.outside = [self.beside(place) for place in range(len(DIRECTIONS))]
 
     def cutting(self) -> tuple[ChunkCosts, float]:
         """What chunks cost and how fast rows are copied; sleeping experts leave their cores to threads that send."""
@@ -126,10 +148,10 @@ class Bench:
         return replace(chunks, burden=None if self.compute == "sleep" else chunks.burden), min(rates)
 
     def beside(self, place: int) -> float:
-        """Seconds of a call that are neither its experts' nor waited: sorting, adding up, Python."""
+        """Seconds of a call that are neither its experts' nor its collectives': sorting, adding up, Python."""
         kernel, ids = self.kernel("none", PassContext()), routes(self.sizes, False)
         inputs = [self.x, ids[self.rank], self.factors, *self.weights]
-        return statistics.median([self.step(kernel, inputs, place)[2] for _ in range(6)][1:])
+        return statistics.median([self.step(kernel, inputs, place)[2] for _ in range(16)][1:])
 
     def bind(self, link: Link) -> None:
         """Such links from now on, for the group that programs name; all ranks call this together."""
@@ -137,32 +159,42 @@ class Bench:
         self.group.link = link
         dist.barrier()
 
-    def case(self, ratio: float, zipf: bool, place: int, turns: int) -> list[Row]:
-        """All policies at one ratio, routing and direction."""
+    def case(self, ratio: float, zipf: bool, place: int) -> Case:
+        """All policies' layers at one ratio, routing and direction."""
         ids = routes(self.sizes, zipf)
         profile, op = Loads(table(self.sizes, ids)), self.spread.ops[0]
-        costs = Costs(*self.curves, Link(ALPHA, 1e9), self.chunks, self.copies)
+        curve = curve_of(self.sizes, op, self.weights, self.compute, place)
+        costs = Costs(curve, curve, Link(ALPHA, 1e9), self.chunks, self.copies, self.compute == "cpu")
         self.bind(link_for(read_layer(op, place, PassContext(cost_model=costs, profile=profile)), ratio))
         link, _ = measure(self.group, "cpu")  # with the time that gloo takes
         ctx = PassContext(cost_model=replace(costs, link=link), profile=profile)
         layer = read_layer(op, place, ctx)
-        kernels = {policy: self.kernel(policy, ctx) for policy in POLICIES}
-        inputs = [self.x, ids[self.rank], self.factors, *self.weights]
-        seen: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
+        return Case(
+            ratio, zipf, place, [self.x, ids[self.rank], self.factors, *self.weights],
+            {policy: self.kernel(policy, ctx) for policy in POLICIES},
+            layer,
+            {policy: plan(layer, place, policy, own_first=True) for policy in POLICIES},
+            self.beside(place),
+        )  # fmt: skip
+
+    def turns(self, case: Case, turns: int) -> None:
+        """Run the case's layers some times, in turn; the first of each is not counted."""
         for turn in range(turns + 1):
-            for policy, kernel in kernels.items():
-                took = self.step(kernel, inputs, place)
+            for policy, kernel in case.kernels.items():
+                took = self.step(kernel, case.inputs, case.place)
                 if turn:
-                    seen[policy].append(took[:2])
-        schedules = {policy: plan(layer, place, policy, own_first=True) for policy in POLICIES}
+                    case.seen[policy].append(took[:2])
+
+    def rows(self, case: Case) -> list[Row]:
+        """What was seen, a row a policy."""
         return [
             Row(
-                ratio, "zipf" if zipf else "balanced", DIRECTIONS[place], policy, told(schedules[policy]),
-                schedules[policy].seconds + self.outside[place], statistics.median(s for s, _ in took),
-                statistics.median(c for _, c in took), self.outside[place] + schedules[policy].beside,
-                schedules[policy].floor,
+                case.ratio, ROUTINGS[case.zipf], DIRECTIONS[case.place], policy, told(s),
+                s.seconds + case.outside, statistics.median(step for step, _ in case.seen[policy]),
+                statistics.median(computed for _, computed in case.seen[policy]),
+                case.outside + cut_seconds(case.layer, s), s.floor,
             )
-            for policy, took in seen.items()
+            for policy, s in case.schedules.items()
         ]  # fmt: skip
 
     def kernel(self, policy: str, ctx: PassContext) -> Clocked:
@@ -172,23 +204,32 @@ class Bench:
         op = graph.ops[0]
         op.attrs["backend"] = "cpu" if self.compute == "cpu" else "aten"
         program = program_op(program_graph(op))
-        return AsleepLayer(program, "cpu", *self.curves) if self.compute == "sleep" else WorkingLayer(program, "cpu")
+        return AsleepLayer(program, "cpu", *asleep()) if self.compute == "sleep" else WorkingLayer(program, "cpu")
 
     def step(self, kernel: Clocked, inputs: list[Tensor], place: int) -> tuple[float, float, float]:
-        """Seconds of one call, from the first rank's start to the last one's end.
+        """Seconds of one call, from the start of all ranks to the last one's end.
 
-        And of the busiest rank's experts, and of a rank at most that are neither its experts' nor waited.
+        And of the busiest rank's experts, and of a rank at most that are neither its experts' nor its collectives'.
         """
-        dist.barrier()
-        start = time.monotonic()
+        start = self.together()
         if place == BACKWARD:
             kernel.backward([self.x], inputs, [True, False, True, True, True])
         else:
             kernel.forward(inputs)
         facts: list[Any] = [None] * self.sizes.ranks
-        dist.all_gather_object(facts, (start, time.monotonic(), kernel.computed, kernel.waited))
-        whole = max(e for _, e, _, _ in facts) - min(s for s, _, _, _ in facts)
-        return whole, max(c for _, _, c, _ in facts), max(e - s - c - w for s, e, c, w in facts)
+        dist.all_gather_object(facts, (time.monotonic(), kernel.computed, kernel.waited))
+        whole = max(end for end, _, _ in facts) - start
+        return whole, max(c for _, c, _ in facts), max(end - start - c - w for end, c, w in facts)
+
+    def together(self) -> float:
+        """Wait until all ranks may begin, and nobody's threads still work on what was before; that time."""
+        dist.barrier()
+        at = torch.tensor([time.monotonic() + HEAD_START], dtype=torch.float64)
+        dist.broadcast(at, 0)
+        time.sleep(max(0.0, float(at) - time.monotonic() - HEAD_START / 6))
+        while time.monotonic() < float(at):  # who sleeps until then wakes later
+            pass
+        return float(at)
 
 
 def told(schedule: Schedule) -> str:
@@ -203,13 +244,13 @@ def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
     small = args.compute == "sleep"
     sizes = Sizes(args.ranks, 64 if small else 512, 16 if small else 512, tokens=args.tokens)
-    bench, found = Bench(rank, sizes, args.compute), list[Row]()
-    for place in (DIRECTIONS.index(d) for d in args.directions):
-        for zipf in (False, True):
-            for ratio in args.ratios:
-                found += bench.case(ratio, zipf, place, args.turns)
-                if rank == 0:
-                    show(found[-len(POLICIES) :])
+    bench, found = Bench(rank, sizes, args.compute, args.carrier), list[Row]()
+    for direction, routing, ratio in itertools.product(args.directions, args.routings, args.ratios):
+        case = bench.case(ratio, routing == "zipf", DIRECTIONS.index(direction))
+        bench.turns(case, args.turns)
+        found += bench.rows(case)
+        if rank == 0:
+            show(found[-len(POLICIES) :])
     if rank == 0:
         verdict(found)
         if args.json:
@@ -245,9 +286,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--compute", choices=("sleep", "cpu"), default="sleep")
+    parser.add_argument("--carrier", choices=("memory", "gloo"), default="memory", help="who brings rows")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=7, help="calls of every layer, behind one that is not counted")
     parser.add_argument("--ratios", type=lambda s: [float(r) for r in s.split(",")], default=list(RATIOS))
+    parser.add_argument("--routings", type=lambda s: s.split(","), default=list(ROUTINGS))
     parser.add_argument("--directions", type=lambda s: s.split(","), default=list(DIRECTIONS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

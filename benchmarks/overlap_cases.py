@@ -74,4 +74,6 @@ def beside(rng: random.Random, layer: Layer, whole: float) -> Layer:
         burden = Link(layer.links.alpha_s * rng.uniform(0, 0.5), 1 / max(per_byte, 1e-30))
     joining = {"experts": whole * log_uniform(rng, 1e-4, 0.05), "tokens": whole * log_uniform(rng, 1e-4, 0.05)}
     chunk_s = {"experts": calls, "tokens": calls * rng.uniform(1, 3)}
-    return replace(layer, chunk_s=chunk_s, burden=burden, joining=joining)
+    share = rng.choice((0.0, rng.uniform(0, 1)))  # of the calls, before the first experts
+    front_s = {along: seconds * share for along, seconds in chunk_s.items()}
+    return replace(layer, chunk_s=chunk_s, front_s=front_s, burden=burden, joining=joining)

@@ -13,19 +13,24 @@ from torch import Tensor
 
 from moec.backends.base import Kernel
 from moec.backends.distributed.kernel import ParallelKernel, local_program
+from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import get_backend
 from moec.cost.chunks import ChunkCosts
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.cost.machine import rising
 from moec.ir.core import Graph, Op
+from moec.ir.opdef import op_def
+from moec.parallel.costs import sweep
 from moec.parallel.sample import sample_layer
 from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.policies import uncut
 from moec.testing import SleepingLayer
 
 ALPHA = 5e-4
-ROWS = (1, 8, 32, 64, 128, 256, 512)
+SMALL_SWEEP = 1 << 23
+"""Bytes that a rank sweeps between two timings of experts: its core's own cache, and not the other ranks' memory."""
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 SKEW = 1.0
 BACKWARD = 8 / 3
 """Work of a backward over that of a forward: the up GEMM again, and two GEMMs for each of the three matrices' one."""
@@ -57,6 +62,10 @@ class Costs:
     link: Link
     chunks: ChunkCosts
     copy_rate: float  # bytes a second
+    writes: bool = False  # kernels put gradients of weights where they belong
+
+    def in_place(self, op: Op) -> bool:
+        return self.writes
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve:
         return self.backward_curve if backward else self.curve
@@ -68,7 +77,10 @@ class Costs:
         return bytes / self.copy_rate
 
     def chunk_seconds(self, op: Op, place: int, along: str) -> float:
-        return self.chunks.of(place, along)
+        return self.chunks.of(place, along).all
+
+    def front_seconds(self, op: Op, place: int, along: str) -> float:
+        return self.chunks.of(place, along).front
 
     def burden(self, group: str) -> Link | None:
         return self.chunks.burden
@@ -110,48 +122,50 @@ def asleep() -> tuple[LayerCurve, LayerCurve]:
     return curve, curve.times(BACKWARD)
 
 
-def timed(call: Any, seconds: float = 0.25) -> float:
-    """Seconds of a call: median."""
+def timed(call: Any, seconds: float = 0.25, before: Any = None) -> float:
+    """Seconds of a call: median. ``before`` runs before each and is not timed."""
     call()
     took: list[float] = []
     end = time.monotonic() + seconds
     while len(took) < 3 or time.monotonic() < end:
+        if before is not None:
+            before()
         start = time.monotonic()
         call()
         took.append(time.monotonic() - start)
     return statistics.median(took)
 
 
-def measured(layer: Op, sizes: Sizes, weights: list[Tensor]) -> tuple[LayerCurve, LayerCurve]:
-    """Curves of the cpu backend's kernels, with as many experts as a rank has, while other ranks measure too."""
+def measured(layer: Op, sizes: Sizes, weights: list[Tensor], backward: bool) -> LayerCurve:
+    """The curve of the cpu backend's kernels, with as many experts as a rank has, while other ranks measure too.
+
+    Weights come from beyond the core's own cache, as in a step.
+    """
     inner = next(op for op in layer.regions[0].ops if op.name == "moe.experts")
     program = local_program(inner, inner.result.type)
     backend = get_backend("cpu")
     kernel: Kernel = backend.load(backend.lower(program, "cpu"))
     own = sizes.experts // sizes.ranks
-    curves = []
-    for backward in (False, True):
-        points: list[tuple[int, float]] = []
-        for rows in ROWS:
-            ids = torch.arange(own).repeat_interleave(rows)[:, None]
-            x = torch.randn(len(ids), sizes.hidden)
-            given = [x, ids, torch.ones(len(ids), 1), *weights]
+    points: list[tuple[int, float]] = []
+    for rows in ROWS:
+        ids = torch.arange(own).repeat_interleave(rows)[:, None]
+        x = torch.randn(len(ids), sizes.hidden)
+        given = [x, ids, torch.ones(len(ids), 1), *weights]
 
-            def call(given: list[Tensor] = given, backward: bool = backward) -> None:
-                if backward:
-                    kernel.backward([given[0]], given, [True, False, True, True, True])
-                else:
-                    kernel.forward(given)
+        def call(given: list[Tensor] = given) -> None:
+            if backward:
+                kernel.backward([given[0]], given, [True, False, True, True, True])
+            else:
+                kernel.forward(given)
 
-            points.append((rows, timed(call) / own))
-        curves.append(LayerCurve(0.0, tuple((float(r), s) for r, s in rising(points))))
-    return curves[0], curves[1]
+        points.append((rows, timed(call, 0.1, lambda: sweep(SMALL_SWEEP)) / own))
+    return LayerCurve(0.0, tuple((float(r), s) for r, s in rising(points)))
 
 
-def copy_rate(bytes: int = 1 << 23) -> float:
+def copy_rate(bytes: int = 1 << 22) -> float:
     """Bytes a second that are put together from two pieces."""
     half = torch.zeros(bytes // 2, dtype=torch.uint8)
-    return bytes / timed(lambda: torch.cat([half, half]), 0.1)
+    return bytes / timed(lambda: torch.cat([half, half]), 0.1, sweep)
 
 
 def link_for(layer: Layer, ratio: float) -> Link:
@@ -165,7 +179,7 @@ def link_for(layer: Layer, ratio: float) -> Link:
 
 
 class Clocked(ParallelKernel):
-    """A layer that knows how long its experts took in the last call, and how long it waited."""
+    """A layer that knows how long its experts took in the last call, and how long it started and waited for rows."""
 
     computed = 0.0
     waited = 0.0
@@ -179,10 +193,10 @@ class Clocked(ParallelKernel):
         return super().backward(grads, inputs, needs)
 
     def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
-        if op.name != "comm.wait":
+        if op.dialect != "comm":
             return super()._execute(op, inputs)
         start = time.monotonic()
-        found = [inputs[0].wait()]
+        found = op_def(op.name).evaluate(op, inputs, run_graph)
         self.waited += time.monotonic() - start
         return found
 

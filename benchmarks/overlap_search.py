@@ -45,8 +45,12 @@ def compositions(units: int, most: int) -> Array:
     return np.array(found)
 
 
-def best_of_all(cut: Cut, first: Chunk | None, edges: Array, cut_s: float) -> float:
-    """Seconds of the best way: every way's timeline at once, and ``cut_s`` more for ways of several chunks."""
+def best_of_all(cut: Cut, first: Chunk | None, edges: Array, cut_s: float, counting: float) -> float:
+    """Seconds of the best way: every way's timeline at once.
+
+    Ways of several chunks take ``cut_s`` more, and their first experts wait until all rows were told to leave, which
+    begins when they were counted, after ``counting``.
+    """
     units = cut.units
     ranks = len(cut.layer.sizes)
     there, back = np.zeros((units + 1, units + 1)), np.zeros((units + 1, units + 1))
@@ -55,9 +59,11 @@ def best_of_all(cut: Cut, first: Chunk | None, edges: Array, cut_s: float) -> fl
         chunk = cut.chunk(a, b)
         there[a, b], back[a, b], compute[a, b] = chunk.there, chunk.back, chunk.compute
     a, b = edges[:, :-1], edges[:, 1:]
-    counting = first.there if first else 0.0
-    arrived = counting + np.cumsum(there[a, b], axis=1)
-    busy = np.zeros((len(edges), ranks)) + (counting + np.array(first.compute) if first else 0.0)
+    before = first.there if first else 0.0
+    arrived = before + np.cumsum(there[a, b], axis=1)
+    several = np.full(len(edges), first is not None) | (edges[:, 1] < units)
+    calls = several * (counting + (a < b).sum(axis=1) * cut.layer.front_s.get(cut.along, 0.0))
+    busy = np.zeros((len(edges), ranks)) + np.maximum(before, calls)[:, None] + (first.compute if first else 0.0)
     done = np.zeros(a.shape)
     for i in range(a.shape[1]):
         busy = np.maximum(busy, arrived[:, i, None]) + compute[a[:, i], b[:, i]]
@@ -65,20 +71,20 @@ def best_of_all(cut: Cut, first: Chunk | None, edges: Array, cut_s: float) -> fl
     links = arrived[:, -1]
     for i in range(a.shape[1]):
         links = np.maximum(links, done[:, i]) + back[a[:, i], b[:, i]]
-    cut = np.full(len(edges), first is not None) | (edges[:, 1] < units)
-    return float((links + cut * cut_s).min())
+    return float((links + several * cut_s).min())
 
 
 def exhaustive(layer: Layer, allowed: Sequence[str] = EVERYTHING, most: int = MOST) -> float:
     """Seconds of the best schedule that there is; equal parts of tokens need not be whole sixteenths."""
     own, rest = own_rows(layer)
+    counting = layer.links.seconds(0.0, layer.count_messages)
     best = [s.seconds for s in equal(layer, range(1, most + 1))] if "tokens" in allowed else []
     for along in (a for a in CUTS if a in allowed):
         whole = CUTS[along](layer)
-        best.append(best_of_all(whole, None, _edges(whole.units, most), layer.joining.get(along, 0.0)))
+        best.append(best_of_all(whole, None, _edges(whole.units, most), layer.joining.get(along, 0.0), counting))
     if "own" in allowed:
         cut = ByExperts(rest)
-        best.append(best_of_all(cut, own, _edges(cut.units, most - 1), layer.joining.get("experts", 0.0)))
+        best.append(best_of_all(cut, own, _edges(cut.units, most - 1), layer.joining.get("experts", 0.0), counting))
     return min(best)
 
 

@@ -74,10 +74,19 @@ class OpCosts:
         machine, threads = (self.machine, 1) if agreed is None else (agreed.machine, agreed.threads)
         return 2 * bytes / machine.bytes_per_s(threads)
 
+    def in_place(self, op: Op) -> bool:
+        """Whether chunks write gradients of weights where they belong: the cpu backend's kernels do."""
+        return layer_shape(layer_inside(op)) is not None
+
     def chunk_seconds(self, op: Op, place: int, along: str) -> float:
         """What a chunk costs beside its rows, as the ranks of the layer's group measured it together."""
         agreed = costs_of(op.attrs["group"])
-        return 0.0 if agreed is None else agreed.chunks.of(place, along)
+        return 0.0 if agreed is None else agreed.chunks.of(place, along).all
+
+    def front_seconds(self, op: Op, place: int, along: str) -> float:
+        """Of these, those before the first chunk's experts."""
+        agreed = costs_of(op.attrs["group"])
+        return 0.0 if agreed is None else agreed.chunks.of(place, along).front
 
     def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
         """Time of a GEMM of ``rows`` rows with a matrix of so many elements, on a rank of a group."""

@@ -8,6 +8,19 @@ from moec.cost.links import Link
 
 
 @dataclass(frozen=True)
+class Calls:
+    """Seconds of one chunk's calls.
+
+    Attributes:
+        all: Of all of them.
+        front: Of those before the first chunk's experts.
+    """
+
+    all: float
+    front: float = 0.0
+
+
+@dataclass(frozen=True)
 class ChunkCosts:
     """Seconds of a rank's processor.
 
@@ -15,15 +28,16 @@ class ChunkCosts:
         forward: Of a chunk of experts, forwards.
         tokens: Of a chunk of tokens, forwards.
         backward: Of a chunk of experts, backwards.
-        burden: What a collective takes of the experts beside it; None where threads that send have cores to spare.
+        burden: What a collective takes of the experts beside it: of its bytes what the thread that computes copies, and
+            all that threads which send do where they have no cores of their own; None where that is nothing.
     """
 
-    forward: float
-    tokens: float
-    backward: float
+    forward: Calls
+    tokens: Calls
+    backward: Calls
     burden: Link | None
 
-    def of(self, place: int, along: str) -> float:
+    def of(self, place: int, along: str) -> Calls:
         """Of a chunk of ``along`` in the forward (place 0) or backward (1)."""
         if place:
             return self.backward

@@ -1,8 +1,9 @@
 """What cutting a layer costs a rank beside its rows, measured: calls of a chunk's ops, and threads that send for it.
 
 A small layer runs whole and in chunks over the group's own links, with experts that do nothing. What is read is
-processor time and not the clock: that of the thread that runs the ops for what a chunk calls, that of all others for
-what a collective takes of the experts beside it. So neither slow links nor other programs on the machine are mistaken
+processor time and not the clock: that of the thread that runs the ops for what a chunk calls, and for its part in
+sending many bytes rather than few; that of all others, where they share its core, for what else a collective takes of
+the experts beside it. So neither slow links nor other programs on the machine are mistaken
 for it.
 """
 
@@ -12,7 +13,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from torch import Tensor
 
 from moec.backends.distributed import groups
 from moec.backends.distributed.kernel import ParallelKernel
-from moec.cost.chunks import ChunkCosts
+from moec.cost.chunks import Calls, ChunkCosts
 from moec.cost.links import Link
 from moec.ir.core import Op
+from moec.parallel.costs import Sending, sweep
 from moec.parallel.sample import sample_layer
 from moec.passes import PassContext, PassManager
 
 CHUNKS = 4
 TOKENS, WIDTH = 16, 8
 """Of a rank in the layer that is measured, and of a row."""
-MOST_TURNS = 8
+MOST_TURNS = 5
 _COLLECTIVES = 60
 """About as many as one turn of all programs has, one after the other."""
 _SECONDS = 0.2
@@ -38,23 +40,42 @@ _SECONDS = 0.2
 
 
 class _Idle(ParallelKernel):
-    """A layer whose experts do nothing."""
+    """A layer whose experts do nothing but sweep the processor's caches, as experts do: what is called next is slower.
+
+    Attributes:
+        swept: Processor seconds of it, in the last call and all before.
+        first: When the last call came to its first experts, in processor seconds of the calling thread; None before.
+    """
+
+    swept = 0.0
+    first: float | None = None
+
+    def _sweep(self) -> None:
+        start = time.thread_time()
+        self.first = start if self.first is None else self.first
+        sweep()
+        self.swept += time.thread_time() - start
 
     def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+        self._sweep()
         return [inputs[0]]
 
     def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+        self._sweep()
         return [t.new_empty(t.shape) for t, need in zip(inputs[1:], op.attrs["needs"], strict=True) if need]
 
 
-def _calls(name: str, ranks: int, device: str) -> list[tuple[Callable[[], object], Callable[[], object]]]:
+Direction = tuple[_Idle, Callable[[], object]]
+
+
+def _calls(name: str, ranks: int, device: str) -> list[tuple[Direction, Direction]]:
     """Forward and backward of the layer: whole, in chunks of experts, and in chunks of tokens."""
     experts = CHUNKS * ranks
     x = torch.zeros(TOKENS, WIDTH, device=device)
     ids = torch.arange(2 * TOKENS, device=device).view(TOKENS, 2) % experts
     up, down = (torch.zeros(CHUNKS, a, b, device=device) for a, b in ((2 * WIDTH, WIDTH), (WIDTH, WIDTH)))
     inputs = [x, ids, torch.ones(TOKENS, 2, device=device), up, down]
-    made: list[tuple[Callable[[], object], Callable[[], object]]] = []
+    made: list[tuple[Direction, Direction]] = []
     for cut in ("", f",overlap{{chunks={CHUNKS}}}", f",overlap{{chunks={CHUNKS},along=tokens}}"):
         graph = sample_layer((CHUNKS,) * ranks, CHUNKS, 2, WIDTH, WIDTH, group=name)
         PassManager(f"expert-parallel{cut}", repro=None).run(graph, PassContext())
@@ -66,18 +87,19 @@ def _calls(name: str, ranks: int, device: str) -> list[tuple[Callable[[], object
         def backward(kernel: _Idle = kernel) -> object:
             return kernel.backward([x], inputs, [True, False, True, True, True])
 
-        made.append((forward, backward))
+        made.append(((kernel, forward), (kernel, backward)))
     return made
 
 
-def own_seconds(call: Callable[[], object], turns: int) -> float:
-    """Processor seconds of the calling thread, median of some calls behind a first."""
-    took = []
+def own_seconds(kernel: _Idle, call: Callable[[], object], turns: int) -> Calls:
+    """Processor seconds of the calling thread without its experts, medians of some calls behind a first."""
+    took, front = [], []
     for _ in range(turns + 1):
-        start = time.thread_time()
+        kernel.first, start, swept = None, time.thread_time(), kernel.swept
         call()
-        took.append(time.thread_time() - start)
-    return statistics.median(took[1:])
+        took.append(time.thread_time() - start - (kernel.swept - swept))
+        front.append((kernel.first or start) - start)
+    return Calls(statistics.median(took[1:]), statistics.median(front[1:]))
 
 
 def spare_cores(process_group: Any) -> bool:
@@ -92,7 +114,7 @@ def spare_cores(process_group: Any) -> bool:
 
 
 def measure_chunks(
-    group: str, process_group: Any, device: str, link: Link, sending: Sequence[tuple[float, float]]
+    group: str, process_group: Any, device: str, link: Link, sending: tuple[Sending, Sending]
 ) -> ChunkCosts:
     """Run the layer; all ranks of the group call this together, and the slowest counts.
 
@@ -101,24 +123,28 @@ def measure_chunks(
         process_group: torch's handle.
         device: Type of the device whose tensors travel.
         link: The group's links: the slower they are, the fewer turns.
-        sending: (bytes of a rank, processor seconds of this rank's other threads) of a small and of a large all-to-all.
+        sending: What :func:`moec.parallel.costs.measure` says of a small and of a large all-to-all.
     """
     turns = max(2, min(MOST_TURNS, int(_SECONDS / (_COLLECTIVES * link.alpha_s + 1e-9))))
     name = f"{group}.sample"
     groups.bind(name, process_group)
     try:
         calls = _calls(name, dist.get_world_size(process_group), device)
-        whole, experts, tokens = ([own_seconds(c, turns) for c in each] for each in calls)
+        whole, experts, tokens = ([own_seconds(*c, turns) for c in each] for each in calls)
     finally:
         groups.unbind(name)
-    (few, least), (many, most) = sending
-    mine = [experts[0] - whole[0], tokens[0] - whole[0], experts[1] - whole[1], least, most]
+    small, large = sending
+    shared = not spare_cores(process_group)
+    pairs = [(experts[0], whole[0]), (tokens[0], whole[0]), (experts[1], whole[1])]
+    mine = [seconds for cut, once in pairs for seconds in (cut.all - once.all, cut.front - once.front)]
+    mine += [small.others * shared, large.own - small.own + (large.others - small.others) * shared]
     slowest = torch.tensor(mine, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=process_group)
-    forward, by_tokens, backward, least, most = slowest.tolist()
-    chunks = [max(0.0, more / CHUNKS) for more in (forward, by_tokens, backward)]
+    *cut_s, least, more = slowest.tolist()
+    each = [max(0.0, seconds / CHUNKS) for seconds in cut_s]
+    forward, by_tokens, backward = (Calls(a, min(a, f)) for a, f in zip(each[::2], each[1::2], strict=True))
     burden: Link | None = None
-    if not spare_cores(process_group) and device == "cpu":
-        rate = (many - few) / max(most - least, 1e-9)
-        burden = Link(max(0.0, least - few / rate), rate)
-    return ChunkCosts(chunks[0], chunks[1], chunks[2], burden)
+    if device == "cpu":
+        rate = (large.bytes - small.bytes) / max(more, 1e-9)
+        burden = Link(max(0.0, least - small.bytes / rate), rate)
+    return ChunkCosts(forward, by_tokens, backward, burden)

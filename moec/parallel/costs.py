@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from moec.cost.store import from_json, to_json
 
 SMALL, LARGE = 1 << 12, 1 << 22
 """Bytes that a rank sends each other rank, when links are measured."""
-_TURNS = 5
+SWEPT = 1 << 25
+"""Bytes that are read and written so that caches hold little of what came before, as behind experts."""
+_TURNS = 7
 
 
 @dataclass(frozen=True)
@@ -60,42 +63,70 @@ def fit(small: float, large: float, ranks: int) -> Link:
     return Link(max(0.0, small - SMALL * (ranks - 1) / rate), rate)
 
 
-def others_seconds(call: Callable[[], object]) -> float:
-    """Processor seconds of all other threads of this process while a call runs."""
-    before = time.process_time() - time.thread_time()
+@lru_cache(maxsize=1)
+def _memory() -> Tensor:
+    return torch.zeros(SWEPT, dtype=torch.uint8)
+
+
+def sweep(bytes: int = SWEPT) -> None:
+    """Sweep the caches; :data:`SWEPT` is the most."""
+    _memory()[:bytes].add_(1)
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What an all-to-all takes of a rank's processor.
+
+    Attributes:
+        bytes: That leave the rank.
+        own: Seconds of the thread that calls it.
+        others: Of all others of the process.
+    """
+
+    bytes: float
+    own: float
+    others: float
+
+
+def processor_seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Of this thread, and of all others of this process, while a call runs."""
+    own, all_of_it = time.thread_time(), time.process_time()
     call()
-    return time.process_time() - time.thread_time() - before
+    own = time.thread_time() - own
+    return own, time.process_time() - all_of_it - own
 
 
-def measure(process_group: Any, device: str) -> tuple[Link, list[tuple[float, float]]]:
+def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sending]]:
     """Time all-to-alls of two sizes; all ranks of the group call this together. About a tenth of a second on gloo.
 
     Returns:
-        The links, and for each size the bytes that leave a rank and the processor seconds of this rank's threads that
-        send them.
+        The links, and what a small and a large all-to-all take of this rank's processor.
     """
     ranks = dist.get_world_size(process_group)
-    slowest, sending = [], []
+    slowest: list[float] = []
+    sending: list[Sending] = []
     for size in (SMALL, LARGE):
         sent = torch.zeros(size * ranks, dtype=torch.uint8, device=device)
-        came = torch.empty_like(sent)
 
-        def all_to_all(sent: Tensor = sent, came: Tensor = came) -> None:
+        def all_to_all(sent: Tensor = sent) -> None:
+            came = torch.empty_like(sent)  # as in a program: where memory is fresh, who sends clears its pages
             dist.all_to_all_single(came, sent, group=process_group)
             if device == "cuda":
                 torch.cuda.synchronize()
 
         took, threads = [], []
         for _ in range(_TURNS + 1):
+            if device == "cpu":
+                sweep()
             dist.barrier(group=process_group)
             start = time.perf_counter()
-            threads.append(others_seconds(all_to_all))
+            threads.append(processor_seconds(all_to_all))
             took.append(time.perf_counter() - start)
-        sending.append((float(size * (ranks - 1)), statistics.median(threads[1:])))
+        sending.append(Sending(float(size * (ranks - 1)), *map(statistics.median, zip(*threads[1:], strict=True))))
         mine = torch.tensor([statistics.median(took[1:])], dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=process_group)
         slowest.append(float(mine))
-    return fit(slowest[0], slowest[1], ranks), sending
+    return fit(slowest[0], slowest[1], ranks), (sending[0], sending[1])
 
 
 def agree(

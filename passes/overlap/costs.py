@@ -49,6 +49,25 @@ class OverlapCosts(Protocol):
 
 
 @runtime_checkable
+class FrontCosts(Protocol):
+    """What ``ctx.cost_model`` may answer besides."""
+
+    def front_seconds(self, op: Op, place: int, along: str) -> float:
+        """Of ``chunk_seconds``, those before the first chunk's experts: all chunks' rows leave before. Else 0."""
+
+
+@runtime_checkable
+class GradientCosts(Protocol):
+    """What ``ctx.cost_model`` may answer besides."""
+
+    def in_place(self, op: Op) -> bool:
+        """Whether chunks of a ``moe.parallel_experts`` write gradients of weights where they belong.
+
+        Where nobody says so, they are copied together.
+        """
+
+
+@runtime_checkable
 class RoutingLoads(Protocol):
     """What ``ctx.profile`` must answer."""
 

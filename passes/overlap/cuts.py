@@ -10,7 +10,7 @@ Both are cut at whole units, of which there are at most :data:`UNITS`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
@@ -40,6 +40,7 @@ class Layer:
         joining: By what is cut along, seconds to put what the chunks brought home together again.
         chunk_s: By what is cut along, seconds of every rank's processor for each chunk of a layer that is cut, beside
             rows and experts.
+        front_s: Of them, those before the first chunk's experts, as all chunks' rows leave before any are computed.
         burden: What a collective takes of the processor whose experts run meanwhile; None for nothing.
         behind: Whether another chunk comes before these.
     """
@@ -55,6 +56,7 @@ class Layer:
     count_messages: int = 1
     joining: Mapping[str, float] = field(default_factory=dict)
     chunk_s: Mapping[str, float] = field(default_factory=dict)
+    front_s: Mapping[str, float] = field(default_factory=dict)
     burden: Transport | None = None
     behind: bool = False
 
@@ -63,6 +65,21 @@ class Layer:
             raise ValueError(
                 f"rows are a number for every one of {sum(self.sizes)} experts from {len(self.sizes)} ranks"
             )
+
+    def beside_s(self, along: str) -> float:
+        """Seconds of every chunk's calls right before its own experts and behind them."""
+        return self.chunk_s.get(along, 0.0) - self.front_s.get(along, 0.0)
+
+    def in_front(self, chunks: Sequence[Chunk], along: str) -> list[Chunk]:
+        """The chunks of a layer that is cut, the first one's experts behind the calls that all chunks' rows leave by.
+
+        They run while the first rows travel, behind the counts; those of own rows leave by none.
+        """
+        travelling = sum(c.back > 0 for c in chunks)
+        calls = self.links.seconds(0.0, self.count_messages) + travelling * self.front_s.get(along, 0.0)
+        late = max(0.0, calls - chunks[0].there) if self.front_s else 0.0
+        first = replace(chunks[0], compute=tuple(seconds + late for seconds in chunks[0].compute))
+        return [first, *chunks[1:]]
 
 
 @dataclass
@@ -100,7 +117,7 @@ class Cut:
         messages = layer.there_messages + layer.count_messages * counted
         there_bytes, back_bytes = busiest * layer.there_bytes, busiest * layer.back_bytes
         begins, ends = first == 0 and not layer.behind, last == self.units
-        more = 0.0 if begins and ends else layer.chunk_s.get(self.along, 0.0)
+        more = 0.0 if begins and ends else layer.beside_s(self.along)
         if layer.burden is not None:
             more += 0.0 if begins else layer.burden.seconds(there_bytes, messages)
             more += 0.0 if ends else layer.burden.seconds(back_bytes, layer.back_messages)

@@ -20,8 +20,8 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType, Type
 from moec.passes.overlap.costs import ExpertTimes
 from moec.passes.overlap.cuts import Layer
-from moec.passes.overlap.policies import CUTS, Schedule, auto, schedule, uncut
-from moec.passes.overlap.search import MOST, best_sizes
+from moec.passes.overlap.policies import Schedule, candidates, simplest
+from moec.passes.overlap.search import MOST
 from moec.passes.overlap.timeline import Chunk, makespan
 
 PIECES = 8
@@ -89,16 +89,17 @@ def fill(found: Schedule, beside: Beside) -> Filled:
 
 
 def auto_filled(layer: Layer, allowed: Collection[str], beside: Beside, most: int = MOST) -> Filled:
-    """The best schedule that the cost model knows, with what stands beside in it.
+    """The simplest schedule that is as good as the best, with what stands beside in it.
 
     Sizes of chunks are also searched for with all or half of it before the first: rows that arrive meanwhile are
     hidden without being cut.
     """
-    found = [uncut(layer), auto(layer, allowed, most)]
+    found = candidates(layer, allowed, most)
     for pieces in (PIECES,) if beside.whole else (PIECES, PIECES // 2):
-        front = beside.chunk(pieces)
-        found += [schedule(layer, a, best_sizes(CUTS[a](layer), front, most)) for a in CUTS if a in allowed]
-    return min((fill(s, beside) for s in found), key=lambda f: (f.schedule.seconds, len(f.schedule.chunks)))
+        found += candidates(layer, allowed, most, beside.chunk(pieces))
+    filled = [fill(s, beside) for s in found]
+    chosen = simplest([f.schedule for f in filled])
+    return next(f for f in filled if f.schedule is chosen)
 
 
 def put(region: Graph, places: Places) -> dict[Op, int]:

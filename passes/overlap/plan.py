@@ -10,7 +10,7 @@ from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.passes.base import PassContext
 from moec.passes.overlap.by_experts import Whole
-from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
+from moec.passes.overlap.costs import FrontCosts, GradientCosts, OverlapCosts, RoutingLoads
 from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.fill import Beside, BesideCosts, Filled, auto_filled, fill
 from moec.passes.overlap.policies import Schedule, choose, schedule
@@ -51,13 +51,15 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
     most = max(map(sum, rows))
     top_k = int(_tensor(op, 1).shape[1])
     home = {"experts": most * sent.back_bytes, "tokens": most / top_k * sent.back_bytes}
-    if place == BACKWARD:
-        home["experts"] += _weight_bytes(op)
     costs = ctx.cost_model
+    if place == BACKWARD and not (isinstance(costs, GradientCosts) and costs.in_place(op)):
+        home["experts"] += _weight_bytes(op)
     return Layer(
         rows, sizes, times, links, sent.there_bytes, sent.back_bytes, sent.there_messages, sent.back_messages,
         joining={along: costs.copying(group, size) for along, size in home.items()},
-        chunk_s={along: costs.chunk_seconds(op, place, along) for along in home}, burden=costs.burden(group),
+        chunk_s={along: costs.chunk_seconds(op, place, along) for along in home},
+        front_s={a: costs.front_seconds(op, place, a) for a in home} if isinstance(costs, FrontCosts) else {},
+        burden=costs.burden(group),
     )  # fmt: skip
 
 

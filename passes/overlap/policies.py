@@ -10,14 +10,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moec.passes.overlap.cuts import ByExperts, ByTokens, Layer
-from moec.passes.overlap.search import MOST, best_sizes
+from moec.passes.overlap.search import MOST, better_sizes
 from moec.passes.overlap.timeline import Chunk, exposed_floor, makespan
 
 CUTS: dict[str, type[ByExperts] | type[ByTokens]] = {"experts": ByExperts, "tokens": ByTokens}
 EVERYTHING = ("experts", "tokens", "own")
 POLICIES = ("auto", "none", "two", "tutel", "fsmoe")
 MARGIN = 0.01
-"""A layer is cut where that ends sooner by more than this part of the step: predictions are not better than that."""
+"""Of schedules that end within this part of the soonest's time, one of fewest chunks is taken, the whole layer first of
+all: predictions are not better than that, and what they do not know of comes with every chunk."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,6 @@ class Schedule:
         own_first: The rows that a rank keeps are a chunk of their own, before all others.
         chunks: What every chunk costs, the one of own rows first.
         seconds: Predicted time, from the first row that leaves until all that came home is together.
-        beside: Of it, seconds of a rank's processor that nothing but the cut costs: the calls of every chunk, and
-            putting together what came home.
     """
 
     along: str
@@ -39,7 +38,6 @@ class Schedule:
     own_first: bool
     chunks: tuple[Chunk, ...]
     seconds: float
-    beside: float = 0.0
 
     @property
     def cut(self) -> bool:
@@ -62,7 +60,7 @@ def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
         keep.append(layer.experts.seconds(layer.rows[rank][at : at + size]))
         send[rank][at : at + size] = [0.0] * size
         at += size
-    counting, calls = layer.links.seconds(0.0, layer.count_messages), layer.chunk_s.get("experts", 0.0)
+    counting, calls = layer.links.seconds(0.0, layer.count_messages), layer.beside_s("experts")
     own = Chunk(counting, tuple(seconds + calls for seconds in keep), 0.0)
     return own, replace(layer, rows=send, count_messages=0, behind=True)
 
@@ -70,16 +68,29 @@ def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
 def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = False, units: int = 0) -> Schedule:
     """The schedule of given chunks."""
     first: tuple[Chunk, ...] = ()
+    rest = layer
     if own_first:
-        own, layer = own_rows(layer)
+        own, rest = own_rows(layer)
         first = (own,)
-    cut = CUTS[along](layer, units or sum(sizes))
+    cut = CUTS[along](rest, units or sum(sizes))
     chunks = (*first, *cut.chunks(sizes))
     if len(chunks) == 1:
         return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks))
+    chunks = tuple(layer.in_front(chunks, along))
     joining = layer.joining.get(along, 0.0)
-    beside = joining + len(chunks) * layer.chunk_s.get(along, 0.0)
-    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining, beside)
+    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining)
+
+
+def cut_seconds(layer: Layer, found: Schedule) -> float:
+    """Seconds of a rank's processor that nothing but the cut costs.
+
+    That is the calls of every chunk, but those that run while the first rows travel; what collectives take of the
+    experts; and putting together what came home.
+    """
+    free = replace(layer, chunk_s={}, front_s={}, burden=None)
+    experts = schedule(free, found.along, found.sizes, found.own_first).chunks
+    joining = found.seconds - makespan(found.chunks)
+    return joining + sum(c.compute[0] for c in found.chunks) - sum(c.compute[0] for c in experts)
 
 
 def uncut(layer: Layer) -> Schedule:
@@ -87,22 +98,35 @@ def uncut(layer: Layer) -> Schedule:
     return schedule(layer, "experts", (1,))
 
 
-def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) -> Schedule:
-    """The best schedule that the cost model knows; the layer whole where that is no worse by :data:`MARGIN`.
+def candidates(
+    layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST, front: Chunk | None = None
+) -> list[Schedule]:
+    """The layer whole, and the best chunks that the cost model knows of every kind and number.
 
     Args:
         layer: The layer.
         allowed: What it may be cut along, and ``"own"`` where a rank's own rows may come before chunks of experts.
         most: Chunks at most.
+        front: What is computed before the first chunk of experts or of tokens, for the search alone.
     """
     found = [uncut(layer)]
     own, rest = own_rows(layer)
-    found += [schedule(layer, a, best_sizes(CUTS[a](layer), most=most)) for a in CUTS if a in allowed]
-    if "own" in allowed and most > 1:
-        found.append(schedule(layer, "experts", best_sizes(ByExperts(rest), own, most - 1), own_first=True))
-    found += equal(layer, range(2, most + 1)) if "tokens" in allowed else []
-    best = min(found, key=lambda s: (s.seconds, len(s.chunks)))
-    return best if best.seconds * (1 + MARGIN) < found[0].seconds else found[0]
+    for along in (a for a in CUTS if a in allowed):
+        found += [schedule(layer, along, sizes) for sizes in better_sizes(CUTS[along](layer), front, most)[1:]]
+    if "own" in allowed and most > 1 and front is None:
+        found += [schedule(layer, "experts", s, own_first=True) for s in better_sizes(ByExperts(rest), own, most - 1)]
+    return found + (list(equal(layer, range(2, most + 1))) if "tokens" in allowed else [])
+
+
+def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) -> Schedule:
+    """The simplest schedule that is as good as the best; arguments as for :func:`candidates`."""
+    return simplest(candidates(layer, allowed, most))
+
+
+def simplest(found: Sequence[Schedule]) -> Schedule:
+    """Of the soonest and those that end within :data:`MARGIN` of it, one of fewest chunks; the soonest of these."""
+    limit = min(s.seconds for s in found) * (1 + MARGIN)
+    return min((s for s in found if s.seconds <= limit), key=lambda s: (len(s.chunks), s.seconds))
 
 
 def equal(layer: Layer, degrees: Collection[int]) -> Iterator[Schedule]:

@@ -79,7 +79,12 @@ def _slowest(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def best_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> tuple[int, ...]:
-    """Units of every chunk, so that the step ends soonest.
+    """Units of every chunk, so that the step ends soonest; arguments as for :func:`better_sizes`."""
+    return better_sizes(cut, first, most)[-1]
+
+
+def better_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> list[tuple[int, ...]]:
+    """Units of every chunk, so that the step ends soonest: for one chunk, and each number that ends sooner than fewer.
 
     Args:
         cut: What is cut.
@@ -92,6 +97,7 @@ def best_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> tuple[
     ranks = _slowest([first, *table.values()])
     start = _Label(first.there, tuple(first.there + first.compute[r] for r in ranks), 0.0, first.there, ())
     best = _after(start, table[0, units], ranks, units)
+    found = [best.sizes]
     fronts: dict[int, list[_Label]] = {0: [start]}
     for _ in range(most):
         reached: dict[int, list[_Label]] = {}
@@ -100,5 +106,6 @@ def best_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> tuple[
                 new = (_after(label, table[at, to], ranks, to - at) for label in labels)
                 reached.setdefault(to, []).extend(n for n in new if n.seconds < best.seconds)
         best = min([best, *reached.pop(units, [])], key=lambda label: (label.seconds, len(label.sizes)))
+        found += [best.sizes] if best.sizes != found[-1] else []
         fronts = {at: _front(labels) for at, labels in reached.items()}
-    return best.sizes
+    return found

@@ -129,6 +129,28 @@ def test_gradients_of_weights_are_put_together_too() -> None:
     assert layer.joining["experts"] == pytest.approx((64 * 2 * layer.back_bytes + weights) * 1e-9)
 
 
+@dataclass(frozen=True)
+class Detailed(Costs):
+    """Kernels that write gradients in place, and calls whose first quarter is in front."""
+
+    def in_place(self, op: Op) -> bool:
+        return True
+
+    def front_seconds(self, op: Op, place: int, along: str) -> float:
+        return self.chunk_seconds(op, place, along) / 4
+
+
+def test_gradients_that_are_written_in_place_are_not_copied() -> None:
+    layer = read_layer(spread(), BACKWARD, PassContext(cost_model=Detailed(copy_s=1e-9)), 64)
+    assert layer.joining["experts"] == pytest.approx(64 * 2 * layer.back_bytes * 1e-9)
+
+
+def test_calls_in_front_are_asked_for_where_the_model_knows_them() -> None:
+    models = (Detailed(chunk_s=1e-4), Costs(chunk_s=1e-4))
+    known, unknown = (read_layer(spread(), BACKWARD, PassContext(cost_model=model), 64) for model in models)
+    assert known.front_s == {"experts": 5e-5, "tokens": 5e-5} and unknown.front_s == {}
+
+
 def test_what_a_chunk_costs_is_asked_for_each_direction_and_decides() -> None:
     taken = Link(1e-5, 1e9)
     ctx = PassContext(cost_model=Costs(chunk_s=1e-4, taken=taken))

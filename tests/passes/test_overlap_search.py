@@ -12,8 +12,20 @@ import pytest
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.passes.overlap.cuts import ByExperts, ByTokens, Cut, Layer, expert_ranges
-from moec.passes.overlap.policies import MARGIN, auto, choose, fsmoe, own_rows, schedule, tutel, two, uncut
-from moec.passes.overlap.search import best_sizes
+from moec.passes.overlap.policies import (
+    MARGIN,
+    auto,
+    choose,
+    cut_seconds,
+    fsmoe,
+    own_rows,
+    schedule,
+    simplest,
+    tutel,
+    two,
+    uncut,
+)
+from moec.passes.overlap.search import best_sizes, better_sizes
 from moec.passes.overlap.timeline import makespan
 
 CURVE = LayerCurve(0.5, ((1.0, 2.0), (8.0, 3.0), (64.0, 20.0)))
@@ -87,9 +99,48 @@ def test_what_a_chunk_costs_beside_its_rows_by_hand() -> None:
     more = 9.0 + 0.5 * 4 + 10.0 / 10 + 0.5 + 40.0 / 10
     assert middle.compute == pytest.approx([seconds + more for seconds in plain.compute]), "both ways, and counts"
     cut = schedule(dear, "experts", (1, 1))
-    assert cut.beside == 2 * 7.0 + 3.0
+    assert cut_seconds(dear, cut) == pytest.approx(2 * 7.0 + (0.5 + 4.0) + (1.5 + 2.0) + 3.0)
+    assert cut_seconds(dear, uncut(dear)) == cut_seconds(free, schedule(free, "experts", (1, 1))) == 0.0
     assert cut.seconds == makespan(cut.chunks) + 3.0
     assert uncut(dear) == uncut(free)
+
+
+def test_the_first_experts_wait_until_all_rows_were_told_to_leave() -> None:
+    rows = [[4.0, 6.0, 1.0, 2.0], [10.0, 20.0, 3.0, 5.0]]
+    plain = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), 1.0, 4.0, chunk_s={"experts": 7.0, "tokens": 9.0})
+    early = replace(plain, front_s={"experts": 2.0, "tokens": 4.0})
+    before, after = (schedule(layer, "experts", (1, 1)).chunks for layer in (plain, early))
+    # Rows of the first are there after 0.5 + 5, counted and told to leave twice after 0.25 + 2 * 2.
+    assert [c.compute[0] - e.compute[0] for c, e in zip(before, after, strict=True)] == pytest.approx([2.0, 2.0])
+    before, after = (schedule(layer, "tokens", (1, 1)).chunks for layer in (plain, early))
+    late = 0.25 + 2 * 4.0 - (0.5 + 15.0 / 2)
+    assert [c.compute[0] - e.compute[0] for c, e in zip(before, after, strict=True)] == pytest.approx([4.0 - late, 4.0])
+    own = schedule(early, "experts", (1, 1), own_first=True).chunks
+    keep = LINE.seconds([4.0, 6.0])
+    assert own[0].compute[0] == pytest.approx(keep + 5.0 + 2 * 2.0), "own rows are there, but others leave first"
+    assert uncut(early) == uncut(plain)
+
+
+def test_of_schedules_as_good_as_the_best_the_simplest_is_taken() -> None:
+    layer = random_layer(1)
+    one, two, three = (
+        replace(schedule(layer, "experts", (1,) * n), seconds=s) for n, s in ((1, 103), (2, 100.9), (3, 100))
+    )
+    assert simplest([one, two, three]) is two
+    assert simplest([one, replace(two, seconds=101.1), three]) is three
+    assert simplest([replace(one, seconds=101.0), two, three]).seconds == 101.0, "the whole layer first of all"
+    sooner = replace(two, seconds=100.5)
+    assert simplest([two, three, sooner]) is sooner
+
+
+def test_more_chunks_are_named_where_they_end_sooner() -> None:
+    cut = ByExperts(random_layer(2), 6)
+    found = better_sizes(cut, most=4)
+    ends = [makespan(cut.chunks(sizes)) for sizes in found]
+    assert found[0] == (6,) and ends == sorted(ends, reverse=True) and len(set(ends)) == len(ends)
+    assert [len(sizes) for sizes in found] == sorted({len(sizes) for sizes in found})
+    for sizes, end in zip(found, ends, strict=True):
+        assert end == pytest.approx(min(makespan(cut.chunks(s)) for s in every_way(6, len(sizes))))
 
 
 def test_own_rows_are_a_chunk_too_and_the_others_travel_beside_them() -> None:

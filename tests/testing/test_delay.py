@@ -86,7 +86,8 @@ def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     pg = delayed_group(LINK)
-    found = {f.__name__: f(pg, rank) for f in (transfers, layer, costs)}
+    memory = delayed_group(LINK, carrier="memory")
+    found = {f.__name__: f(pg, rank) for f in (transfers, layer, costs)} | {"by memory": transfers(memory, rank)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -98,8 +99,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_rows_come_as_the_links_say_one_collective_after_the_other(ranks: list[dict[str, Any]]) -> None:
-    for found in (r["transfers"] for r in ranks):
+@pytest.mark.parametrize("run", ["transfers", "by memory"])
+def test_rows_come_as_the_links_say_one_collective_after_the_other(ranks: list[dict[str, Any]], run: str) -> None:
+    for found in (r[run] for r in ranks):
         assert found["right"]
         assert found["started"] < 0.02, "starting does not wait"
         assert found["one"] >= LINK.seconds(40_000)
@@ -107,7 +109,7 @@ def test_rows_come_as_the_links_say_one_collective_after_the_other(ranks: list[d
         first, second = found["log"]
         assert (first.bytes, second.bytes) == (40_000, 8)
         assert second.end - first.end == pytest.approx(LINK.seconds(8), abs=1e-9), "one link, one at a time"
-    ends = [[a.end for a in r["transfers"]["log"]] for r in ranks]
+    ends = [[a.end for a in r[run]["log"]] for r in ranks]
     assert ends[0] == ends[1], "they end on all ranks together"
 
 
@@ -129,8 +131,10 @@ def test_ranks_plan_with_the_same_numbers(ranks: list[dict[str, Any]]) -> None:
     assert first["link"].seconds(LARGE) >= QUICK.seconds(LARGE) * (1 - 1e-6)
     assert first["link"].seconds(SMALL) >= QUICK.seconds(SMALL) * (1 - 1e-6)
     chunks = first["chunks"]
-    assert 0 < chunks.forward < QUICK.alpha_s, "processor time, and no time on the links"
-    assert chunks.forward < chunks.tokens, "a chunk of tokens is the whole program once more"
+    assert 0 < chunks.forward.all < QUICK.alpha_s, "processor time, and no time on the links"
+    assert chunks.forward.all < chunks.tokens.all, "a chunk of tokens is the whole program once more"
+    for calls in (chunks.forward, chunks.tokens, chunks.backward):
+        assert 0 <= calls.front <= calls.all
 
 
 def test_two_times_make_a_link() -> None:
