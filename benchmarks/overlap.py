@@ -3,13 +3,14 @@
     python benchmarks/overlap.py --ranks 2 --compute cpu
     python benchmarks/overlap.py --ranks 4 --compute sleep
 
-Every rank has one thread. Rows travel by gloo, and come when the links of the cost model would have brought them
-(moec.testing); waiting takes no processor. Experts are the cpu backend's kernels, timed here before, or sleep as long
-as a curve says, so that more ranks than cores can be measured. For several ratios of the experts' time to the links'
-the table shows the step (forward or backward of one layer, slowest rank, median) without overlap, in two equal chunks,
-and as the pass chooses, beside what was predicted; and the communication that was not hidden beside what no order could
-hide. What a layer does beside its experts (sorting rows, adding them up, Python) is timed before, whole, and added to
-what is predicted; links, and what a chunk costs, are measured as ``moec.parallelize`` does.
+Every rank has one thread. Rows travel through memory that ranks share, or by gloo (``--carrier``), and come when the
+links of the cost model would have brought them (moec.testing); waiting takes no processor. Experts are the cpu
+backend's kernels, or sleep as long as a curve says, so that more ranks than cores can be measured. For several ratios
+of the experts' time to the links' the table shows the step (forward or backward of one layer, all ranks begin at one
+time, slowest rank, median) without overlap, in two equal chunks, and as the pass chooses, beside what was predicted;
+and the communication that was not hidden beside what no order could hide. Right before each case the experts are
+timed, the links as ``moec.parallelize`` does, and what a whole layer does beside both (sorting rows, adding them up,
+Python), which is added to what is predicted; what a chunk costs is measured once, as there.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from overlap_layers import (
     routes,
     table,
 )
+from overlap_table import Row, show, verdict
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 POLICIES = ("none", "two", "auto")
@@ -68,26 +70,6 @@ DIRECTIONS = ("forward", "backward")
 ROUTINGS = ("balanced", "zipf")
 HEAD_START = 0.003
 """Seconds that ranks agree on a start before it; they share a clock."""
-
-
-@dataclass
-class Row:
-    """One line of the table; seconds."""
-
-    ratio: float
-    routing: str
-    direction: str
-    policy: str
-    chunks: str
-    predicted: float
-    step: float
-    compute: float
-    outside: float
-    floor: float
-
-    @property
-    def exposed(self) -> float:
-        return self.step - self.compute - self.outside
 
 
 def curve_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str, place: int) -> LayerCurve:
@@ -148,10 +130,10 @@ class Bench:
         return replace(chunks, burden=None if self.compute == "sleep" else chunks.burden), min(rates)
 
     def beside(self, place: int) -> float:
-        """Seconds of a call that are neither its experts' nor its collectives': sorting, adding up, Python."""
+        """Seconds of a call that are neither its experts' nor the links': sorting, adding up, Python."""
         kernel, ids = self.kernel("none", PassContext()), routes(self.sizes, False)
         inputs = [self.x, ids[self.rank], self.factors, *self.weights]
-        return statistics.median([self.step(kernel, inputs, place)[2] for _ in range(16)][1:])
+        return statistics.median([self.step(kernel, inputs, place)[2] for _ in range(9)][1:])
 
     def bind(self, link: Link) -> None:
         """Such links from now on, for the group that programs name; all ranks call this together."""
@@ -209,17 +191,21 @@ class Bench:
     def step(self, kernel: Clocked, inputs: list[Tensor], place: int) -> tuple[float, float, float]:
         """Seconds of one call, from the start of all ranks to the last one's end.
 
-        And of the busiest rank's experts, and of a rank at most that are neither its experts' nor its collectives'.
+        And of the busiest rank's experts, and what is neither theirs nor the links' in a layer that is not cut.
         """
-        start = self.together()
+        before, start = len(self.group.log), self.together()
         if place == BACKWARD:
             kernel.backward([self.x], inputs, [True, False, True, True, True])
         else:
             kernel.forward(inputs)
         facts: list[Any] = [None] * self.sizes.ranks
-        dist.all_gather_object(facts, (time.monotonic(), kernel.computed, kernel.waited))
-        whole = max(end for end, _, _ in facts) - start
-        return whole, max(c for _, c, _ in facts), max(end - start - c - w for end, c, w in facts)
+        dist.all_gather_object(facts, (time.monotonic(), kernel.computed))
+        step, computed = (max(seconds) for seconds in zip(*facts, strict=True))
+        links, free = 0.0, start
+        for arrival in self.group.log[before:]:
+            links += arrival.end - max(arrival.ready, free)
+            free = arrival.end
+        return step - start, computed, step - start - computed - links
 
     def together(self) -> float:
         """Wait until all ranks may begin, and nobody's threads still work on what was before; that time."""
@@ -257,29 +243,6 @@ def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
             args.json.write_text(json.dumps([vars(r) for r in found], indent=1), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def show(rows: list[Row]) -> None:
-    for r in rows:
-        print(
-            f"| {r.ratio:g} | {r.routing} | {r.direction} | {r.policy} | {r.chunks} | {r.step * 1e3:.1f} "
-            f"| {r.predicted * 1e3:.1f} | {r.step / r.predicted - 1:+.1%} "
-            f"| {r.exposed * 1e3:.1f} | {r.floor * 1e3:.1f} |",
-            flush=True,
-        )
-
-
-def verdict(rows: list[Row]) -> None:
-    """How the schedules that the pass chose hold against their promises."""
-    mine = [r for r in rows if r.policy == "auto"]
-    none = {(r.ratio, r.routing, r.direction): r for r in rows if r.policy == "none"}
-    off = max(abs(r.step / r.predicted - 1) for r in mine)
-    exposed = max((r.exposed - 1.1 * r.floor) / r.step for r in mine)
-    slower = max(r.step / none[r.ratio, r.routing, r.direction].step for r in mine)
-    gain = statistics.mean(none[r.ratio, r.routing, r.direction].step / r.step for r in mine)
-    print(f"\nstep against prediction, worst: {off:.1%}")
-    print(f"exposed beyond 1.1 times the floor, worst, of the step: {exposed:.1%}")
-    print(f"step over that without overlap: worst {slower:.3f}, mean speed-up {gain:.3f}")
 
 
 def main() -> None:

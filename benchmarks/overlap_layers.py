@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from moec.backends.base import Kernel
 from moec.backends.distributed.kernel import ParallelKernel, local_program
-from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import get_backend
 from moec.cost.chunks import ChunkCosts
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.cost.machine import rising
 from moec.ir.core import Graph, Op
-from moec.ir.opdef import op_def
 from moec.parallel.costs import sweep
 from moec.parallel.sample import sample_layer
 from moec.passes.overlap.cuts import Layer
@@ -179,26 +176,17 @@ def link_for(layer: Layer, ratio: float) -> Link:
 
 
 class Clocked(ParallelKernel):
-    """A layer that knows how long its experts took in the last call, and how long it started and waited for rows."""
+    """A layer that knows how long its experts took in the last call."""
 
     computed = 0.0
-    waited = 0.0
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        self.computed = self.waited = 0.0
+        self.computed = 0.0
         return super().forward(inputs)
 
     def backward(self, grads: Any, inputs: list[Tensor], needs: Any) -> list[Tensor | None]:
-        self.computed = self.waited = 0.0
+        self.computed = 0.0
         return super().backward(grads, inputs, needs)
-
-    def _execute(self, op: Op, inputs: Sequence[Any]) -> list[Any] | None:
-        if op.dialect != "comm":
-            return super()._execute(op, inputs)
-        start = time.monotonic()
-        found = op_def(op.name).evaluate(op, inputs, run_graph)
-        self.waited += time.monotonic() - start
-        return found
 
 
 class WorkingLayer(Clocked):

@@ -24,7 +24,9 @@ from moec.cost.store import from_json, to_json
 
 SMALL, LARGE = 1 << 12, 1 << 22
 """Bytes that a rank sends each other rank, when links are measured."""
-SWEPT = 1 << 25
+LINED_UP = 5
+"""All-to-alls that are under way together, when latency is measured."""
+SWEPT = 1 << 24
 """Bytes that are read and written so that caches hold little of what came before, as behind experts."""
 _TURNS = 7
 
@@ -99,18 +101,24 @@ def processor_seconds(call: Callable[[], object]) -> tuple[float, float]:
 def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sending]]:
     """Time all-to-alls of two sizes; all ranks of the group call this together. About a tenth of a second on gloo.
 
+    The latency is what one more all-to-all adds to others under way, as chunks' are: what a call takes before it has
+    begun is the processor's time, and not the links'.
+
     Returns:
         The links, and what a small and a large all-to-all take of this rank's processor.
     """
     ranks = dist.get_world_size(process_group)
     slowest: list[float] = []
     sending: list[Sending] = []
-    for size in (SMALL, LARGE):
+    for size, many in ((SMALL, 1), (LARGE, 1), (SMALL, LINED_UP)):
         sent = torch.zeros(size * ranks, dtype=torch.uint8, device=device)
 
-        def all_to_all(sent: Tensor = sent) -> None:
-            came = torch.empty_like(sent)  # as in a program: where memory is fresh, who sends clears its pages
-            dist.all_to_all_single(came, sent, group=process_group)
+        def all_to_all(sent: Tensor = sent, many: int = many) -> None:
+            came = [torch.empty_like(sent) for _ in range(many)]  # as in a program: its memory may be fresh
+            work = [dist.all_to_all_single(c, sent, group=process_group, async_op=True) for c in came]
+            for each in work:
+                assert each is not None
+                each.wait()
             if device == "cuda":
                 torch.cuda.synchronize()
 
@@ -126,7 +134,10 @@ def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sendi
         mine = torch.tensor([statistics.median(took[1:])], dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=process_group)
         slowest.append(float(mine))
-    return fit(slowest[0], slowest[1], ranks), (sending[0], sending[1])
+    one, large, lined_up = slowest
+    link = fit(one, large, ranks)
+    more = (lined_up - one) / (LINED_UP - 1) - SMALL * (ranks - 1) / link.bytes_per_s
+    return Link(min(link.alpha_s, max(0.0, more)), link.bytes_per_s), (sending[0], sending[1])
 
 
 def agree(

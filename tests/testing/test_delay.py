@@ -128,8 +128,9 @@ def test_ranks_plan_with_the_same_numbers(ranks: list[dict[str, Any]]) -> None:
     first, second = (r["costs"] for r in ranks)
     assert first == second
     assert first["isa"] == "avx2" and first["nobody"] is None
-    assert first["link"].seconds(LARGE) >= QUICK.seconds(LARGE) * (1 - 1e-6)
-    assert first["link"].seconds(SMALL) >= QUICK.seconds(SMALL) * (1 - 1e-6)
+    for size in (SMALL, LARGE):  # the processor's part is no part of the latency
+        assert first["link"].seconds(size) >= QUICK.seconds(size) * 0.9
+    assert first["link"].alpha_s <= QUICK.alpha_s * 2
     chunks = first["chunks"]
     assert 0 < chunks.forward.all < QUICK.alpha_s, "processor time, and no time on the links"
     assert chunks.forward.all < chunks.tokens.all, "a chunk of tokens is the whole program once more"
