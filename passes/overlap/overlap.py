@@ -3,9 +3,9 @@
 Contract:
 1. A layer whose experts lie on several ranks runs in chunks: while the experts of one compute, the rows of the next
    travel there and those of the last travel home. Forward and backward are cut each for itself.
-2. How many chunks, how large, and along what, is what the cost model says ends soonest; a layer is left whole where
-   nothing does better by more than 1 %. Without a cost model, links or loads the pass says so and does nothing, unless
-   it is told the number of chunks.
+2. How many chunks, how large, and along what, is what the cost model says ends soonest; of what ends within 1 % of the
+   soonest the fewest chunks, the whole layer first of all. Without a cost model, links or loads the pass says so and
+   does nothing, unless it is told the number of chunks.
 3. Bits stay: backwards are cut along experts alone, so that each gradient is made of the same rows in the same order.
 4. What is computed beside a layer (a shared expert that ``carry-shared-experts`` put there) is computed where ranks
    would wait.
