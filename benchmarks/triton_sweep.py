@@ -1,8 +1,8 @@
 """The model's tiles against all tiles of a grid, compiled: registers, spills, shared memory, and the times they give.
 
-``--compile`` compiles the up GEMM with what the model chooses and with tiles of a grid, for every GPU, and notes what
-each takes. Without it, every case (layer, GPU, tokens) is judged by those notes: all tiles are timed with the resident
-blocks that the compiler's registers and shared memory leave, and the model's choice is compared with the best of them.
+``--compile`` compiles both GEMMs with what the model chooses and with tiles of a grid, for every GPU, and notes what
+each takes. Without it, every case (layer, GPU, tokens, GEMM) is judged by those notes: all tiles are timed with the
+resident blocks that the compiler's registers and shared memory leave, and the model's choice is compared with the best.
 
     python benchmarks/triton_sweep.py --compile
     python benchmarks/triton_sweep.py
@@ -43,7 +43,8 @@ TOKENS = (1024, 8192)
 EVEN, MASKED = "OLMoE", "gpt-oss-20b"
 """Layers that are compiled: one whose widths are multiples of every tile, and one whose widths are not."""
 STEPS = {EVEN: (32, 64), MASKED: (64,)}
-_ROWS = [(16, 1), (64, 1), (128, 1), (256, 1), (64, 2), (64, 3), (128, 2)]
+KERNELS = ("up", "down")
+_ROWS = [(16, 1), (64, 1), (128, 1), (256, 1), (64, 2), (64, 3), (64, 4), (128, 2)]
 _TEXT = """
 graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
              %down: bf16[{e}, {h}, {i}]) -> bf16[T, {h}] {{
@@ -61,10 +62,11 @@ graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A tile of the up GEMM as the compiler made it: one without ``registers`` it refused."""
+    """A tile of a GEMM as the compiler made it: one without ``registers`` it refused."""
 
     layer: str
     target: str
+    kernel: str
     tile: tuple[int, ...]
     registers: int = 0
     spills: int = 0
@@ -91,13 +93,19 @@ def tile_of(told: tuple[int, ...]) -> Tile:
     return Tile(m, n, k, 1, warps, stages, units=units)
 
 
-def grid(device: Device, layer: str) -> list[Tile]:
+def parts_of(kernel: str) -> int:
+    """Gate and up are multiplied at once."""
+    return 2 if kernel == "up" else 1
+
+
+def grid(device: Device, layer: str, kernel: str) -> list[Tile]:
     """Tiles whose operands fit into shared memory and whose sums a block can hold at all, in an order drawn once."""
     found = []
     for (m, units), n, k, warps in itertools.product(_ROWS, (64, 128, 256), STEPS[layer], (4, 8)):
         tile = Tile(m, n, k, 1, warps, 2 if device.hip else 3, units=units)
-        step = (tile.rows + 2 * n) * k * ITEM_BYTES["bf16"]
-        sums = tile.rows * 2 * n // (device.warp * warps)
+        outputs = parts_of(kernel) * n
+        step = (tile.rows + outputs) * k * ITEM_BYTES["bf16"]
+        sums = tile.rows * outputs // (device.warp * warps)
         most = device.thread_registers if not device.tensor_columns else 2 * device.thread_registers
         if buffers(device, tile) * step <= device.shared_block and 4 <= sums <= most:
             found.append(tile)
@@ -105,10 +113,10 @@ def grid(device: Device, layer: str) -> list[Tile]:
     return found
 
 
-def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
-    """What the up kernel takes with this tile."""
+def compiled(spec: Spec, device: Device, name: str, tile: Tile) -> Resources:
+    """What a kernel takes with this tile."""
     file = write_experts(spec)
-    kernel = file.kernels["up"]
+    kernel = file.kernels[name]
     signature = {a.name: a.type for a in kernel.arguments} | dict.fromkeys(kernel.constants, "constexpr")
     tma = isinstance(device.arch, int) and device.arch >= 90
     known = {
@@ -117,7 +125,7 @@ def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
     }  # fmt: skip
     constants = {c: known[c] for c in kernel.constants}
     aligned = frozenset(a.name for a in kernel.arguments if a.type != "i32")
-    function = load_module(file.text).up
+    function = getattr(load_module(file.text), name)
     return compile_kernel(
         function, signature, constants, device, warps=tile.num_warps, stages=tile.num_stages, aligned=aligned
     ).resources
@@ -125,30 +133,32 @@ def compiled(spec: Spec, device: Device, tile: Tile) -> Resources:
 
 def compile_some(path: Path, most: int) -> None:
     """Compile what is not noted yet, ``most`` tiles of it; every tile is noted as it is done."""
-    known = {(c.layer, c.target, c.tile): c for c in read(path)} if path.exists() else {}
+    known = {(c.layer, c.target, c.kernel, c.tile): c for c in read(path)} if path.exists() else {}
     wanted = []
-    for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
+    for name, target, tokens, kernel in itertools.product(LAYERS, TARGETS, TOKENS, KERNELS):
         layer = MASKED if name == MASKED else EVEN
-        wanted.append((layer, target, numbers(pick(layer_of(spec_of(name)), tokens, device_of(target)).up)))
-    grids = [(layer, target, grid(device_of(target), layer)) for layer in (EVEN, MASKED) for target in TARGETS]
-    for at in range(max(len(tiles) for _, _, tiles in grids)):
-        wanted += [(layer, target, numbers(tiles[at])) for layer, target, tiles in grids if at < len(tiles)]
+        choice = pick(layer_of(spec_of(name)), tokens, device_of(target))
+        wanted.append((layer, target, kernel, numbers(getattr(choice, kernel))))
+    grids = [(*at, grid(device_of(at[1]), at[0], at[2])) for at in itertools.product((EVEN, MASKED), TARGETS, KERNELS)]
+    for at in range(max(len(tiles) for *_, tiles in grids)):
+        wanted += [(*which, numbers(tiles[at])) for *which, tiles in grids if at < len(tiles)]
     wanted = [w for w in dict.fromkeys(wanted) if w not in known]
-    for at, (layer, target, tile) in enumerate(wanted[:most], 1):
+    for at, (layer, target, kernel, tile) in enumerate(wanted[:most], 1):
         try:
-            r = compiled(spec_of(layer), device_of(target), tile_of(tile))
+            r = compiled(spec_of(layer), device_of(target), kernel, tile_of(tile))
             taken = (r.registers, r.spills, r.shared, r.columns, r.occupancy, " ".join(r.mma))
-            known[layer, target, tile] = Compiled(layer, target, tile, *taken)
+            found = Compiled(layer, target, kernel, tile, *taken)
         except CrossError:
-            known[layer, target, tile] = Compiled(layer, target, tile)
-        print(f"{at}/{len(wanted)} {known[layer, target, tile]}", flush=True)
+            found = Compiled(layer, target, kernel, tile)
+        known[layer, target, kernel, tile] = found
+        print(f"{at}/{len(wanted)} {found}", flush=True)
         write(path, list(known.values()))
 
 
 def read(path: Path) -> list[Compiled]:
     """The notes."""
     fields, *rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Compiled(**dict(zip(fields, row, strict=True)) | {"tile": tuple(row[2])}) for row in rows]
+    return [Compiled(**dict(zip(fields, row, strict=True)) | {"tile": tuple(row[3])}) for row in rows]
 
 
 def write(path: Path, found: list[Compiled]) -> None:
@@ -169,22 +179,27 @@ class Judged:
     loss: float
 
 
-def judge(name: str, target: str, tokens: int, notes: list[Compiled]) -> Judged:
-    """Time every tile that was compiled for the up GEMM of a case, with what the compiler took.
+def judge(name: str, target: str, tokens: int, kernel: str, notes: list[Compiled]) -> Judged:
+    """Time every tile that was compiled for a GEMM, with what the compiler took.
+
+    Both GEMMs share the rows of a tile, so that of down is compared with tiles of the same rows; where programs share
+    its sums, with the registers of the kernel that stores whole ones.
 
     Raises:
         KeyError: The model's choice has not been compiled.
     """
     device, layer = device_of(target), layer_of(spec_of(name))
-    gemm, load = layer.gemms[0], load_of(layer, tokens)
-    own = [c for c in notes if c.target == target and c.layer == (MASKED if name == MASKED else EVEN) and c.registers]
-    table = table_of(device, [tile_of(c.tile) for c in own], gemm.parts, gemm.dtype)
+    gemm, load = layer.gemms[KERNELS.index(kernel)], load_of(layer, tokens)
+    chosen: Tile = getattr(pick(layer, tokens, device), kernel)
+    which = (MASKED if name == MASKED else EVEN, target, kernel)
+    own = [c for c in notes if (c.layer, c.target, c.kernel) == which and c.registers]
+    own = [c for c in own if kernel == "up" or c.tile[:2] == numbers(chosen)[:2]]
+    table = table_of(device, [replace(tile_of(c.tile), split_k=chosen.split_k) for c in own], gemm.parts, gemm.dtype)
     really = replace(table, resident=np.array([float(max(1, c.occupancy)) for c in own]))
     seconds = np.where([c.spills > 0 for c in own], np.inf, times(gemm, load, device, really).seconds)
-    chosen = pick(layer, tokens, device).up
     at = {c.tile: i for i, c in enumerate(own)}[numbers(chosen)]
     best = int(np.argmin(seconds))
-    expected = usage(device, chosen, gemm.parts, gemm.dtype)
+    expected = usage(device, chosen, gemm.parts, gemm.dtype, gathered=gemm.gathered)
     loss = float(seconds[at] / seconds[best] - 1)
     return Judged(chosen, own[at], expected, len(own), table.tiles[best], loss)
 
@@ -196,20 +211,21 @@ def _short(tile: Tile) -> str:
 
 def report(notes: list[Compiled]) -> None:
     """Print a line for every case, and what they come to."""
-    print("| layer | GPU | tokens | tile of the model | registers (expected) | spills | shared | tiles | best | loss |")
+    print("| layer | GPU | tokens | GEMM | tile of the model | registers (expected) | shared | tiles | best | loss |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     found = []
-    for name, target, tokens in itertools.product(LAYERS, TARGETS, TOKENS):
-        found.append(j := judge(name, target, tokens, notes))
+    for name, target, tokens, kernel in itertools.product(LAYERS, TARGETS, TOKENS, KERNELS):
+        found.append(j := judge(name, target, tokens, kernel, notes))
         best = "the same" if numbers(j.best) == numbers(j.tile) else _short(j.best)
         print(
-            f"| {name} | {target} | {tokens} | {_short(j.tile)} | {j.taken.registers} ({j.expected.registers}) "
-            f"| {j.taken.spills} | {j.taken.shared} | {j.tiles} | {best} | {j.loss:.1%} |"
+            f"| {name} | {target} | {tokens} | {kernel} | {_short(j.tile)} "
+            f"| {j.taken.registers} ({j.expected.registers}) | {j.taken.shared} | {j.tiles} | {best} | {j.loss:.1%} |"
         )
     spilled, refused = sum(c.spills > 0 for c in notes), sum(not c.registers for c in notes)
     print(f"\n{len(notes)} tiles compiled, of which {spilled} spill and {refused} are refused; {len(found)} cases of")
     print(f"{min(j.tiles for j in found)} to {max(j.tiles for j in found)} tiles; the model's choice is the best in")
-    print(f"{sum(j.loss <= 0 for j in found)}, and at most {max(j.loss for j in found):.1%} from the best")
+    print(f"{sum(j.loss <= 0 for j in found)}, and at most {max(j.loss for j in found):.1%} from the best;")
+    print(f"{sum(j.taken.spills > 0 for j in found)} choices spill")
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class Run:
         def ints(size: int) -> Tensor:
             return torch.empty(size, dtype=torch.int32, device=ids.device)
 
-        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(2), "places": ints(blocks)}
+        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(1), "places": ints(blocks)}
         values = {"ids": ids, "slots_n": self.slots, "chunks": chunks, **placed}
         constants = {"BLOCK_M": block_m, "UNITS": units}
         if chunks == 1 and blocks <= CHUNK:

@@ -11,7 +11,7 @@ import pytest
 
 from moec.backends.triton.launches.device import device_of
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import BARRIER_BYTES, fits, tiles_for, usage
+from moec.backends.triton.launches.usage import BARRIER_BYTES, tiles_for, usage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LOSS = 0.05
@@ -30,8 +30,8 @@ def admitted(sweep: Any) -> list[tuple[Any, Tile]]:
     """The notes of tiles that the model may choose."""
     found = []
     for note in sweep.read(sweep.STORED):
-        tile, device = sweep.tile_of(note.tile), device_of(note.target)
-        if fits(device, tile, 2, "bf16") and tile in tiles_for(device, 2, "bf16").tiles:
+        tile, device, up = sweep.tile_of(note.tile), device_of(note.target), note.kernel == "up"
+        if tile in tiles_for(device, sweep.parts_of(note.kernel), "bf16", gathered=up).tiles:
             found.append((note, tile))
     return found
 
@@ -41,33 +41,36 @@ def test_what_the_model_admits_spills_nothing_and_is_as_resident_as_expected(swe
     assert len(notes) > 100
     for note, tile in notes:
         device = device_of(note.target)
-        expected = usage(device, tile, 2, "bf16")
+        up = note.kernel == "up"
+        expected = usage(device, tile, sweep.parts_of(note.kernel), "bf16", gathered=up)
         assert note.registers, note
         assert note.spills == 0, note
         assert note.occupancy >= expected.resident, note
         assert note.columns == expected.columns, note
         room = BARRIER_BYTES if device.mma[0].shared else 0
-        assert 0 <= expected.shared - note.shared <= room, note
+        # Where the result takes more than operands do, what makes it contiguous may take less than all of it.
+        assert 0 <= expected.shared - note.shared <= (room if up else expected.shared // 2), note
         assert device.mma_for(tile.block_m, tile.num_warps).name.split(".")[0] in note.mma, note
 
 
 def test_the_model_refuses_what_spills_for_a_reason(sweep: Any) -> None:
     """Half of the check above is that tiles which do not work are not admitted: there are some among the notes."""
     notes = sweep.read(sweep.STORED)
-    own = {(n.target, n.layer, n.tile) for n, _ in admitted(sweep)}
+    own = {(n.target, n.layer, n.kernel, n.tile) for n, _ in admitted(sweep)}
     spilled = [n for n in notes if n.spills or not n.registers]
     assert len(spilled) >= 20
-    assert not any((n.target, n.layer, n.tile) in own for n in spilled)
+    assert not any((n.target, n.layer, n.kernel, n.tile) in own for n in spilled)
 
 
 def test_the_models_choice_is_near_the_best_of_the_grid_in_forty_cases(sweep: Any) -> None:
+    """Of both GEMMs."""
     notes = sweep.read(sweep.STORED)
-    cases = list(itertools.product(sweep.LAYERS, sweep.TARGETS, sweep.TOKENS))
-    assert len(cases) == 40
-    least: dict[tuple[str, str], int] = {}
+    cases = list(itertools.product(sweep.LAYERS, sweep.TARGETS, sweep.TOKENS, sweep.KERNELS))
+    assert len(cases) == 2 * 40
+    least: dict[tuple[str, str, str], int] = {}
     for case in cases:
         judged = sweep.judge(*case, notes)
         assert judged.taken.spills == 0, case
-        least[judged.taken.layer, case[1]] = judged.tiles
+        least[judged.taken.layer, case[1], case[3]] = judged.tiles
         assert judged.loss <= LOSS, (case, judged)
     assert sum(least.values()) >= 200, least

@@ -1,28 +1,25 @@
 """The GEMM kernels of a layer on sorted rows: gather and up GEMM with the activation, down GEMM, combine.
 
-Each GEMM kernel walks over tiles from its program's number in steps of the number of programs: launched with one
-program a tile it makes one step at most, launched with as many as the device holds it is persistent. Tiles are ordered
-so that ``GROUP_M`` row blocks share a stretch of weight columns in the L2 cache. Sums are in f32 and rounded where the
-traced model rounds.
+Sums are in f32 and rounded where the traced model rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.kernels.expression import Elementwise
 from moec.backends.triton.kernels.gemm import Product, bias_lines, tile_lines
-from moec.backends.triton.kernels.sort import most_blocks
-from moec.backends.triton.kernels.text import Argument, Grid, Kernel, cdiv, function, helper, indented
+from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, helper, indented
+from moec.backends.triton.kernels.walk import tile_grid, walk
 from moec.backends.triton.spec import Spec
 from moec.ir.scaled_semantics import SCALED
 
 GEMM = ("UNITS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
 """Constants of a GEMM kernel: BLOCK_M rows of an expert are aligned, and a tile has up to UNITS such blocks."""
 WHICH = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "places"))
-"""What ``sort`` made: the slot of every row, the expert of every block, the numbers of blocks and of tiles of rows, and
-the first block of every tile times 4 plus how many it has (4 of them are written as 0)."""
+"""What ``sort`` made: the slot of every row, the expert of every block, the number of blocks, and the first block of
+every tile times 4 plus how many it has (4 of them are written as 0), or -1 where a program has no tile."""
 
 LIVE = (Argument("rows", "*i32"), Argument("used", "*i32"))
 """What says which sorted rows there are."""
@@ -131,37 +128,6 @@ def _columns(columns: int) -> list[str]:
     ]
 
 
-def _walk(name: str, columns: int, given: Sequence[str], constants: Sequence[str]) -> list[str]:
-    """Statements: the tiles of a program, each by the function ``{name}_tile``."""
-    told = ", ".join([*given, "first", "column_block"])
-    fixed = ", ".join(constants)
-    return [
-        "blocks = tl.load(used + (UNITS > 1))",
-        f"columns: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
-        "for tile in range(tl.program_id(0), blocks * columns, tl.num_programs(0)):",
-        "    block, column_block = tile_at(tile, blocks, columns, GROUP_M)",
-        "    if UNITS == 1:",
-        "        first = block * BLOCK_M",
-        f"        {name}_tile({told}, 1, {fixed})",
-        "    else:",
-        "        place = tl.load(places + block)",
-        "        first = place // 4 * BLOCK_M",
-        "        for units in tl.static_range(1, UNITS + 1):",
-        "            if place % 4 == units % 4:",
-        f"                {name}_tile({told}, units, {fixed})",
-    ]
-
-
-def _tile_grid(spec: Spec, columns: int) -> Grid:
-    def grid(tokens: int, c: Mapping[str, int]) -> tuple[int, ...]:
-        slots, rows = tokens * spec.top_k, c["BLOCK_M"] * c["UNITS"]
-        tiles = most_blocks(slots, spec.experts, rows) * cdiv(columns, c["BLOCK_N"])
-        programs = c.get("PROGRAMS", 0)
-        return (min(tiles, programs) if programs else tiles, *([c["SPLIT_K"]] if "SPLIT_K" in c else []))
-
-    return grid
-
-
 def _gemm(
     spec: Spec,
     kernel: Kernel,
@@ -195,7 +161,19 @@ def _gemm(
     )  # fmt: skip
     more = [f"{s}_more" for s in sums]
     told = ", ".join(given)
-    place = "expert, first{}, column_block, {}, BLOCK_N" + "".join(f", {c}" for c in extra)
+    constants = "".join(f", {c}" for c in extra)
+
+    def finished(names: Sequence[str], begin: str, size: str) -> list[str]:
+        at = f"expert, first{begin}"
+        if "SPLIT_K" not in extra:
+            return [f"{name}_end({told}, {', '.join(names)}, {at}, column_block, {size}, BLOCK_N{constants})"]
+        # Sums in f32 leave in two halves of their columns: all of a tall tile at once take too many registers.
+        (total,) = names
+        return [f"left, right = halves({total}, {size}, BLOCK_N)"] + [
+            f"{name}_end({told}, {half}, {at}, column_block * 2 + {i}, {size}, BLOCK_N // 2{constants})"
+            for i, half in enumerate(("left", "right"))
+        ]
+
     tile = helper(
         f"{name}_tile", [*given, "first", "column_block"], (*TILE, *extra),
         "UNITS blocks of rows from ``first``, all of one expert, times a stretch of columns.",
@@ -205,19 +183,19 @@ def _gemm(
             "expert = tl.load(experts + first // BLOCK_M)",
             *_columns(columns),
             *tile_lines(spec, products, row_at, "SPLIT_K" in extra),
-            f"{name}_end({told}, {', '.join(sums)}, {place.format('', 'ROWS')})",
+            *finished(sums, "", "ROWS"),
             "if MORE:",
-            f"    {name}_end({told}, {', '.join(more)}, {place.format(' + ROWS', 'MORE')})",
+            *indented(finished(more, " + ROWS", "MORE")),
         ],
     )  # fmt: skip
-    body = [*_descriptors(spec, products), *_walk(name, columns, given, [*TILE[1:], *extra])]
+    body = walk(name, columns, given, [*TILE[1:], *extra], _descriptors(spec, products))
     return kernel, "\n\n".join([finish, tile, function(kernel, summary, body)])
 
 
 def up_kernel(spec: Spec) -> tuple[Kernel, str]:
     """``up``: a[row] = activation(x[token of row] @ w[expert of row])."""
     kernel = Kernel(
-        "up", (*up_arguments(spec), *WHICH, Argument("a", POINTERS[spec.dtype])), GEMM, _tile_grid(spec, spec.up)
+        "up", (*up_arguments(spec), *WHICH, Argument("a", POINTERS[spec.dtype])), GEMM, tile_grid(spec, spec.up)
     )
     products = up_products(spec)
     # Rows lie one after another; offsets within a tile are of 32 bits, for addresses of 64 take registers of every sum.
@@ -258,7 +236,7 @@ def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
     def made(
         name: str, extra: tuple[Argument, ...], constants: tuple[str, ...], summary: str, end: list[str]
     ) -> tuple[Kernel, str]:
-        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), _tile_grid(spec, spec.out))
+        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), tile_grid(spec, spec.out))
         return _gemm(spec, kernel, summary, (product,), spec.out, row_at, end)
 
     plain = made(

@@ -23,6 +23,12 @@ def tile_at(tile, blocks, columns, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def load_tile(at, inside, WHOLE: tl.constexpr):
     """A tile of a weight; what is not inside is 0."""
     if WHOLE:

@@ -7,7 +7,7 @@ A slot is (token, k-th choice). Slots of an expert keep their order; every exper
 ``place`` gives every slot its row. Ids outside ``0 .. E-1`` go nowhere.
 
 A tile of a GEMM may have up to ``UNITS`` blocks of one expert: all of its tiles but the last have so many. ``places``
-says where a tile begins and how many blocks it has.
+says where a tile begins and how many blocks it has; past the last it is -1, for as many tiles as there can be blocks.
 """
 
 from __future__ import annotations
@@ -79,13 +79,12 @@ def _align(experts: int) -> list[str]:
         "if UNITS > 1:",
         "    units = (ends - starts) // BLOCK_M",
         "    tile_ends = tl.cumsum(tl.cdiv(units, UNITS), 0)",
-        "    tiles = tl.max(tile_ends, 0)",
-        "    tl.store(used + 1, tiles, mask=tl.program_id(0) == 0)",
+        f"    most = (slots_n + tl.minimum(slots_n, {experts}) * (BLOCK_M - 1)) // BLOCK_M",
         f"    owner = count_up_to(tile_ends, block, {bins}, {bins.bit_length() - 1})",
         "    earlier = (block - tl.gather(tile_ends - tl.cdiv(units, UNITS), owner, 0)) * UNITS",
         "    count = tl.minimum(tl.gather(units, owner, 0) - earlier, UNITS)",
         "    place = (tl.gather(starts, owner, 0) // BLOCK_M + earlier) * 4 + count % 4",
-        "    tl.store(places + block, place, mask=block < tiles)",
+        "    tl.store(places + block, tl.where(block < tl.max(tile_ends, 0), place, -1), mask=block < most)",
     ]
 
 
@@ -167,7 +166,7 @@ def sort_kernels(experts: int, top_k: int, id_type: str = "i64") -> list[tuple[K
             place,
             function(
                 place,
-                "Rows of all slots; expert and dead rows of each block; used is the numbers of blocks and of tiles.",
+                "Rows of all slots; expert and dead rows of each block; used is the number of blocks.",
                 [
                     *_read(experts),
                     f"total = tl.load(totals + bins, mask=bins < {experts}, other=0)",

@@ -53,7 +53,7 @@ class Layer:
     def gemms(self) -> tuple[Gemm, Gemm]:
         """Up and down."""
         return (
-            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias),
+            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias, True),
             Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1, self.down_bias),
         )
 
@@ -116,7 +116,7 @@ class Search:
     def __init__(self, layer: Layer, load: Load, device: Device) -> None:
         self.gemms, self.load, self.device = layer.gemms, load, device
         splits = zip(self.gemms, ((1,), SPLITS), strict=True)
-        self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased) for g, s in splits]
+        self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased, g.gathered) for g, s in splits]
         self.found = [times(g, load, device, t) for g, t in zip(self.gemms, self.tables, strict=True)]
 
     def choices(self, most: int | None = None) -> list[Choice]:

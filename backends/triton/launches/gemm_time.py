@@ -58,6 +58,7 @@ class Gemm:
     experts: int
     top_k: int
     biased: bool = False
+    gathered: bool = False
 
     @property
     def weights(self) -> int:
@@ -89,7 +90,8 @@ def group_of(gemm: Gemm, rows: int, device: Device) -> int:
 
 def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) -> Times:
     """Seconds for every tile of ``table``, by default of all that fit."""
-    table = tiles_for(device, gemm.parts, gemm.dtype, biased=gemm.biased) if table is None else table
+    if table is None:
+        table = tiles_for(device, gemm.parts, gemm.dtype, biased=gemm.biased, gathered=gemm.gathered)
     item, clock, units = ITEM_BYTES[gemm.dtype], device.clock, device.units
     blocks, reads = np.zeros((MOST_UNITS, len(table.tiles))), np.zeros(len(table.tiles))
     for (m, most), at in table.rows.items():

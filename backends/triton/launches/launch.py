@@ -135,7 +135,7 @@ def _launch(layer: Layer, choice: Choice, stacked: bool, device: Device) -> Laun
     tma = stacked and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
     up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
     resident = [
-        usage(device, tile, gemm.parts, gemm.dtype, gemm.biased).resident
+        usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered).resident
         for tile, gemm in zip((up, down), layer.gemms, strict=True)
     ]
     # Tiles of several heights are handed out one by one; programs that walk over them would not end together.

@@ -42,12 +42,18 @@ _MOST_OUTPUTS = 256
 """Of an instruction of tensor memory; sums of more than one do not leave it without spilling."""
 _MOST_F32 = 32
 """Sums of a thread where products are exact in f32: without matrix units both operands are held in registers."""
-_ROW_REGISTERS = 16
-"""Addresses of rows that do not lie one after another, where sums leave few registers."""
+_MORE_REGISTERS = 16
+"""That loops for several heights take, where sums are in tensor memory."""
+_TALL, _WIDE = 256, 128
+"""Rows of a tile from which it has at least so many outputs of a part, where sums are in tensor memory: ptxas gives
+narrower ones 64 registers, and 8 bytes of stack."""
+_GATHER_REGISTERS = 24
+"""Addresses of rows that do not lie one after another, where sums of one part leave few registers."""
 _MANY_WARPS, _MANY_WARPS_AMD = 24, 64
 """That eight warps take besides where operands go through registers."""
-_HELD, _HELD_IN_LOOPS = 0.65, 1.4
-"""Of a step's operands on AMD, that are held besides: with one loop, and with one for every height of a tile."""
+_HELD, _HELD_BEYOND = 0.65, 1.6
+"""Of a step's operands on AMD, that are held besides: with a loop over tiles; and where each has a program, of inputs
+beyond 32."""
 _MOST_AMD = 128
 """Sums of a thread on AMD: twice as many spill, though there are registers for them."""
 _MOST_AMD_BIASED = 64
@@ -60,7 +66,7 @@ STEP_CYCLES = 40
 """Of a step besides its work: barriers, counters, the issue of loads."""
 MOST_UNITS = 4
 _MS, _NS, _KS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
-_UNITS = ((64, 2), (64, 3), (128, 2))
+_UNITS = ((64, 2), (64, 3), (64, 4), (128, 2))
 _AMD_UNITS = ((64, 2),)
 """Blocks of rows, and how many a tile may have. Loops for every height keep sums in the matrix units' own memory or in
 few registers there; ``mma.sync`` holds operands as well, and spills."""
@@ -87,7 +93,7 @@ def ahead(device: Device, tile: Tile) -> int:
     return max(1, buffers(device, tile) - in_use)
 
 
-def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False) -> Usage:
+def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False, gathered: bool = False) -> Usage:
     """What a block takes, as Triton lowers it.
 
     Args:
@@ -96,6 +102,7 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = Fal
         parts: 2 where gate and up are multiplied at once.
         dtype: Of both operands.
         biased: Biases are added to the sums.
+        gathered: Rows lie where their tokens do, as those of the up GEMM.
     """
     item, threads = ITEM_BYTES[dtype], device.warp * tile.num_warps
     (rows, more), outputs = tile.forms()[-1], parts * tile.block_n
@@ -115,14 +122,14 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = Fal
         fit = sums <= _MOST_SLICED
         held = min(sums, _SLICE_REGISTERS) if parts == 1 and fit else 3 * sums // 4 + tile.block_k // 2
         held = held if fit or (parts > 1 and tile.units == 1 and not more) else 2 * held
-        registers = max(held, addresses) + _BASE_REGISTERS + (_ROW_REGISTERS if more else 0)
+        registers = max(held, addresses) + _BASE_REGISTERS + (_MORE_REGISTERS if tile.units > 1 else 0)
         if biased and parts > 1:
             # A thread has whole rows, so a bias for each sum. Other numbers of rows lie otherwise, and need their own.
             registers += sums // 4 + (more * outputs // threads if more != rows else 0)
     elif instruction.shared and tile.units > 1:
-        # Descriptors of weights need no addresses. Rows that are stored one by one do.
+        # Descriptors of weights need no addresses, and a program without a loop over tiles keeps none for the next.
         addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)
-        registers = sums + addresses + _BASE_REGISTERS + (_ROW_REGISTERS if parts == 1 else 0)
+        registers = sums + addresses + _BASE_REGISTERS + (_GATHER_REGISTERS if parts == 1 and gathered else 0)
     elif instruction.shared:
         registers = sums + addresses + _BASE_REGISTERS
     else:
@@ -132,7 +139,7 @@ def usage(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = Fal
         registers = sums + fragments + addresses + _BASE_REGISTERS
         if device.hip:  # operands of a whole step are on their way to registers
             held = (rows // wm + outputs // wn) * tile.block_k * item // 4 // device.warp
-            registers += int(held * (_HELD_IN_LOOPS if tile.units > 1 else _HELD))
+            registers += int(held * (_HELD_BEYOND * max(0.0, 1 - 32 / tile.block_k) if tile.units > 1 else _HELD))
         if tile.num_warps > 4:
             registers += _MANY_WARPS_AMD if device.hip else _MANY_WARPS
     registers = max(32, registers + (_BIAS_REGISTERS if biased and not columns else 0))
@@ -154,7 +161,7 @@ def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
     return rows, outputs
 
 
-def fits(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False) -> bool:
+def fits(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = False, gathered: bool = False) -> bool:
     """Whether a block of the tile is within every limit of the hardware."""
     if dtype == "f32" and tile.rows * tile.block_n * parts > _MOST_F32 * device.warp * tile.num_warps:
         return False
@@ -164,8 +171,8 @@ def fits(device: Device, tile: Tile, parts: int, dtype: str, biased: bool = Fals
     # A scale each for more columns takes registers too.
     if dtype == "f8e4m3fn" and (sums > _MOST_FP8 or tile.block_n > SCALED):
         return False
-    taken = usage(device, tile, parts, dtype, biased)
-    if taken.columns and parts * tile.block_n > _MOST_OUTPUTS:
+    taken = usage(device, tile, parts, dtype, biased, gathered)
+    if taken.columns and (parts * tile.block_n > _MOST_OUTPUTS or (tile.rows >= _TALL and tile.block_n < _WIDE)):
         return False
     return (
         taken.shared <= device.shared_block
@@ -205,7 +212,9 @@ class Tiles:
 
 
 @lru_cache(maxsize=64)
-def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = (1,), biased: bool = False) -> Tiles:
+def tiles_for(
+    device: Device, parts: int, dtype: str, splits: tuple[int, ...] = (1,), biased: bool = False, gathered: bool = False
+) -> Tiles:
     """Every tile that fits the device, with every number of ``splits``."""
     fitting = [
         tile
@@ -214,17 +223,19 @@ def tiles_for(device: Device, parts: int, dtype: str, splits: tuple[int, ...] = 
         for k in (_KS if dtype != "f8e4m3fn" else _KS[-1:])  # a scale for every 128 inputs
         for warps in (4, 8)
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
-        if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype, biased)
+        if fits(device, tile := Tile(m, n, k, 1, warps, stages, units=units), parts, dtype, biased, gathered)
         and m * n >= 128 * warps
         and (units == 1 or (m, units) in (_AMD_UNITS if device.hip else _UNITS if device.mma[0].shared else ()))
     ]
     found = [
         replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
     ]
-    return table_of(device, found, parts, dtype, biased)
+    return table_of(device, found, parts, dtype, biased, gathered)
 
 
-def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str, biased: bool = False) -> Tiles:
+def table_of(
+    device: Device, found: Sequence[Tile], parts: int, dtype: str, biased: bool = False, gathered: bool = False
+) -> Tiles:
     """The columns of some tiles."""
     shapes = [(t.block_m, t.units) for t in found]
     item = ITEM_BYTES[dtype]
@@ -233,7 +244,7 @@ def table_of(device: Device, found: Sequence[Tile], parts: int, dtype: str, bias
         {s: np.array([i for i, own in enumerate(shapes) if own == s]) for s in dict.fromkeys(shapes)},
         np.array([t.block_n for t in found]),
         np.array([t.block_k for t in found]),
-        np.array([float(usage(device, t, parts, dtype, biased).resident) for t in found]),
+        np.array([float(usage(device, t, parts, dtype, biased, gathered).resident) for t in found]),
         _forms(found, lambda t, rows, more: float(rows + more)),
         _forms(found, lambda t, rows, more: sum(step_cycles(device, t, parts, dtype, m) for m in (rows, more) if m)),
         _forms(found, lambda t, rows, more: float((rows + more + parts * t.block_n) * t.block_k * item)),
@@ -253,11 +264,7 @@ def _forms(tiles: Sequence[Tile], of: Callable[[Tile, int, int], float]) -> Floa
 
 def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
     """Whether blocks may share the sums of a tile: those are stored in f32, with addresses of twice the width."""
-    sums = tile.block_m * tile.block_n // (device.warp * tile.num_warps)
-    if split == 1:
-        return True
-    fits_registers = usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
-    return fits_registers and (not device.tensor_columns or 2 * sums <= _MOST_SLICED)
+    return split == 1 or usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
 
 
 def step_cycles(device: Device, tile: Tile, parts: int, dtype: str, rows: int) -> float:

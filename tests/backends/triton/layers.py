@@ -29,6 +29,7 @@ LAUNCHES = {
     "two blocks": Launch("gemm", replace(TILE, units=2), replace(TILE, units=2, block_n=32)),
     "three blocks": Launch("gemm", replace(TILE, units=3, tma=True), replace(TILE, units=3, tma=True)),
     "four blocks": replace(Launch("gemm", replace(TILE, units=4), replace(TILE, units=4)), programs=2),
+    "four blocks, split": Launch("gemm", replace(TILE, units=4), replace(TILE, units=4, split_k=2, block_n=32)),
     "split": Launch("gemm", TILE, replace(TILE, split_k=2)),
     "atomic": replace(GEMM, atomic=True),
     "gemv": Launch("gemv", replace(TILE, block_m=1), replace(TILE, block_m=1, block_n=32)),

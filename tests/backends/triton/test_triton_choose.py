@@ -28,17 +28,12 @@ REAL = {
 NEAR = 1.4
 """Times the roofline, at most, from 1024 tokens on."""
 FAR = {
-    ("cuda:sm90", "OLMoE", 4096): 1.41,
-    ("cuda:sm100", "OLMoE", 2048): 1.42,
-    ("cuda:sm100", "OLMoE", 4096): 1.51,
-    ("cuda:sm100", "Qwen3-30B-A3B", 8192): 1.48,
-    ("cuda:sm100", "gpt-oss-20b", 2048): 1.45,
-    ("cuda:sm100", "gpt-oss-20b", 4096): 1.46,
-    ("cuda:sm100", "Mixtral-8x7B", 1024): 1.52,
-    ("cuda:sm100", "Mixtral-8x7B", 2048): 1.42,
+    ("cuda:sm100", "OLMoE", 4096): 1.47,
+    ("cuda:sm100", "Qwen3-30B-A3B", 8192): 1.44,
+    ("cuda:sm100", "gpt-oss-20b", 4096): 1.42,
 }
-"""What is above it all the same, and how far: experts with two to four tiles of rows, whose last is half empty and
-takes more of the cache for each product; the filling of the pipeline before every tile; the last tiles of a call."""
+"""What is above it all the same, and how far: experts of 512 rows, half of which have a few more and so another tile;
+the filling of the pipeline before every tile and the writing of its result; the last tiles of a call."""
 SCHEDULE = 0.05
 """Of a schedule's length, that the expectation is off at most."""
 LARGE = (1024, 2048, 4096, 8192, 16384)
@@ -54,9 +49,9 @@ def random_layer(generator: np.random.Generator) -> tuple[Layer, int]:
     return Layer(hidden, inner, width, experts, top_k, int(generator.integers(1, 3)), dtype), tokens
 
 
-def within(device: Device, tile: Tile, parts: int, dtype: str) -> bool:
+def within(device: Device, tile: Tile, parts: int, dtype: str, gathered: bool) -> bool:
     """The limits, written out once more."""
-    taken = usage(device, tile, parts, dtype)
+    taken = usage(device, tile, parts, dtype, gathered=gathered)
     lanes = tile.num_warps * device.warp
     return (
         taken.shared <= device.shared_block
@@ -80,8 +75,8 @@ def test_no_choice_is_outside_the_hardware(cases: int) -> None:
         layer, tokens = random_layer(generator)
         device = devices[case % len(devices)]
         launch = pick(layer, tokens, device)
-        assert within(device, launch.up, layer.parts, layer.dtype), (layer, tokens, device.target.name)
-        assert within(device, launch.down, 1, layer.dtype), (layer, tokens, device.target.name)
+        assert within(device, launch.up, layer.parts, layer.dtype, True), (layer, tokens, device.target.name)
+        assert within(device, launch.down, 1, layer.dtype, False), (layer, tokens, device.target.name)
         assert (launch.up.block_m, launch.up.units) == (launch.down.block_m, launch.down.units)
         assert launch.seconds >= launch.limit_seconds > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -84,7 +85,7 @@ def gemms(name: str, target: str, tokens: int) -> None:
         )
         up = call.kernel == "up"
         tile, parts, biased = (launch.up, 2, layer.up_bias) if up else (launch.down, 1, layer.down_bias)
-        taken, expected = binary.resources, usage(device, tile, parts, "bf16", biased)
+        taken, expected = binary.resources, usage(device, tile, parts, "bf16", biased, up)
         where = (name, target, tokens, call)
         assert taken.spills == 0, where
         assert taken.shared <= device.shared_block, where
@@ -126,6 +127,31 @@ def test_transposed_weights_are_loaded_sixteen_bytes_at_a_time() -> None:
     step = (64 + 2 * 128) * 32 * 2 // 16 // (8 * 32)  # copies of a thread for rows and weights
     assert len(copies) >= 2 * step
     assert all(" 0x10" in copy for copy in copies)
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "tile"),
+    [
+        ("cuda:sm90", "down", Tile(64, 256, 64, num_warps=8, num_stages=2, units=3)),
+        ("cuda:sm100", "down_parts", Tile(64, 256, 64, num_warps=8, units=4, split_k=2)),
+        pytest.param("cuda:sm100", "up", Tile(64, 128, 64, num_warps=8, units=4), marks=pytest.mark.slow),
+    ],
+)
+def test_tall_tiles_hold_their_sums(target: str, kernel: str, tile: Tile) -> None:
+    """A loop over tiles would keep registers for the next one, and spill; whole rows in f32 at once as well."""
+    layer, device = spec("OLMoE"), device_of(target)
+    file, tile = write_experts(layer), replace(tile, tma=True)
+    call = next(c for c in calls(layer, Launch("gemm", tile, tile), 4096, file) if c.kernel == kernel)
+    own = file.kernels[kernel]
+    signature = {a.name: a.type for a in own.arguments} | dict.fromkeys(own.constants, "constexpr")
+    function = getattr(load_module(file.text), kernel)
+    binary = compile_kernel(
+        function, signature, dict(call.constants), device, warps=call.warps, stages=call.stages, aligned=call.aligned
+    )
+    assert binary.resources.spills == 0
+    assert binary.resources.registers <= device.thread_registers
+    # What says which tile it is comes while descriptors are written.
+    assert 0 < binary.assembly.index("ld.global") < binary.assembly.index("tensormap.replace")
 
 
 def small() -> Spec:

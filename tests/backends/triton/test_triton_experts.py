@@ -201,6 +201,33 @@ def test_a_wrong_stride_or_mask_shows(name: str) -> None:
     assert not error <= TOLERANCE["f32"]
 
 
+TALL_MUTANTS = {
+    "first block of a tile": ("tl.load(places + block)", "tl.load(places)"),
+    "height of a tile": ("place % 4 == units % 4", "place % 4 == units"),
+    "rows of the second accumulator": ("first + ROWS + tl.arange", "first + tl.arange"),
+    "where its sums go": ("first + ROWS, column_block", "first, column_block"),
+    "right columns": ("column_block * 2 + 1,", "column_block * 2,"),
+    "columns of a half": ("(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)", "(sums, (ROWS, COLUMNS // 2, 2)), (0, 1, 2)"),
+    "columns of a tile": ("(0) // columns, columns,", "(0) // columns, columns + 1,"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *TALL_MUTANTS])
+def test_a_wrong_place_in_a_tall_tile_shows(name: str | None) -> None:
+    """Tiles of one to four blocks, whose sums of the down GEMM are shared by two programs; unchanged, it agrees."""
+    old, new = ("", "") if name is None else TALL_MUTANTS[name]
+    case = ExpertsCase(**SIZES)
+    inputs = case.inputs(60, "one_expert")
+    (want,) = run_graph(case.graph(), inputs)
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new) if old else text
+
+    got = run(case, LAUNCHES["four blocks, split"], [around(t) for t in inputs], change)
+    assert (relative_error(got, want) <= TOLERANCE["f32"]) == (name is None)
+
+
 def test_the_same_input_gives_the_same_bits() -> None:
     case = ExpertsCase(dtype="bf16", weight_dtype="f32", **SIZES)
     inputs = case.inputs(9)

@@ -87,9 +87,9 @@ def test_tiles_of_several_blocks(name: str, units: int) -> None:
     for first, owner in enumerate(owners):
         new = not places or (sum(places[-1]) == first and (places[-1][1] == units or owners[places[-1][0]] != owner))
         places = [*places, (first, 1)] if new else [*places[:-1], (places[-1][0], places[-1][1] + 1)]
-    tiles = int(placed["used"][1])
-    assert tiles <= most_blocks(ids.numel(), experts, 16 * units)
-    assert placed["places"][:tiles].tolist() == [4 * first + count % 4 for first, count in places]
+    programs = most_blocks(ids.numel(), experts, 16 * units)
+    expected = [4 * first + count % 4 for first, count in places]
+    assert placed["places"][:programs].tolist() == expected + [-1] * (programs - len(expected))
 
 
 MUTANTS = {
