@@ -77,7 +77,7 @@ class TritonExperts(Kernel):
             return self.aten.backward(grads, inputs, needs)
         launch = choose(self.spec, x.shape[0], target_of(x.device) or self.target)
         block_m = min(MOST_ROWS, max(LEAST_ROWS, launch.up.block_m))
-        tables = [None if self.spec.stacked else self._table(t) for t in (params.up, params.down)]
+        tables = [None if self.aten.spec.stacked else self._table(t) for t in (params.up, params.down)]
         with on_device_of(x):
             run = Run(self.spec, launch, launcher(self.spec, interpreted()), x.shape[0])
             placed = run.sort(ids.to(torch.int64).contiguous(), block_m)
@@ -119,7 +119,7 @@ class TritonExperts(Kernel):
         """A weight as the kernels take it; it may lie transposed to what the op calls it."""
         rows = -2 if as_named else -1
         if self.spec.stacked:
-            t = tensors[part]
+            t = tensors[part] if tensors[part].dim() == 3 else tensors[part][None]  # of an only expert
             return {name: t, f"{name}_se": t.stride(0), f"{name}_s": t.stride(rows)}
         each = tensors[part * self.spec.experts : (part + 1) * self.spec.experts]
         return {name: self._table(each), f"{name}_s": each[0].stride(rows)}
@@ -131,7 +131,7 @@ class TritonExperts(Kernel):
         if not tensors:
             return {}
         if self.spec.stacked:
-            t = tensors[part]
+            t = tensors[part] if tensors[part].dim() == 2 else tensors[part][None]
             t = t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
             return {name: t, f"{name}_se": t.stride(0)}
         each = tensors[part * self.spec.experts : (part + 1) * self.spec.experts]

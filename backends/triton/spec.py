@@ -27,7 +27,7 @@ class Spec:
         weight_dtype, out_dtype: Element types of the router weights and of the result.
         layout: Where gate and up lie: ``concat``, ``interleaved``, ``separate``, ``single`` or ``rows``.
         up_nk, down_nk: A weight's rows are outputs; else inputs.
-        stacked: One tensor holds all experts; else the kernels take a table of addresses.
+        stacked: One tensor holds all experts, or the only one; else the kernels take a table of addresses.
         up_bias, down_bias: There are biases.
         activation: The function between the GEMMs.
         post: The function of a row after the down GEMM.
@@ -144,7 +144,7 @@ def read_spec(op: Op) -> Spec:
         layout=layout,
         up_nk=get(op, "up_form") == "nk",
         down_nk=get(op, "down_form") == "nk",
-        stacked=get(op, "stacked"),
+        stacked=get(op, "stacked") or get(op, "experts") == 1,
         up_bias=bool(op.group("up_bias")),
         down_bias=bool(op.group("down_bias")),
         activation=activation,

@@ -25,6 +25,7 @@ CASES = [
     ExpertsCase("single", "nk", "kn", dtype="bf16", weight_dtype="f32", **SIZES),
     ExpertsCase("rows", post=True, bias=True, sentinels=True, **SIZES),
     ExpertsCase("concat", "kn", "nk", dtype="f16", top_k=5, **SIZES),
+    ExpertsCase("separate", stacked=False, bias=True, experts=1, top_k=1, **SIZES),
 ]
 
 

@@ -31,6 +31,7 @@ CASES = [
     ExpertsCase("rows", "kn", "kn", captures=True, dtype="bf16", **SIZES),
     ExpertsCase("concat", stacked=False, dtype="bf16", post=True, **SIZES),
     ExpertsCase(experts=1, top_k=1, **SIZES),
+    ExpertsCase("separate", stacked=False, bias=True, experts=1, top_k=1, **SIZES),
     ExpertsCase(top_k=5, dtype="f16", **SIZES),
 ]
 TOKENS = {"gemm": (0, 1, 5, 33), "wide": (130,), "gemv": (0, 1, 5)}
