@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from torch.export import ExportedProgram
 
@@ -25,8 +26,15 @@ from moec.options import CompileOptions
 from moec.report import Report
 from moec.session import publish
 
-Told = Callable[[str, str], None]
-"""Hears the stage, and what of it is being done."""
+
+class Told(Protocol):
+    """Hears the stage, what of it is being done, and where that can be counted: how many of how many are done."""
+
+    def __call__(self, stage: str, detail: str, done: int = 0, of: int = 0) -> None: ...
+
+
+def _unheard(stage: str, detail: str, done: int = 0, of: int = 0) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,10 @@ class AotOptions:
     Attributes:
         compile: Passes, target and what helps to look inside.
         dynamic: Ranges of the sizes that vary.
-        weights: ``inside`` or ``beside``.
+        weights: ``inside``, ``beside``, or ``none``: code alone, to look at.
         generate: Make a prefill and a decode entry.
         tune: For a GPU: measure launches on the one that is here, and take the fastest.
+        processes: For a GPU: how many compile kernels at once.
     """
 
     compile: CompileOptions = field(default_factory=CompileOptions)
@@ -46,6 +55,7 @@ class AotOptions:
     weights: str = "inside"
     generate: bool = False
     tune: bool = False
+    processes: int = 1
 
 
 @dataclass
@@ -84,6 +94,10 @@ class Stages:
         """What of the stage is being done."""
         self._told(self._stage, text)
 
+    def progress(self, done: int, of: int) -> None:
+        """How much of the stage is done."""
+        self._told(self._stage, f"{done} of {of}", done, of)
+
     def end(self) -> None:
         """No stage is running."""
         if self._stage:
@@ -92,7 +106,7 @@ class Stages:
         self._stage = ""
 
 
-def build(source: Source, output: Path, options: AotOptions, told: Told = lambda stage, detail: None) -> Built:
+def build(source: Source, output: Path, options: AotOptions, told: Told = _unheard) -> Built:
     """Compile ``source`` to the artifact ``output``.
 
     Raises:
@@ -106,6 +120,8 @@ def build(source: Source, output: Path, options: AotOptions, told: Told = lambda
         return build_gpu(source, output, options, told)
     if options.tune:
         raise AotError("--tune is for GPU targets", hint="kernels for CPUs choose by moec profile")
+    if options.weights == "none":
+        raise AotError("--weights none is for GPU targets", hint="use --weights inside or beside")
     stages = Stages(told)
     stages.begin("export")
     programs, facts = exported_programs(source, options)

@@ -23,7 +23,8 @@ from moec.aot.source import Source, Tokens
 from moec.aot.state import state_of
 from moec.backends.cpu.operands import form_of
 from moec.backends.partition import claim
-from moec.backends.triton.compiled.built import BuiltProgram, build_experts, build_route, spec_of
+from moec.backends.triton.compiled.built import BuiltProgram, PlannedProgram, plan_experts, plan_route, spec_of
+from moec.backends.triton.compiled.built import build as build_programs
 from moec.backends.triton.compiled.cross import CrossError, refusal
 from moec.backends.triton.compiled.plan import MOST_TOKENS
 from moec.backends.triton.launches.device import Device, device_of
@@ -66,6 +67,10 @@ class Kernels:
         target: Of the compile.
         least, most: Tokens of the smallest and of the largest call.
         tune: Launches are measured on the GPU that is here.
+
+    Attributes:
+        built: The programs by name, once :meth:`build` has compiled them.
+        texts, forms: Their IR, and how their weights lie.
     """
 
     target: str
@@ -73,17 +78,18 @@ class Kernels:
     most: int
     tune: bool = False
     built: dict[str, BuiltProgram] = field(default_factory=dict)
+    planned: dict[str, PlannedProgram] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     forms: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     known: dict[tuple[str, bool, bool], str] = field(default_factory=dict)
 
     def enter(self, op: Op, args: list[Any], stages: Stages) -> str:
-        """The program of an op; it is compiled when it is first met.
+        """The program of an op; equal ones are one.
 
         Args:
             op: The op.
             args: Its operands as nodes with fake tensors: how weights lie is read from them.
-            stages: Hear what is compiled.
+            stages: Hear what is measured.
         """
         graph = program_graph(op)
         text = str(graph)
@@ -93,18 +99,19 @@ class Kernels:
         device = device_for(self.target) if self.tune else described(self.target, None)
         inner = next(o for o in graph.ops if o.name == op.name)
 
-        def told(kernel: str) -> None:
-            stages.detail(f"{kernel} of program {len(self.built) + 1}")
-
         if op.name == "moe.experts":
             if self.tune:
                 self._tune(inner, spec_of(inner, *forms), device, stages)
-            built = build_experts(spec_of(inner, *forms), device, self.least, self.most, told)
+            planned = plan_experts(spec_of(inner, *forms), device, self.least, self.most)
         else:
-            built = build_route(inner, device, self.most, told)
-        self.built[built.name], self.texts[built.name], self.forms[built.name] = built, text, forms
-        self.known[text, *forms] = built.name
-        return built.name
+            planned = plan_route(inner, device, self.most)
+        self.planned[planned.name], self.texts[planned.name], self.forms[planned.name] = planned, text, forms
+        self.known[text, *forms] = planned.name
+        return planned.name
+
+    def build(self, processes: int, stages: Stages) -> None:
+        """Compile what was entered."""
+        self.built = {p.name: p for p in build_programs(list(self.planned.values()), processes, stages.progress)}
 
     def _tune(self, op: Op, spec: Spec, device: Device, stages: Stages) -> None:
         """Measure a layer's launches for every doubling of tokens."""
@@ -163,9 +170,13 @@ def build_gpu(source: Source, output: Path, options: AotOptions, told: Told) -> 
     if not report.layers:
         hint = "moec explain says what it looked at"
         raise NoBlockError(f"{source.text} has no MoE block that moec finds", hint=hint)
-    stages.begin("weights")
+    stages.begin("kernels")
+    kernels.build(options.processes, stages)
     places: Mapping[str, Any] = source.checkpoint.places if source.checkpoint is not None else {}
-    state = state_of(source, places, [e.program for e in entries.values()])
+    state = None
+    if options.weights != "none":
+        stages.begin("weights")
+        state = state_of(source, places, [e.program for e in entries.values()])
     parts = GpuParts(source, options.compile, entries, kernels, state, tuple(options.dynamic), facts, places)
     stages.begin("archive")
     size = write_gpu_artifact(output, parts, stages.detail)
@@ -202,7 +213,6 @@ def _entry(
     ]
     check_left(graph)
     after = str(graph)
-    stages.begin("kernels")
     names: dict[Op, str] = {}
     lower = lowering(claims, options)
 

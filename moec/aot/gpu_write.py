@@ -19,6 +19,7 @@ from moec.aot.blob import ALIGN, write_blob
 from moec.aot.checkpoint import Stored
 from moec.aot.code import Constant
 from moec.aot.errors import AotError
+from moec.aot.licences import KERNELS as KERNELS_LICENCE
 from moec.aot.licences import licences_of
 from moec.aot.source import Source, State
 from moec.aot.spec import entry_spec
@@ -41,13 +42,16 @@ Add = Callable[[str, bytes], None]
 
 @dataclass(frozen=True)
 class GpuParts:
-    """Everything that goes into an artifact for a GPU; ``places`` says where weights lie that ``state`` has not."""
+    """Everything that goes into an artifact for a GPU; ``places`` says where weights lie that ``state`` has not.
+
+    ``state`` is None where weights are left out.
+    """
 
     source: Source
     options: CompileOptions
     entries: Mapping[str, GpuEntry]
     kernels: Kernels
-    state: State
+    state: State | None
     dims: tuple[str, ...] = ()
     generate: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     places: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
@@ -72,25 +76,26 @@ def _write_members(pack: Pack, file: Behind, parts: GpuParts, told: Callable[[st
     for name, entry in parts.entries.items():
         add(f"ir/{name}.before.moe", entry.before.encode())
         add(f"ir/{name}.after.moe", entry.after.encode())
-    licences = licences_of(parts.source, add, ())
+    licences = (KERNELS_LICENCE,) if parts.state is None else licences_of(parts.source, add, ())
     target = parts.kernels.target
     programs = [_add_program(add, parts.kernels, built) for built in parts.kernels.built.values()]
     calls = {name: list(entry.programs) for name, entry in parts.entries.items()}
     kernels = f"{folder_of(target)}/{KERNELS}"
     add(kernels, (json.dumps({"target": target, "programs": programs, "calls": calls}, indent=1) + "\n").encode())
-    told("weights")
     weights, constants, layout = _layout(parts)
-    with pack.member(WEIGHTS) as member, file.hashed() as digest:
-        write_blob(member, layout, parts.state, parts.places)
-    members[WEIGHTS] = m.Member(sum(c.size for c in layout), digest.hexdigest())
-    weights.files["inside"] = m.File(WEIGHTS, "", members[WEIGHTS].size, "")
+    if parts.state is not None:
+        told("weights")
+        with pack.member(WEIGHTS) as member, file.hashed() as digest:
+            write_blob(member, layout, parts.state, parts.places)
+        members[WEIGHTS] = m.Member(sum(c.size for c in layout), digest.hexdigest())
+        weights.files["inside"] = m.File(WEIGHTS, "", members[WEIGHTS].size, "")
     return m.Manifest(
         moec_version=__version__,
         torch_version=torch.__version__,
         target=target,
         model=parts.source.text,
         passes=format_pipeline(parse_pipeline(parts.options.passes)),
-        options={"weights": "inside"},
+        options={"weights": weights.where},
         entries={name: entry_spec(entry.program, parts.dims) for name, entry in parts.entries.items()},
         blobs=(m.Blob(target, KIND, kernels, constants),),
         weights=weights,
@@ -127,7 +132,7 @@ def _add_program(add: Add, kernels: Kernels, built: BuiltProgram) -> dict[str, A
 
 def _layout(parts: GpuParts) -> tuple[m.Weights, dict[str, dict[str, str]], list[Constant]]:
     """Where every weight lies, and which one an entry's argument is."""
-    weights, constants = m.Weights("inside"), {}
+    weights, constants = m.Weights("inside" if parts.state is not None else "none"), {}
     made: list[Constant] = []
     offset = 0
     for name, entry in parts.entries.items():

@@ -15,6 +15,7 @@ _MOST_BYTES = 1 << 20
 
 
 INDUCTOR = Licence("AOTInductor's code", "BSD-3-Clause")
+KERNELS = Licence("moec's kernels", "Apache-2.0")
 
 
 def licences_of(
@@ -27,7 +28,7 @@ def licences_of(
         add: Puts the model's own licence text into the archive.
         code: Of what code there is besides moec's kernels.
     """
-    code = (Licence("moec's kernels", "Apache-2.0"), *code)
+    code = (KERNELS, *code)
     if source.made_up:
         return (*code, Licence("weights", "none: random numbers"))
     if source.folder is None:

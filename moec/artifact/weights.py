@@ -34,11 +34,16 @@ class Mapped:
         tensors: By name: what the code takes as constants.
 
     Raises:
-        ArtifactError: A file beside the artifact is missing or another one, or a tensor lies outside of its file.
+        ArtifactError: There are none, a file beside the artifact is missing or another one, or a tensor lies outside of
+            its file.
     """
 
     def __init__(self, archive: Archive) -> None:
         weights = archive.manifest.weights
+        if weights.where == "none":
+            raise ArtifactError(
+                f"{archive.path} was compiled without weights", hint="compile the model again with --weights inside"
+            )
         self._pages = {key: _pages(archive, file) for key, file in weights.files.items()}
         self.tensors: dict[str, torch.Tensor] = {}
         for name, t in weights.tensors.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from moec.cli.console import emit, err, out
 from moec.sizes import size_text
@@ -34,7 +35,8 @@ def compile(
         str, typer.Option("-p", "--passes", help="Pipeline text, or the name of a pipeline.")
     ] = "default",
     weights: Annotated[
-        str, typer.Option(help="inside the artifact, or beside it: in the checkpoint as it lies.")
+        str,
+        typer.Option(help="inside the artifact; beside it, in the checkpoint as it lies; or none: code alone."),
     ] = "inside",
     generate: Annotated[
         bool, typer.Option("--generate", help="Compile a prefill and a decode step with a cache of seq's largest size.")
@@ -48,6 +50,10 @@ def compile(
     tune: Annotated[
         bool, typer.Option("--tune", help="For a GPU that is here: measure launches, and keep the fastest.")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option("-j", "--jobs", min=0, help="Processes that compile kernels for a GPU; 0: one a core."),
+    ] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Also list the blocks and who runs them.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the IR after every pass to this folder.")] = None,
 ) -> None:
@@ -56,18 +62,21 @@ def compile(
     from moec.aot.errors import AotError
     from moec.cli.source import source_of
     from moec.options import CompileOptions
+    from moec.targets import cpu_cores
 
-    if weights not in ("inside", "beside"):
-        raise AotError(f"--weights cannot be {weights!r}", hint="write inside or beside")
+    if weights not in ("inside", "beside", "none"):
+        raise AotError(f"--weights cannot be {weights!r}", hint="write inside, beside or none")
     given = {"target": target, "passes": passes, "dump_dir": dump_dir, "checks": "off"}
     options = CompileOptions.from_dict(given)
     console = err()
-    with console.status("reading the model ...") as status, warnings.catch_warnings():
+    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=console, transient=True)
+    with bar, warnings.catch_warnings():
+        task = bar.add_task("reading the model ...", total=None)
         warnings.filterwarnings("ignore", module=r"(torch|copyreg)\b.*")
 
-        def told(stage: str, detail: str) -> None:
+        def told(stage: str, detail: str, done: int = 0, of: int = 0) -> None:
             text = f"{stage}: {detail}" if detail else stage
-            status.update(f"{text} ...")
+            bar.update(task, description=f"{text} ...", completed=done, total=of or None)
             if not console.is_terminal and not detail:
                 console.print(f"{stage} ...", highlight=False)
 
@@ -77,9 +86,10 @@ def compile(
             dynamic=dynamic,
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
-            beside=weights == "beside",
+            weights=weights,
         )
-        built = build(source, output, AotOptions(options, ranges, weights, generate, tune), told)
+        processes = jobs or cpu_cores()
+        built = build(source, output, AotOptions(options, ranges, weights, generate, tune, processes), told)
     if explain:
         out().print(built.report.table())
     if explain or not built.report.all_fused:

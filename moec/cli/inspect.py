@@ -84,7 +84,8 @@ def _show(archive: Archive) -> None:
         t.size * len(t.addresses) for t in weights.tables.values()
     )
     count = len(weights.tensors) + len(weights.tables)
-    line = f"{count} tensors, {size_text(total)}, {weights.where}"
+    where = "left out" if weights.where == "none" else weights.where
+    line = f"{count} tensors, {size_text(total)}, {where}"
     out().print(Text.assemble(("weights: ", "bold"), line), soft_wrap=True)
     for file in weights.files.values():
         if file.path:

@@ -23,9 +23,9 @@ def source_of(
     dynamic: str | None,
     random_weights: bool = False,
     trust_remote_code: bool = False,
-    beside: bool = False,
+    weights: str = "inside",
 ) -> tuple[Source, Ranges]:
-    """The source that ``text`` names, and the ranges of its sizes.
+    """The source that ``text`` names, and the ranges of its sizes. ``weights`` are inside, beside or none.
 
     Raises:
         MoecError: Says what is wrong with ``text`` and what to do.
@@ -37,7 +37,7 @@ def source_of(
         loaded = load_model(text, dtype=dtype)
         return Source(text, for_experts(loaded.model), loaded.args, loaded.kwargs), parse_dynamic(dynamic or "")
     ranges = parse_dynamic(DEFAULT if dynamic is None else dynamic)
-    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code, beside), ranges
+    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code, weights), ranges
 
 
 def _exported(path: Path, dtype: str | None) -> Source:
@@ -58,13 +58,13 @@ def _hugging_face(
     ranges: Ranges,
     random_weights: bool,
     trust_remote_code: bool,
-    beside: bool,
+    where: str,
 ) -> Source:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     if not file.exists():
         raise ModelError(f"{path} has no config.json", hint="give the folder of a Hugging Face model")
     settings = read_config(file)
-    stored = not random_weights
+    stored = not random_weights and where != "none"
     if stored:
         if path.is_file():
             raise ModelError(f"{path} is a configuration, without weights", hint="add --random-weights")
@@ -88,7 +88,7 @@ def _hugging_face(
     source.made_up = random_weights
     if stored:
         source.checkpoint = checkpoint_of(folder, model, "model.")
-        if source.checkpoint.missing and not beside:
+        if source.checkpoint.missing and where != "beside":
             source.checkpoint = None  # transformers makes something new of it while it loads
         elif source.checkpoint.missing:
             name, why = next(iter(source.checkpoint.missing.items()))

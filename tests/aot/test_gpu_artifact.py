@@ -29,6 +29,7 @@ from moec.backends.triton.launches.launch import Planned
 from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.spec import read_spec
 from moec.cli import main
+from moec.cli.source import source_of
 from moec.ir.errors import MoecError
 from moec.ir.parser import parse_graph
 from moec.options import CompileOptions
@@ -253,6 +254,30 @@ def test_weights_beside_are_for_cpus(tmp_path: Path) -> None:
     with pytest.raises(MoecError, match="--weights beside is for CPU targets"):
         build(source(), tmp_path / "out.moec", options)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_left_out(made: tuple[Source, Path], tmp_path: Path) -> None:
+    """A configuration alone is enough then, and what its weights would take is neither in memory nor on the disk."""
+    config = made[0].module.model.config  # type: ignore[union-attr]
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    given, ranges = source_of(str(tmp_path / "config.json"), dtype=None, dynamic="batch=1..2,seq=2..24", weights="none")
+    path = tmp_path / "code.moec"
+    build(given, path, AotOptions(CompileOptions(target="cuda:sm80", checks="off"), ranges, weights="none"))
+    with Archive(path) as archive, Archive(made[1]) as whole:
+        assert archive.manifest.weights.where == "none"
+        assert archive.manifest.weights.tensors == whole.manifest.weights.tensors
+        assert "weights.bin" not in archive.manifest.members
+        assert [licence.part for licence in archive.manifest.licences] == ["moec's kernels"]
+        programs = {n for n in archive.manifest.members if n.endswith(".cubin")}
+        assert programs == {n for n in whole.manifest.members if n.endswith(".cubin")}
+    with interpreting(), pytest.raises(ArtifactError, match="was compiled without weights"):
+        moec.load(path)
+
+
+def test_weights_left_out_are_for_gpus(tmp_path: Path) -> None:
+    options = AotOptions(CompileOptions(checks="off"), RANGES, weights="none")
+    with pytest.raises(MoecError, match="--weights none is for GPU targets"):
+        build(source(), tmp_path / "out.moec", options)
 
 
 def test_a_router_without_a_kernel_leaves_the_experts_theirs(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ TESTED = {
     "dual_batch.py",
     "mixtral_small.json",
     "qwen3_30b_a3b.json",
+    "deepseek_v3.json",
     "block.moe",
 }
 
@@ -52,3 +53,17 @@ def test_generate() -> None:
 
 def test_block() -> None:
     verify(parse_graph((ROOT / "examples" / "block.moe").read_text(encoding="utf-8")))
+
+
+def test_deepseek_v3_is_of_its_size() -> None:
+    from moec.cli.hugging_face import config_from, on_meta
+    from moec.cli.model import read_config
+
+    file = ROOT / "examples" / "deepseek_v3.json"
+    config = config_from(read_config(file), file)
+    config.num_hidden_layers = 5
+    dense, sparse = 3, 58  # of the model's 61 layers; here there are two of the latter
+    layers = on_meta(config, None, file).model.layers  # type: ignore[union-attr]
+    size = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
+    assert round((dense * size[0] + sparse * size[4] + ends) / 1e9) == 671

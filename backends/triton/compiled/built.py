@@ -6,12 +6,14 @@ Which kernels those are depends on the number of tokens alone, so a range of tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
-from moec.backends.triton.compiled.cross import Binary, compile_kernel
+from moec.backends.triton.compiled.cross import Binary
 from moec.backends.triton.compiled.plan import Call, calls
+from moec.backends.triton.compiled.pool import Job, compile_jobs
 from moec.backends.triton.kernels.route import read_router, write_router
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.kernels.text import KernelFile
@@ -19,12 +21,10 @@ from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS
 from moec.backends.triton.launches.launch import Planned, plan_launch, rounded_up, schedule
 from moec.backends.triton.launches.usage import ITEM_BYTES
-from moec.backends.triton.module import load_module
 from moec.backends.triton.route import tokens_of_a_program
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.core import Op
 
-Told = Callable[[str], None]
 ROUTE_STAGES, ROUTE_WARPS = 3, 4
 
 
@@ -116,12 +116,63 @@ def _kernel(built: BuiltKernel, code: str, assembly: str) -> dict[str, Any]:
     }
 
 
-def build_experts(spec: Spec, device: Device, low: int, high: int, told: Told = lambda _: None) -> BuiltProgram:
-    """Compile the kernels of a layer for calls of ``low`` to ``high`` tokens.
+@dataclass(frozen=True)
+class PlannedProgram:
+    """A program of which nothing is compiled yet.
+
+    Attributes:
+        name: Of its content.
+        file: Its kernels.
+        launches: For ascending numbers of tokens; none for a router.
+        wanted: Every launch of a kernel that a call may make, and what is expected of it.
+        device: It is for.
+    """
+
+    name: str
+    file: KernelFile
+    launches: tuple[Planned, ...]
+    wanted: Mapping[Call, Expected | None]
+    device: Device
+
+    def jobs(self) -> list[Job]:
+        """What is to be compiled, in the order of ``wanted``."""
+        made = []
+        for call in self.wanted:
+            kernel = self.file.kernels[call.kernel]
+            signature = (*((a.name, a.type) for a in kernel.arguments), *((c, "constexpr") for c in kernel.constants))
+            made.append(Job(call, self.file.text, signature, self.device))
+        return made
+
+    def built(self, binaries: Iterable[Binary]) -> BuiltProgram:
+        """The program with the binaries of its jobs."""
+        kernels = tuple(
+            BuiltKernel(call, tuple((a.name, a.type) for a in self.file.kernels[call.kernel].arguments), binary, worth)
+            for (call, worth), binary in zip(self.wanted.items(), binaries, strict=True)
+        )
+        return BuiltProgram(self.name, self.file.text, self.launches, kernels)
+
+
+def build(
+    programs: Sequence[PlannedProgram], processes: int = 1, told: Callable[[int, int], None] = lambda done, of: None
+) -> list[BuiltProgram]:
+    """Compile programs.
+
+    Args:
+        programs: Their kernels are compiled in one go.
+        processes: Compile at once.
+        told: Hears how many kernels are done, and how many there are.
 
     Raises:
         CrossError: Triton refuses a kernel.
     """
+    jobs = [program.jobs() for program in programs]
+    total = sum(map(len, jobs))
+    binaries = iter(compile_jobs([job for of_one in jobs for job in of_one], processes, lambda done: told(done, total)))
+    return [p.built(islice(binaries, len(of_one))) for p, of_one in zip(programs, jobs, strict=True)]
+
+
+def plan_experts(spec: Spec, device: Device, low: int, high: int) -> PlannedProgram:
+    """The kernels of a layer for calls of ``low`` to ``high`` tokens."""
     file = write_experts(spec)
     wanted: dict[Call, Expected | None] = {}
     tokens = rounded_up(max(1, low))
@@ -133,8 +184,8 @@ def build_experts(spec: Spec, device: Device, low: int, high: int, told: Told = 
         if tokens >= high:
             break
         tokens *= 2
-    kernels = _compiled(file, wanted, device, told)
-    return BuiltProgram(_name("experts", file.text, spec), file.text, tuple(schedule(spec, device, low, high)), kernels)
+    launches = tuple(schedule(spec, device, low, high))
+    return PlannedProgram(_name("experts", file.text, spec), file, launches, wanted, device)
 
 
 def expected(call: Call, together: Sequence[Call], planned: Planned) -> Expected | None:
@@ -153,12 +204,11 @@ def expected(call: Call, together: Sequence[Call], planned: Planned) -> Expected
     return None
 
 
-def build_route(op: Op, device: Device, high: int, told: Told = lambda _: None) -> BuiltProgram:
-    """Compile a router; one kernel serves all numbers of tokens, which is expected to read and write at full speed.
+def plan_route(op: Op, device: Device, high: int) -> PlannedProgram:
+    """A router; one kernel serves all numbers of tokens, which is expected to read and write at full speed.
 
     Raises:
         UnsupportedError: There is no kernel for the router.
-        CrossError: Triton refuses it.
     """
     router = read_router(op)
     file = write_router(router)
@@ -169,30 +219,12 @@ def build_route(op: Op, device: Device, high: int, told: Told = lambda _: None) 
     row = router.experts * ITEM_BYTES[router.logit] + router.k * (ITEM_BYTES[router.out] + 8)
     seconds = high * row / device.target.memory_bandwidth
     wanted = {call: Expected(high, seconds + LAUNCH_SECONDS, seconds)}
-    return BuiltProgram(_name("route", file.text, router), file.text, (), _compiled(file, wanted, device, told))
+    return PlannedProgram(_name("route", file.text, router), file, (), wanted, device)
 
 
 def spec_of(op: Op, up_nk: bool, down_nk: bool) -> Spec:
     """The layer of an op, with weights that lie so in memory."""
     return read_spec(op).lying(up_nk, down_nk)
-
-
-def _compiled(
-    file: KernelFile, wanted: Mapping[Call, Expected | None], device: Device, told: Told
-) -> tuple[BuiltKernel, ...]:
-    module = load_module(file.text)
-    made = []
-    for call, worth in wanted.items():
-        told(call.kernel)
-        kernel = file.kernels[call.kernel]
-        types = tuple((a.name, a.type) for a in kernel.arguments)
-        signature = dict(types) | dict.fromkeys(kernel.constants, "constexpr")
-        binary = compile_kernel(
-            getattr(module, call.kernel), signature, dict(call.constants), device,
-            warps=call.warps, stages=call.stages, aligned=call.aligned,
-        )  # fmt: skip
-        made.append(BuiltKernel(call, types, binary, worth))
-    return tuple(made)
 
 
 def _name(kind: str, text: str, of: object) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 
 from moec.backends.base import program_op
-from moec.backends.triton.compiled.built import BuiltProgram, build_experts, build_route
+from moec.backends.triton.compiled.built import BuiltProgram, build, plan_experts, plan_route
 from moec.backends.triton.compiled.cross import CrossError, compile_kernel, refusal
 from moec.backends.triton.compiled.plan import calls
 from moec.backends.triton.kernels.source import write_experts
@@ -44,6 +44,20 @@ graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}
   return %y
 }}
 """
+SHARED = """
+graph @shared(%x: bf16[T, 7168], %ids: i64[T, 1], %w: bf16[T, 1], %gate: bf16[2048, 7168], %up: bf16[2048, 7168],
+              %down: bf16[7168, 2048]) -> bf16[T, 7168] {
+  %y = moe.experts %x, %ids, %w, [%gate, %up], [%down] {experts = 1, layout = "separate", stacked = false} {
+    (%g: bf16[R, 2048], %u: bf16[R, 2048]) -> bf16[R, 2048] {
+      %s = torch.call @aten.silu.default(%g) : bf16[R, 2048]
+      %m = torch.call @aten.mul.Tensor(%s, %u) : bf16[R, 2048]
+      return %m
+    }
+  } : bf16[T, 7168]
+  return %y
+}
+"""
+"""DeepSeek-V3's shared expert, whose matrices are modules of their own."""
 ROUTER = """
 graph @route(%logits: f32[T, 64]) -> (f32[T, 8], i64[T, 8]) {
   %w, %ids = moe.route %logits {k = 8, renormalize = true} : f32[T, 8], i64[T, 8]
@@ -58,6 +72,8 @@ NEAR = 0.35
 def spec(name: str) -> Spec:
     if name == OWN:
         return checkpoint_layer("gpt-oss-20b")
+    if name == "shared":
+        return read_spec(program_op(parse_graph(SHARED)))
     h, i, e, k = SIZES[name]
     return read_spec(program_op(parse_graph(LAYER.format(h=h, i=i, ii=2 * i, e=e, k=k))))
 
@@ -101,6 +117,15 @@ def gemms(name: str, target: str, tokens: int) -> None:
 @pytest.mark.parametrize("target", MMA)
 def test_the_models_tiles_use_matrix_units_and_spill_nothing(target: str) -> None:
     gemms("OLMoE", target, 1024)
+
+
+def test_an_only_expert_is_read_through_descriptors() -> None:
+    """As stacked weights are; addresses for a tile of such sizes do not fit a thread's registers."""
+    gemms("shared", "cuda:sm90", 512)
+    layer = spec("shared")
+    launch = plan_launch(layer, 512, device_of("cuda:sm90")).launch
+    made = calls(layer, launch, 512, write_experts(layer))
+    assert {dict(c.constants)["TMA"] for c in made if c.kernel in ("up", "down", "down_parts")} == {1}
 
 
 @pytest.mark.slow
@@ -159,7 +184,7 @@ def small() -> Spec:
 
 
 def test_a_program_is_compiled_for_every_number_of_tokens() -> None:
-    built = build_experts(small(), device_of("cuda:sm90"), 30, 150)
+    (built,) = build([plan_experts(small(), device_of("cuda:sm90"), 30, 150)])
     most = [p.tokens for p in built.launches]
     assert most == sorted(most)
     assert most[-1] == 256
@@ -174,7 +199,7 @@ def test_a_program_is_compiled_for_every_number_of_tokens() -> None:
 def test_a_router_is_one_kernel() -> None:
     op = program_op(parse_graph(ROUTER))
     for target, begin in (("cuda:sm80", ".visible .entry"), ("hip:gfx942", ".amdgcn_target")):
-        built = build_route(op, device_of(target), 64)
+        (built,) = build([plan_route(op, device_of(target), 64)])
         assert len(built.kernels) == 1
         assert not built.launches
         check(built, b"\x7fELF", begin)
