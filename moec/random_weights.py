@@ -54,7 +54,7 @@ class MadeUp:
 
 
 def made_up(model: torch.nn.Module, *, std: float = _STD, seed: int = 0) -> Iterator[tuple[str, Parameter, MadeUp]]:
-    """Every parameter with its values: matrices and vectors are noise, norms one, biases zero.
+    """Every parameter with its values: matrices and vectors are noise, norms and scales one, biases zero.
 
     Args:
         model: Its parameters' shapes and types count.
@@ -68,6 +68,9 @@ def made_up(model: torch.nn.Module, *, std: float = _STD, seed: int = 0) -> Iter
     for name, parameter in model.named_parameters():
         leaf, shape, dtype = name.rpartition(".")[2], tuple(parameter.shape), parameter.dtype
         small = parameter.dim() <= 1 and max(1, parameter.numel())
+        if leaf.endswith("scale_inv"):
+            yield name, parameter, MadeUp(shape, torch.ones(max(1, parameter.numel()), dtype=dtype), 0)
+            continue
         if small and "norm" in name.lower():
             yield name, parameter, MadeUp(shape, torch.full((small,), 0.0 if "bias" in leaf else 1.0, dtype=dtype), 0)
         elif small and "bias" in leaf:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from moec.aot.checkpoint import Stored
+from moec.aot.checkpoint import Stored, in_order
 from moec.aot.code import Constant
 from moec.aot.errors import AotError
 from moec.aot.source import State
@@ -56,12 +56,10 @@ def write_blob(
 
 def _copy(to: Stream, constant: Constant, places: Sequence[Stored]) -> None:
     """Copy a constant from the files it lies in, expert by expert."""
-    experts = constant.shape[0] if len(places) > 1 else 1
-    parts = len(places) // experts
     total = sum(p.size for p in places)
     if any(p.dtype != constant.dtype for p in places) or not total <= constant.size < total + ALIGN:
         raise AotError(f"{constant.name!r} lies in another form than the code takes it", hint="save the model again")
-    for place in (places[part * experts + expert] for expert in range(experts) for part in range(parts)):
+    for place in in_order(places, constant.shape[0] if len(places) > 1 else 1):
         with place.file.open("rb") as f:
             f.seek(place.offset)
             left = place.size

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from moec.aot.errors import AotError
+from moec.artifact.weights import DTYPES
 
 _DTYPES = {
     "F64": ("f64", 8), "F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("i64", 8), "I32": ("i32", 4),
@@ -37,10 +41,40 @@ class Checkpoint:
         places: By the model's own names. One tensor for a weight that is one on disk; of stacked experts one for
             each, the gates of all before the ups.
         missing: Weights of the model that have no such place, and why.
+        other: Those of them that lie there in another type.
     """
 
     places: Mapping[str, tuple[Stored, ...]]
     missing: Mapping[str, str]
+    other: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
+
+
+def read_tensor(places: Sequence[Stored], shape: Sequence[int]) -> Tensor:
+    """A weight of such a shape that lies there, in the type in which it does.
+
+    Args:
+        places: As in :class:`Checkpoint`.
+        shape: Of the weight: ``[E, ..]`` where there is more than one place.
+    """
+    raw = torch.empty(sum(p.size for p in places), dtype=torch.uint8)
+    to, at = raw.numpy().data, 0
+    for place in in_order(places, shape[0] if len(places) > 1 else 1):
+        with place.file.open("rb", buffering=0) as f:
+            f.seek(place.offset)
+            done = 0
+            while done < place.size:
+                count = f.readinto(to[at + done : at + place.size])
+                if not count:
+                    raise AotError(f"{place.file} was cut off while it was read")
+                done += count
+        at += place.size
+    return raw.view(DTYPES[places[0].dtype]).view(*shape)
+
+
+def in_order(places: Sequence[Stored], experts: int) -> list[Stored]:
+    """Places in the order of a stacked weight's memory: expert by expert, its gate before its up."""
+    parts = len(places) // experts
+    return [places[part * experts + expert] for expert in range(experts) for part in range(parts)]
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:

@@ -87,6 +87,7 @@ def compile(
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
             weights=weights,
+            target=target,
         )
         processes = jobs or cpu_cores()
         built = build(source, output, AotOptions(options, ranges, weights, generate, tune, processes), told)

@@ -13,6 +13,8 @@ import torch
 from moec.aot.checkpoint import Checkpoint, Stored, read_headers
 from moec.artifact.weights import NAMES
 
+QUANTIZER = "hf_quantizer"
+"""The attribute of a transformers model that says how its weights are quantized."""
 _NUMBER = re.compile(r"(\d+)")
 _MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 """What may be done to experts on disk so that their addresses, in order, are the stacked weight."""
@@ -37,6 +39,7 @@ def checkpoint_of(folder: Path, model: torch.nn.Module, prefix: str) -> Checkpoi
             converted[target] = why
         sources[target][part].append(stored[key])
     places: dict[str, tuple[Stored, ...]] = {}
+    other: dict[str, tuple[Stored, ...]] = {}
     missing: dict[str, str] = {}
     state = model.state_dict()
     for name, value in state.items():
@@ -52,9 +55,12 @@ def checkpoint_of(folder: Path, model: torch.nn.Module, prefix: str) -> Checkpoi
             why = _misfit(made, value, len(parts))
             if why:
                 missing[prefix + name] = why
+            elif made[0].dtype != (dtype := NAMES.get(value.dtype)):
+                missing[prefix + name] = f"it is {made[0].dtype} on disk, and the model is compiled for {dtype}"
+                other[prefix + name] = made
             else:
                 places[prefix + name] = made
-    return Checkpoint(places, missing)
+    return Checkpoint(places, missing, other)
 
 
 def _conversions(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
@@ -62,6 +68,9 @@ def _conversions(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
 
     find: Any = conversion_mapping.get_model_conversion_mapping  # it wants transformers' own base class
     found = find(model)
+    quantizer = getattr(model, QUANTIZER, None)
+    if quantizer is not None:
+        found = quantizer.update_weight_conversions(found, model)
     merges = [c for c in found if getattr(c, "operations", None)]
     return [c for c in found if c not in merges], merges
 
@@ -88,9 +97,8 @@ def _misfit(made: tuple[Stored, ...], value: torch.Tensor, parts: int) -> str:
     """Why the tensors cannot stand for ``value``; empty if they can."""
     if not value.is_contiguous():
         return "the model does not hold it row by row"
-    dtype = NAMES.get(value.dtype)
-    if any(t.dtype != dtype for t in made):
-        return f"it is {made[0].dtype} on disk, and the model is compiled for {dtype}"
+    if len({t.dtype for t in made}) > 1:
+        return "the checkpoint has parts of it in several types"
     if len(made) == 1:
         return "" if made[0].shape == tuple(value.shape) else f"it is {list(made[0].shape)} on disk"
     experts = len(made) // parts

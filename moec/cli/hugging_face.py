@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from moec.cli.conversion import checkpoint_of
 from moec.cli.model import ModelError
+from moec.cli.quantized import in_fp8, load_all, method_of, quantize
 from moec.ir.errors import nearest
-from moec.random_weights import random_transformer
+from moec.random_weights import fill_random, random_transformer
+from moec.readiness import prepare
 
 GENERATION = "generation_config.json"
 
@@ -110,15 +113,19 @@ def random_model(config: Any, dtype: torch.dtype | None, file: Path) -> torch.nn
     Raises:
         ModelError: The weights do not fit in this machine's memory, or the class refuses the configuration.
     """
-    outline = on_meta(config, dtype, file)
-    need = sum(p.numel() * p.element_size() for p in outline.parameters())
+    narrow = in_fp8(config, file)
+    element = _dtype_for(config, dtype)
+    sketch = quantize(outline(config, element, file), config) if narrow else on_meta(config, dtype, file)
+    need = sum(p.numel() * p.element_size() for p in sketch.parameters())
     have = _available_bytes()
     if need > have:
         raise ModelError(
             f"the weights of this model take {need / 1e9:.1f} GB and {have / 1e9:.1f} GB of memory are free",
             hint="lower num_hidden_layers in a copy of the config.json: one layer shows as much",
         )
-    return random_transformer(_class_for(config, file), config, _dtype_for(config, dtype))
+    if narrow:
+        return _runnable(fill_random(sketch))
+    return random_transformer(_class_for(config, file), config, element)
 
 
 def outline(config: Any, dtype: torch.dtype, file: Path, trusted: bool = False) -> torch.nn.Module:
@@ -157,17 +164,28 @@ def check_safetensors(folder: Path) -> None:
 
 
 def stored_model(folder: Path, config: Any, dtype: torch.dtype | None, trusted: bool = False) -> torch.nn.Module:
-    """The model with the weights that lie in ``folder``.
+    """The model with the weights that lie in ``folder``; those in fp8 stay so.
 
     Raises:
         ModelError: The weights cannot be read or do not fit the configuration.
     """
+    if in_fp8(config, folder):
+        model = quantize(outline(config, _dtype_for(config, dtype), folder / "config.json", trusted), config)
+        return _runnable(load_all(model, checkpoint_of(folder, model, "")))
     auto = _class_for(config, folder, trusted)
     options = {"trust_remote_code": True} if trusted else {}
     try:
         return auto.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True, **options)
     except Exception as e:
-        raise ModelError(f"{folder}: the weights cannot be loaded: {_first_line(e)}") from e
+        method = method_of(config)
+        hint = f"they are quantized ({method}): save them in bf16, where transformers can load them" if method else None
+        raise ModelError(f"{folder}: the weights cannot be loaded: {_first_line(e)}", hint=hint) from e
+
+
+def _runnable(model: torch.nn.Module) -> torch.nn.Module:
+    """A model in fp8 that runs here: transformers' own forwards want kernels that are downloaded for a GPU."""
+    prepare(model, implementation=None, regions=False)
+    return model
 
 
 def _available_bytes() -> float:

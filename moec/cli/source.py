@@ -9,9 +9,12 @@ import torch
 
 from moec.aot.dynamic import DEFAULT, Ranges, example_size, parse_dynamic
 from moec.aot.source import Source, State, Tokens, for_experts
+from moec.backends.triton.fp8 import refusal
+from moec.backends.triton.launches.device import is_gpu
 from moec.cli import hugging_face
 from moec.cli.conversion import checkpoint_of
 from moec.cli.model import ModelError, dtype_of, load_model, read_config
+from moec.cli.quantized import dequantized, in_fp8, load_other, quantize
 
 _EXAMPLE = (2, 12)  # sequences and tokens to trace with
 
@@ -24,8 +27,11 @@ def source_of(
     random_weights: bool = False,
     trust_remote_code: bool = False,
     weights: str = "inside",
+    target: str = "cpu",
 ) -> tuple[Source, Ranges]:
     """The source that ``text`` names, and the ranges of its sizes. ``weights`` are inside, beside or none.
+
+    Weights in fp8 stay so where kernels for ``target`` multiply fp8; elsewhere they are read as what they stand for.
 
     Raises:
         MoecError: Says what is wrong with ``text`` and what to do.
@@ -37,7 +43,7 @@ def source_of(
         loaded = load_model(text, dtype=dtype)
         return Source(text, for_experts(loaded.model), loaded.args, loaded.kwargs), parse_dynamic(dynamic or "")
     ranges = parse_dynamic(DEFAULT if dynamic is None else dynamic)
-    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code, weights), ranges
+    return _hugging_face(path, text, dtype, ranges, random_weights, trust_remote_code, weights, target), ranges
 
 
 def _exported(path: Path, dtype: str | None) -> Source:
@@ -59,6 +65,7 @@ def _hugging_face(
     random_weights: bool,
     trust_remote_code: bool,
     where: str,
+    target: str,
 ) -> Source:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     if not file.exists():
@@ -72,6 +79,10 @@ def _hugging_face(
     config = hugging_face.config_from(settings, file, folder if trust_remote_code else None)
     element = dtype_of(dtype) or getattr(config, "dtype", None) or torch.float32
     model = hugging_face.outline(config, element, file, trust_remote_code)
+    narrow = in_fp8(config, file)
+    kept = narrow and is_gpu(target) and not refusal("", target)
+    if kept:
+        quantize(model, config)
     example = _tokens(hugging_face.vocabulary(config, file), ranges)
 
     def weights() -> State:
@@ -81,6 +92,9 @@ def _hugging_face(
             values = {id(parameter): value for _, parameter, value in made_up(model)}
             state = model.state_dict(keep_vars=True)
             return _prefixed({name: values.get(id(kept), kept) for name, kept in state.items()})
+        if narrow:
+            outline = quantize(hugging_face.outline(config, element, file, trust_remote_code), config)
+            return _prefixed(dequantized(outline, checkpoint_of(folder, outline, ""), element))
         return _prefixed(hugging_face.stored_model(folder, config, element, trust_remote_code).state_dict())
 
     wrapped = Tokens(for_experts(model.eval()))
@@ -88,7 +102,9 @@ def _hugging_face(
     source.made_up = random_weights
     if stored:
         source.checkpoint = checkpoint_of(folder, model, "model.")
-        if source.checkpoint.missing and where != "beside":
+        if kept:
+            load_other(model, source.checkpoint, "model.")
+        elif source.checkpoint.missing and where != "beside":
             source.checkpoint = None  # transformers makes something new of it while it loads
         elif source.checkpoint.missing:
             name, why = next(iter(source.checkpoint.missing.items()))

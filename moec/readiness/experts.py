@@ -16,7 +16,7 @@ import torch
 from moec.ir.errors import MoecError, nearest
 from moec.readiness.adapters import is_adapter
 from moec.readiness.report import ExpertsSite, LeftOut
-from moec.readiness.rewriters import is_rewritten, verdict
+from moec.readiness.rewriters import is_rewritten, runs_experts, verdict
 
 # Locked when the weights are loaded: they are laid out for it, and another implementation would read garbage.
 _LOCKED = "deepgemm_megamoe"
@@ -73,7 +73,7 @@ def lookalikes(model: torch.nn.Module) -> list[LeftOut]:
 def _known_reason(module: torch.nn.Module) -> str | None:
     """Why a module of a class that the rewriters know is as it is; None for other classes."""
     known = verdict(module)
-    if known is None:
+    if known is None or not runs_experts(module):
         return None
     return known.reason or "its own forward does not fit into one graph; moec.prepare(model) rewrites it"
 

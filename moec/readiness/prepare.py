@@ -90,15 +90,16 @@ def prepare(
     setting = ImplementationChange(experts, implementation if experts else None)  # first: it may refuse its argument
     change = _Changes(setting, RewriteChange(model, free_unused=free_unused), None)
     report.experts, report.rewritten = setting.sites, change.rewriting.sites
-    report.ignored = lookalikes(model)
+    report.ignored, report.left_out = lookalikes(model), change.rewriting.left
     if not experts and not report.rewritten:
         report.notes.append(_nothing_to_do(report))
     change.loops = LoopChange(model, (left.name for left in report.ignored))  # first: a marked module is in no region
     report.loops = change.loops.names
     if regions and (experts or report.rewritten):
-        running = {**experts, **{site.name: model.get_submodule(site.name) for site in report.rewritten}}
-        change.regions = RegionChange(model, running, regions)
-        report.regions, report.left_out = change.regions.groups, change.regions.left_out
+        own = {site.name: model.get_submodule(site.name) for site in report.rewritten if site.runs_experts}
+        change.regions = RegionChange(model, {**experts, **own}, regions)
+        report.regions = change.regions.groups
+        report.left_out = [*report.left_out, *change.regions.left_out]
     _prepared[model] = change
     reference = weakref.ref(model)
 

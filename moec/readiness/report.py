@@ -46,7 +46,7 @@ class RewrittenSite:
         how: How it runs its experts now.
         note: What to know about it, such as a mode in which its own forward still runs; or "".
         freed: Bytes of weights that were never read and are given back.
-        runs_experts: False for an adapter around a router or around experts, which are counted themselves.
+        runs_experts: False for what stands around or beside a router or experts, which are counted themselves.
     """
 
     name: str
@@ -93,7 +93,7 @@ class PrepareReport:
         ignored: Modules that look like experts, do not follow it and are as they were.
         loops: Those of them whose loop over experts, written in Python, may be traced as one graph.
         regions: Groups of layers that share a compiled region.
-        left_out: Layers that are compiled one by one.
+        left_out: Layers that are compiled one by one, and modules beside experts that are not rewritten.
         notes: What concerns the whole model.
     """
 
@@ -144,8 +144,8 @@ class PrepareReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         used = self.implementation or "what they had"
         own = sum(site.runs_experts for site in self.rewritten)
-        adapters = len(self.rewritten) - own
-        also = (f", {own} are rewritten" if own else "") + (f"; {adapters} adapters are rewritten" if adapters else "")
+        beside = len(self.rewritten) - own
+        also = (f", {own} are rewritten" if own else "") + (f"; {beside} beside them are rewritten" if beside else "")
         yield Text(f"{self.model}: {self.will_use} of {self.found} experts modules use {used}{also}")
         if self.rewritten:
             rewritten = (LeftOut(s.name, s.kind, _what(s)) for s in self.rewritten)

@@ -65,7 +65,7 @@ def test_adapters_train_in_one_graph(targets: str) -> None:
     prepared = moec.prepare(model)
     assert len(prepared.rewritten) == layers * WRAPPED[targets]
     assert prepared.found == prepared.will_use == layers
-    assert ("adapters are rewritten" in str(prepared)) == (WRAPPED[targets] > 0)
+    assert ("beside them are rewritten" in str(prepared)) == (WRAPPED[targets] > 0)
     with moec.recording() as report:
         found = same_gradients(model, moec_compile(model))
     assert report.graphs == 1

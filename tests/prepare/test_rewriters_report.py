@@ -241,7 +241,7 @@ def test_a_layer_that_was_left_alone_shares_none() -> None:
 
 def test_every_rewriter_is_tried_here() -> None:
     tried = {type(m).__name__ for f in FAMILIES for m in block(f).modules()} | {"JetMoeMoA"}
-    tried.add("FP8Experts")  # tests/prepare/test_fp8_experts.py
+    tried |= {"FP8Experts", "FP8Linear"}  # tests/prepare/test_fp8_experts.py, test_fp8_linear.py
     assert {t.rpartition(".")[2] for t in REWRITERS if t.startswith("transformers.")} <= tried
 
 

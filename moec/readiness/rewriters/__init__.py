@@ -6,6 +6,6 @@ One file a class. A rewriter says which class it knows (``known.Rewriter``) and 
 
 from moec.readiness.rewriters.change import RewriteChange
 from moec.readiness.rewriters.known import is_rewritten
-from moec.readiness.rewriters.registry import rewritten, verdict
+from moec.readiness.rewriters.registry import rewritten, runs_experts, verdict
 
-__all__ = ["RewriteChange", "is_rewritten", "rewritten", "verdict"]
+__all__ = ["RewriteChange", "is_rewritten", "rewritten", "runs_experts", "verdict"]

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from moec.readiness.report import RewrittenSite
+from moec.readiness.adapters import is_adapter
+from moec.readiness.report import LeftOut, RewrittenSite
 from moec.readiness.rewriters.known import Rewriter, is_ours
-from moec.readiness.rewriters.registry import REWRITERS, verdict
+from moec.readiness.rewriters.registry import REWRITERS, runs_experts, verdict
 from moec.sizes import size_text
 
 
@@ -18,16 +19,20 @@ class RewriteChange:
 
     Attributes:
         sites: What was rewritten.
+        left: What stands beside experts, is of a known class and was not, with the reason; of adapters layers tell.
     """
 
     def __init__(self, model: nn.Module, *, free_unused: bool = False) -> None:
         self.sites: list[RewrittenSite] = []
+        self.left: list[LeftOut] = []
         self._methods: list[tuple[nn.Module, str, Any]] = []
         _drop_inherited(model)
         for name, module in list(model.named_modules()):
             found = verdict(module)
             if found is not None and found.rewriter is not None:
                 self._rewrite(name, module, found.rewriter, free_unused)
+            elif found is not None and not runs_experts(module) and not is_adapter(module):
+                self.left.append(LeftOut(name, type(module).__name__, found.reason))
 
     def _rewrite(self, name: str, module: nn.Module, rewriter: Rewriter, free_unused: bool) -> None:
         unused = rewriter.unused_bytes(module)

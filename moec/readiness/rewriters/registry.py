@@ -9,6 +9,7 @@ from torch import nn
 from moec.readiness.rewriters import (
     dbrx,
     fp8_experts,
+    fp8_linear,
     jetmoe_attention,
     jetmoe_moe,
     llama4,
@@ -26,6 +27,7 @@ REWRITERS: dict[str, Rewriter] = {
     for r in (
         dbrx.REWRITER,
         fp8_experts.REWRITER,
+        fp8_linear.REWRITER,
         jetmoe_attention.REWRITER,
         jetmoe_moe.REWRITER,
         llama4.REWRITER,
@@ -62,6 +64,12 @@ def verdict(module: nn.Module) -> Verdict | None:
             reason=f"it derives from {base.__name__} and may compute something else; that class alone is known"
         )
     return None
+
+
+def runs_experts(module: nn.Module) -> bool:
+    """False for a module of a class, or derived from one, that is known to stand around or beside experts."""
+    base = next((b for b in type(module).__mro__ if _path(b) in REWRITERS), None)
+    return base is None or REWRITERS[_path(base)].runs_experts
 
 
 def rewritten(model: nn.Module) -> dict[str, Rewriter]:
