@@ -10,6 +10,7 @@ Contract:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -142,6 +143,8 @@ class RescheduleTokens(Pass):
             if not sizes:
                 return "objective=ranks needs experts that are spread over ranks"
         attrs: dict[str, Any] = {"experts": experts, **({"sizes": sizes} if sizes else {})}
+        if (size := _expert_bytes(op)) > 0:
+            attrs["expert_bytes"] = size
         if self.always:
             return attrs
         profile = ctx.profile
@@ -184,6 +187,21 @@ def _rank_sizes(op: Op) -> tuple[int, ...]:
             return ()
         sizes = () if site is None else site.sizes
     return sizes if len(sizes) > 1 else ()
+
+
+def _expert_bytes(op: Op) -> int:
+    """Bytes of the weights of one expert, biases and scales aside; 0 where a type does not tell."""
+    if op.name == _SPREAD:
+        (op,) = own_experts(op.regions[0])
+    total = 0
+    for value in (*op.group("up"), *op.group("down")):
+        if not isinstance(value.type, TensorType) or not all(n.is_Integer for n in value.type.shape):
+            return 0
+        total += int(math.prod(value.type.shape)) * value.type.dtype.bits // 8
+    down = op.group("down")
+    first = down[0].type
+    assert isinstance(first, TensorType)
+    return total // (int(first.shape[0]) if op_def(op.name).attr(op, "stacked") else len(down))
 
 
 def _between(graph: Graph, together: Sequence[Op]) -> list[Op]:

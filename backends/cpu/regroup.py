@@ -22,6 +22,10 @@ from moec.ir.ops.moe_regroup import Regroup
 _SOURCE = Path(__file__).with_name("regroup.cpp")
 _WHOLE = ctypes.c_int64
 _POINTER = ctypes.c_void_p
+_BYTES_OF_A_STEP = 1685
+"""Of weights. Two cores read so many in some fifty times as long: a plan takes about a fiftieth of its layer."""
+_USUAL, _MOST = 9 << 20, 36 << 20
+"""Bytes of an expert where they are unknown, and above which no more is looked for."""
 
 
 @lru_cache(maxsize=4)
@@ -33,10 +37,16 @@ def _compiled(isa: Isa) -> Any:
     """
     run = ctypes.CDLL(str(build(_SOURCE.read_text(encoding="utf-8"), isa))).moec_regroup
     run.argtypes = [
-        _POINTER, _POINTER, *[_WHOLE] * 4, _POINTER, _WHOLE, _POINTER, _WHOLE, ctypes.c_double, _POINTER, _POINTER,
+        _POINTER, _POINTER, *[_WHOLE] * 4, _POINTER, _WHOLE, _POINTER, _WHOLE, ctypes.c_double, _WHOLE, _POINTER,
+        _POINTER,
     ]  # fmt: skip
     run.restype = None
     return run
+
+
+def steps_of_an_expert(expert_bytes: int) -> int:
+    """How many steps may be planned for every expert that the tokens touch."""
+    return min(expert_bytes or _USUAL, _MOST) // _BYTES_OF_A_STEP
 
 
 class CpuRegroup(Kernel):
@@ -49,6 +59,7 @@ class CpuRegroup(Kernel):
         self.experts, self.parts, sizes, least = (
             definition.attr(op, name) for name in ("experts", "parts", "sizes", "least")
         )
+        self.price = steps_of_an_expert(definition.attr(op, "expert_bytes"))
         self.least = np.array(least, np.float64).reshape(-1, 2)
         self.columns = len(sizes) or self.experts
         self.column = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes) if sizes else None
@@ -64,7 +75,8 @@ class CpuRegroup(Kernel):
         self.run(
             _addresses(ids), (_WHOLE * len(rows))(*rows), len(rows), inputs[0].shape[1], wide, self.experts,
             None if self.column is None else self.column.ctypes.data, self.columns,
-            (_WHOLE * len(sizes))(*sizes), len(sizes), least, _addresses(there), _addresses(home),
+            (_WHOLE * len(sizes))(*sizes), len(sizes), least, self.price, _addresses(there),
+            _addresses(home),
         )  # fmt: skip
         return [*there, *home]
 

@@ -29,7 +29,9 @@ class Regroup(OpDef):
 
     The sum over batches of the distinct experts that their tokens chose is no larger than as they come, and small
     (:mod:`moec.ir.regroup`); with ``sizes``, that of the distinct ranks that hold these experts. Where it does not fall
-    by the part that ``least`` names, tokens stay as they come. Which partition it is decides no result.
+    by the part that ``least`` names, tokens stay as they come. Which partition it is decides no result. Where a backend
+    looks longer for layers that take longer, it knows them by ``expert_bytes``, and counts steps, not time: equal ids
+    give equal batches.
     """
 
     name = "moe.regroup"
@@ -38,6 +40,7 @@ class Regroup(OpDef):
         AttrDef("experts", "int", "number of experts E"),
         AttrDef("parts", "int", "batches that a single micro-batch is cut into; 0 for none", default=0),
         AttrDef("sizes", "any", "experts of every rank, where ranks are counted; () counts experts", default=()),
+        AttrDef("expert_bytes", "int", "of an expert's weights: how long may be planned; 0 where unknown", default=0),
         AttrDef("least", "any", "((tokens, part of the sum), ...) ascending, to interpolate between", default=()),
     )
     results = ("there", "home")
@@ -67,6 +70,8 @@ class Regroup(OpDef):
         if not types or not all(isinstance(t, TensorType) and t.rank == 2 and t.dtype.kind == "int" for t in types):
             self.fail(op, "ids must be matrices [T, k] of integers, one or more")
         parts, sizes, least = (self.attr(op, name) for name in ("parts", "sizes", "least"))
+        if self.attr(op, "expert_bytes") < 0:
+            self.fail(op, f"expert_bytes = {self.attr(op, 'expert_bytes')} must not be negative")
         if parts < 0 or (parts and len(types) > 1):
             self.fail(op, f"parts = {parts}: one micro-batch alone is cut")
         if sizes and sum(sizes) != self.attr(op, "experts"):
