@@ -193,6 +193,11 @@ def _entry(
     graph = from_exported(program)
     before = str(graph)
     ctx, raised = run_pipeline(graph, options)
+    # No kernel on a device plans batches: where tokens would be regrouped, they stay, and a remark says so.
+    plans = frozenset(("reschedule-tokens", op.loc) for op in _moe_ops(graph) if op.name == "moe.regroup")
+    if plans:
+        graph = from_exported(program)
+        ctx, raised = run_pipeline(graph, options, left=plans)
     claims = claim(graph, ("triton", "aten"), options.target)
     made = report_of(graph, claims, ctx, raised)
     report.layers += made.layers

@@ -14,7 +14,7 @@ from moec.aot.region import Region
 from moec.aot.regions import share_layers
 from moec.aot.strides import outputs_as_rows, recorded_weights
 from moec.backends.calls import UnsupportedError
-from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_route
+from moec.backends.cpu.aot import Embedded, addressable, embed_experts, embed_regroup, embed_route
 from moec.backends.partition import Claims, Refusal
 from moec.backends.registry import get_backend
 from moec.emit import LowerOp, emit_into
@@ -87,6 +87,8 @@ class Embedding:
                 return self._experts(op, graph, args)
             if op.name == "moe.route":
                 return self._route(op, graph, args)
+            if op.name == "moe.regroup":
+                return self._regroup(op, graph, args)
             return None
 
         return lower
@@ -101,6 +103,8 @@ class Embedding:
             return embed_route(op, self.target)
         if op.name == "moe.experts":
             return embed_experts(op, self.target, up_nk, down_nk, addressed)
+        if op.name == "moe.regroup":
+            return embed_regroup(op, self.target)
         raise UnsupportedError(f"there is no kernel for {op.name}")
 
     def _enter(self, op: Op, embedded: Embedded) -> torch._ops.OpOverload:
@@ -123,8 +127,7 @@ class Embedding:
         forms = outputs_as_rows(op, [a.meta["val"] for a in args[3 : 3 + small]])
         embedded = self._embed(program, *forms, addressed)
         x, ids, weights = (_contiguous(graph, a) for a in args[:3])
-        if ids.meta["val"].dtype != torch.int64:
-            ids = _call(graph, torch.ops.aten._to_copy.default, ids, dtype=torch.int64)
+        ids = _wide(graph, ids)
         params = list(args[3:])
         params[small:] = [_contiguous(graph, a) for a in params[small:]]
         return [graph.call_function(self._enter(program, embedded), (x, ids, weights, params))]
@@ -137,6 +140,12 @@ class Embedding:
         used = [_contiguous(graph, a) for a in args[: embedded.schema.count("Tensor") - 2]]
         routed = graph.call_function(self._enter(program, embedded), tuple(used))
         return [graph.call_function(operator.getitem, (routed, i)) for i in (0, 1)]
+
+    def _regroup(self, op: Op, graph: torch.fx.Graph, args: list[Any]) -> list[Any]:
+        program = _canonical(op)
+        ids = tuple(_wide(graph, _contiguous(graph, a)) for a in args)
+        planned = graph.call_function(self._enter(program, self._embed(program, True, True)), ids)
+        return [graph.call_function(operator.getitem, (planned, i)) for i in range(len(op.results))]
 
 
 def _canonical(op: Op) -> Op:
@@ -153,6 +162,12 @@ def _contiguous(graph: torch.fx.Graph, node: Node) -> Node:
     if node.meta["val"].is_contiguous():
         return node
     return _call(graph, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _wide(graph: torch.fx.Graph, ids: Node) -> Node:
+    if ids.meta["val"].dtype == torch.int64:
+        return ids
+    return _call(graph, torch.ops.aten._to_copy.default, ids, dtype=torch.int64)
 
 
 def _call(graph: torch.fx.Graph, target: Any, node: Node, **kwargs: Any) -> Node:

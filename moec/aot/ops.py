@@ -11,6 +11,7 @@ from torch import Tensor
 from moec.backends.cpu.aot import Embedded
 from moec.ir.core import Op
 from moec.ir.opdef import op_def, torch_dtype
+from moec.ir.ops.moe_regroup import Regroup
 from moec.ir.types import TensorType
 
 NAMESPACE = "moec_aot"
@@ -21,8 +22,8 @@ _DEFINED: dict[str, torch._ops.OpOverload] = {}
 
 def torch_op(embedded: Embedded, op: Op) -> torch._ops.OpOverload:
     """The op of an embedded program."""
-    fake = _experts_fake(op) if op.name == "moe.experts" else _route_fake(op)
-    return define(embedded.name, embedded.schema, fake)
+    fakes = {"moe.experts": _experts_fake, "moe.route": _route_fake, "moe.regroup": _regroup_fake}
+    return define(embedded.name, embedded.schema, fakes[op.name](op))
 
 
 def define(name: str, schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -64,5 +65,18 @@ def _route_fake(op: Op) -> Callable[..., tuple[Tensor, Tensor]]:
     def fake(logits: Tensor, *bias: Any) -> tuple[Tensor, Tensor]:
         shape = (logits.shape[0], k)
         return logits.new_empty(shape, dtype=dtypes[0]), logits.new_empty(shape, dtype=dtypes[1])
+
+    return fake
+
+
+def _regroup_fake(op: Op) -> Callable[..., tuple[Tensor, ...]]:
+    definition = op_def(op.name)
+    assert isinstance(definition, Regroup)
+    parts, part_sizes = definition.attr(op, "parts"), definition.part_sizes
+
+    def fake(*ids: Tensor) -> tuple[Tensor, ...]:
+        given = [t.shape[0] for t in ids]
+        there = part_sizes(given[0], parts) if parts else given
+        return tuple(ids[0].new_empty((size,), dtype=torch.int64) for size in (*there, *given))
 
     return fake

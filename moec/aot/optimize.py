@@ -6,7 +6,7 @@ again on the program as it was exported, and leave that block's calls alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,7 @@ def optimize(
     before = str(graph)
     ctx, raised = run_pipeline(graph, options)
     claims = embedding.claims(graph)
-    # An artifact has no kernel that plans batches: where tokens would be regrouped, they stay, and a remark says so.
-    left = frozenset(("reschedule-tokens", r.op.loc) for r in claims.refusals if r.op.name == "moe.regroup")
-    if left:
-        graph = from_exported(program)
-        ctx, raised = run_pipeline(graph, options, left=left)
-        claims = embedding.claims(graph)
-    made, last = _without_refused(program, embedding, options, graph, claims, left)
+    made, last = _without_refused(program, embedding, options, graph, claims)
     check_left(from_exported(program) if last.refusals else made, [r.reason for r in claims.refusals])
     found = report_of(graph, _kept(claims, () if last.refusals else made.walk()), ctx, raised)
     report.graphs += 1
@@ -86,23 +80,21 @@ def optimize(
 
 
 def _without_refused(
-    program: ExportedProgram, embedding: Embedding, options: CompileOptions, graph: Graph, claims: Claims,
-    left: Collection[tuple[str, Location]],
-) -> tuple[Graph, Claims]:  # fmt: skip
+    program: ExportedProgram, embedding: Embedding, options: CompileOptions, graph: Graph, claims: Claims
+) -> tuple[Graph, Claims]:
     """The program after passes that leave out what has no embedded code.
 
     Args:
         program: As it was exported.
         embedding: Says what has code.
         options: The pipeline and what it is told.
-        graph: The program after passes that left out what is in ``left`` alone.
+        graph: The program after all passes.
         claims: What of it has code.
-        left: As in :class:`~moec.passes.base.PassContext`.
 
     Returns:
         The program, and what of it has code. Something is refused only where no pass would leave it out.
     """
-    left = set(left)
+    left: set[tuple[str, Location]] = set()
     while claims.refusals:
         more = {(name, r.op.loc) for r in claims.refusals for name in _MADE_BY.get(r.op.name, _RAISING)}
         if more <= left:

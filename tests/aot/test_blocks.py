@@ -126,13 +126,17 @@ def test_weights_that_lie_apart_have_no_code() -> None:
     assert "no contiguous side: its strides are (512, 32, 2)" in got.reasons[0]
 
 
-def test_tokens_are_not_regrouped_in_an_artifact() -> None:
+def test_a_block_in_parts_has_code_for_the_plan() -> None:
     cut = "reschedule-tokens{always=true,cut=true}"
     got = found(Block(), passes=f"default,{cut}")
-    assert got.embedded == ["route", "experts"] and got.fused == [("layers.0", True)]
-    assert "moe.regroup" not in got.made.after
-    said = [r for r in (*got.report.remarks, *got.report.layers[0].remarks) if "reschedule-tokens" in r]
-    assert len(said) == 1 and "it stays as it is: no backend takes what it would become" in said[0]
+    assert got.embedded == ["route", "regroup", "experts", "experts"] and set(got.fused) == {("layers.0", True)}
+    assert "moe.regroup" in got.made.after and not got.report.remarks
+
+
+def test_parts_of_a_block_without_code_are_no_parts() -> None:
+    got = found(Odd(), Block(), passes="default,reschedule-tokens{always=true,cut=true}")
+    assert got.embedded == ["route", "regroup", "experts", "experts"]
+    assert calls(got.made.program)[SIN] == 1 and "aten.sin.default" in got.reasons[0]
 
 
 def test_what_all_has_code_is_left_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

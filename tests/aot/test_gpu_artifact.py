@@ -297,3 +297,12 @@ def test_a_router_without_a_kernel_leaves_the_experts_theirs(tmp_path: Path) -> 
         torch.testing.assert_close(
             moec.load(tmp_path / "phimoe.moec")(tokens), model(tokens), atol=TOLERANCE, rtol=TOLERANCE
         )
+
+
+def test_tokens_are_not_regrouped_on_a_device(tmp_path: Path) -> None:
+    passes = "default,reschedule-tokens{always=true,cut=true}"
+    options = AotOptions(CompileOptions(target="cuda:sm80", checks="off", passes=passes), RANGES)
+    report = build(source(), tmp_path / "parts.moec", options).report
+    assert len(report.layers) == 2 and all(layer.fused for layer in report.layers)
+    said = [remark for remark in report.remarks if "reschedule-tokens" in remark]
+    assert len(said) == 2 and all("it stays as it is: no backend takes what it would become" in text for text in said)

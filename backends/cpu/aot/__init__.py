@@ -6,6 +6,7 @@ from moec.backends.cpu.aot.archive import archive, compile_object, object_path
 from moec.backends.cpu.aot.embedded import Embedded, content_name
 from moec.backends.cpu.aot.experts import addressable, embed_experts
 from moec.backends.cpu.aot.levels import declared, lowest
+from moec.backends.cpu.aot.regroup import embed_regroup
 from moec.backends.cpu.aot.route import embed_route
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "content_name",
     "declared",
     "embed_experts",
+    "embed_regroup",
     "embed_route",
     "lowest",
     "object_path",

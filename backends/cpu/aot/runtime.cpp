@@ -150,6 +150,14 @@ AtenTensorHandle empty(int64_t rows, int64_t columns, int32_t dtype, char** data
     return made;
 }
 
+AtenTensorHandle empty_vector(int64_t size, int64_t** data) {
+    AtenTensorHandle made;
+    const int64_t stride = 1;
+    must(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &made));
+    *data = (int64_t*)array_of(made).data;
+    return made;
+}
+
 void check_ids(const Array& ids, int64_t experts, const char* op) {
     const auto* at = (const int64_t*)ids.data;
     for (int64_t i = 0; i < ids.sizes[0] * ids.sizes[1]; i++)

@@ -34,4 +34,13 @@ struct RouteArrays {
     int64_t threads;
 };
 
+struct RegroupArrays {
+    const char* const* ids;  // i64[rows[i], k] of every micro-batch
+    const int64_t* rows;
+    const int64_t* sizes;  // of every batch
+    int64_t k;
+    int64_t* const* there;  // i64[sizes[i]]
+    int64_t* const* home;   // i64[rows[i]]
+};
+
 }  // namespace moec_aot

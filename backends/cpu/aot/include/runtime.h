@@ -24,6 +24,7 @@ int64_t threads();  // of a call: what torch.set_num_threads, OMP_NUM_THREADS or
 
 Array array_of(AtenTensorHandle tensor);
 AtenTensorHandle empty(int64_t rows, int64_t columns, int32_t dtype, char** data);
+AtenTensorHandle empty_vector(int64_t size, int64_t** data);  // i64
 
 // Throws unless ids are experts; the message names the op.
 void check_ids(const Array& ids, int64_t experts, const char* op);
