@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moec.backends.distributed import groups
 from moec.backends.distributed.kernel import ParallelKernel
+from moec.backends.distributed.together import Gradients
 from moec.cost.chunks import Calls, ChunkCosts
 from moec.cost.links import Link
 from moec.ir.core import Op
@@ -60,7 +61,7 @@ class _Idle(ParallelKernel):
         self._sweep()
         return [inputs[0]]
 
-    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    def _experts_backward(self, op: Op, inputs: list[Tensor], gradients: Gradients | None) -> list[Tensor]:
         self._sweep()
         return [t.new_empty(t.shape) for t, need in zip(inputs[1:], op.attrs["needs"], strict=True) if need]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moec.backends.distributed.kernel import ParallelKernel
+from moec.backends.distributed.together import Gradients
 from moec.cost.curve import LayerCurve
 from moec.ir.core import Op
 
@@ -41,8 +42,9 @@ class SleepingLayer(ParallelKernel):
     def _experts(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
         return self._slept(self.curve, inputs[1], time.monotonic(), super()._experts(op, inputs))
 
-    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
-        return self._slept(self.backward_curve, inputs[2], time.monotonic(), super()._experts_backward(op, inputs))
+    def _experts_backward(self, op: Op, inputs: list[Tensor], gradients: Gradients | None) -> list[Tensor]:
+        start = time.monotonic()
+        return self._slept(self.backward_curve, inputs[2], start, super()._experts_backward(op, inputs, gradients))
 
     def _slept(self, curve: LayerCurve, ids: Tensor, start: float, found: list[Any]) -> list[Any]:
         end = start + curve.seconds(torch.bincount(ids.flatten()).tolist())
