@@ -5,8 +5,9 @@
 
 Two batches of T / 2 tokens. ``best`` takes tokens with planted clusters, as in ``reschedule.py``. ``k-means`` draws
 layers of 8 to 128 experts, 1 to 8 a token, 32 to 1024 tokens of one to 16 kinds, some experts more popular than others,
-some kinds larger; the rival is the best of 20 runs of K-means from pairs of tokens of its own. ``--longer N`` is one
-more rival: the same search with N times the steps. ``--planner numpy`` tries the search of the reference interpreter.
+some kinds larger; the rival is the best of 20 runs of K-means (``--starts``) from pairs of tokens of its own.
+``--longer N`` is one more rival: the same search with N times the steps. ``--planner numpy`` tries the search of the
+reference interpreter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shapes import parse_tokens
 Ids = npt.NDArray[np.int64]
 FEW = ((16, 2, 2, 0.2), (32, 4, 2, 0.1), (64, 8, 2, 0.1), (60, 4, 3, 0.3), (16, 2, 4, 0.1), (64, 8, 8, 0.1))
 """Experts, experts a token, kinds of tokens, chance of an expert of any kind. At most 64 experts: bits of a word."""
-ROUNDS, STARTS = 60, 20
+ROUNDS = 60
 
 
 def cost(ids: Ids, first: Sequence[int]) -> int:
@@ -83,12 +84,12 @@ def best(ids: Ids) -> int:
     return int(counts.min())
 
 
-def k_means(ids: Ids, experts: int, draw: np.random.Generator) -> int:
+def k_means(ids: Ids, experts: int, starts: int, draw: np.random.Generator) -> int:
     """The least cost of two equal batches of Lloyd's rounds, of those from each of some pairs of random tokens."""
     chosen = np.zeros((len(ids), experts), np.float64)  # whole numbers below 2^53
     chosen[np.arange(len(ids))[:, None], ids] = 1
     half, least = len(ids) // 2, 2 * experts
-    for _ in range(STARTS):
+    for _ in range(starts):
         a, b = draw.choice(len(ids), 2, replace=False)
         weight, before = chosen[b] - chosen[a], None
         for _ in range(ROUNDS):
@@ -127,7 +128,7 @@ def against_k_means(args: argparse.Namespace, draw: np.random.Generator) -> None
         ids, experts = drawn(draw)
         mine = by_numpy(ids, experts) if args.planner == "numpy" else ours(ids, experts)
         found += mine
-        costs = [k_means(ids, experts, draw), *([ours(ids, experts, args.longer)] if args.longer else [])]
+        costs = [k_means(ids, experts, args.starts, draw), *([ours(ids, experts, args.longer)] if args.longer else [])]
         for name, rival in zip(rivals, costs, strict=True):
             sums[name] += rival
             over[name].append(mine - rival)
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="16,18,20,22,24", help="of both micro-batches together")
     parser.add_argument("--seeds", type=int, default=4, help="instances of each kind, against the best")
     parser.add_argument("--cases", type=int, default=2000, help="against K-means")
+    parser.add_argument("--starts", type=int, default=20, help="of K-means, whose best counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longer", type=int, default=0, metavar="N")
     parser.add_argument("--planner", choices=("cpu", "numpy"), default="cpu")
