@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_planted_clusters_are_seen_and_the_pass_regroups() -> None:
     profile = profile_with(try_regrouping(planted(0, 1024, 32, 2, 4, 0.0), 32, sizes=(64, 128)))
     assert all(t.clustered for t in profile.layers[0].clusters[0].trials)
     text, remarks = run(profile)
-    assert "moe.regroup [%ids0, %ids1] {experts = 32, least = ((64, 0." in text
+    assert re.search(r"moe\.regroup \[%ids0, %ids1\] \{experts = 32, expert_bytes = \d+, least = \(\(64, 0\.", text)
     assert remarks == ["applied: reschedule-tokens: 2 micro-batches regrouped by experts"]
 
 
