@@ -43,8 +43,7 @@ from moec.parallel.costs import measure
 from moec.passes import PassContext, PassManager
 from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.plan import BACKWARD, plan, read_layer
-from moec.passes.overlap.policies import Schedule, cut_seconds, schedule
-from moec.passes.overlap.timeline import compute_seconds
+from moec.passes.overlap.policies import Schedule, cut_seconds
 from moec.runtime.programs import program_graph
 from moec.testing import delayed_group
 from moec.testing.delay import Carrier
@@ -175,7 +174,7 @@ class Bench:
                 case.ratio, ROUTINGS[case.zipf], DIRECTIONS[case.place], policy, told(s),
                 s.seconds + case.outside, statistics.median(step for step, _ in case.seen[policy]),
                 statistics.median(computed for _, computed in case.seen[policy]),
-                case.outside + cut_seconds(case.layer, s), s.floor, *in_step(case.layer, s),
+                case.outside + cut_seconds(case.layer, s), s.floor,
             )
             for policy, s in case.schedules.items()
         ]  # fmt: skip
@@ -219,23 +218,10 @@ class Bench:
         return float(at)
 
 
-def in_step(layer: Layer, found: Schedule) -> tuple[float, float]:
-    """What a layer is like whose ranks take every chunk's experts up and put them down together.
-
-    How much longer its experts take than the busiest rank's do, and what of its communication no order hides: links are
-    never idle, or one chunk's way there and another's home stand before and behind all experts.
-    """
-    free = replace(layer, chunk_s={}, front_s={}, burden=None)
-    chunks = schedule(free, found.along, found.sizes, found.own_first).chunks
-    experts = sum(max(c.compute) for c in chunks)
-    ends = min(c.there for c in chunks) + min(c.back for c in chunks)
-    return experts - compute_seconds(chunks), max(sum(c.there + c.back for c in chunks) - experts, ends)
-
-
-def told(found: Schedule) -> str:
+def told(schedule: Schedule) -> str:
     """A schedule in few words."""
-    sizes = "+".join(map(str, found.sizes))
-    return f"{'own+' if found.own_first else ''}{sizes} {found.along}" if found.cut else "1"
+    sizes = "+".join(map(str, schedule.sizes))
+    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}" if schedule.cut else "1"
 
 
 def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
