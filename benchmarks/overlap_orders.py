@@ -64,9 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=1.0, help="time of the experts over that of the links")
     parser.add_argument("--most", type=int, default=7, help="chunks")
-    parser.add_argument(
-        "--orders", type=int, default=5000, help="of experts, with 20 cuts into every number")
-    )
+    parser.add_argument("--orders", type=int, default=5000, help="of experts, with 20 cuts into every number")
     args = parser.parse_args()
     layer, own = layer_at(args.ratio), SIZES.experts // SIZES.ranks
     numbers = range(2, min(args.most, own) + 1)

@@ -4,6 +4,9 @@ Chunks are taken one by one. What matters of those taken so far is when their ro
 experts are done, when their results would be home if the links were free for them, and how long the links are needed in
 all. Whatever is later in all of these than another way to take the same units is dropped (labels, as for shortest paths
 with resources: Desrochers, 1988). That is exact, but for :data:`_WIDEST`, which few layers of many ranks reach.
+
+Where the first experts wait for calls that tell every chunk's rows to leave, each number of chunks is searched for by
+itself.
 """
 
 from __future__ import annotations
@@ -93,19 +96,31 @@ def better_sizes(cut: Cut, first: Chunk | None = None, most: int = MOST) -> list
     """
     units = cut.units
     table = {(a, b): cut.chunk(a, b) for a in range(units) for b in range(a + 1, units + 1)}
+    several = first is not None
     first = first or Chunk(0.0, (0.0,) * len(cut.layer.sizes), 0.0)
     ranks = _slowest([first, *table.values()])
-    start = _Label(first.there, tuple(first.there + first.compute[r] for r in ranks), 0.0, first.there, ())
-    best = _after(start, table[0, units], ranks, units)
+    front_s = cut.layer.front_s.get(cut.along, 0.0)
+    counting = max(first.there, cut.layer.links.seconds(0.0, cut.layer.count_messages))
+
+    def start(count: int) -> _Label:
+        """Before the first of ``count`` chunks: their rows are told to leave before anything is computed."""
+        calls = counting + count * front_s if front_s else 0.0
+        begins = max(first.there, calls)
+        return _Label(first.there, tuple(begins + first.compute[r] for r in ranks), 0.0, first.there, ())
+
+    best = _after(start(1 if several else 0), table[0, units], ranks, units)
     found = [best.sizes]
-    fronts: dict[int, list[_Label]] = {0: [start]}
-    for _ in range(most):
-        reached: dict[int, list[_Label]] = {}
-        for at, labels in fronts.items():
-            for to in range(at + 1, units + 1):
-                new = (_after(label, table[at, to], ranks, to - at) for label in labels)
-                reached.setdefault(to, []).extend(n for n in new if n.seconds < best.seconds)
-        best = min([best, *reached.pop(units, [])], key=lambda label: (label.seconds, len(label.sizes)))
-        found += [best.sizes] if best.sizes != found[-1] else []
-        fronts = {at: _front(labels) for at, labels in reached.items()}
+    for counts in [(n,) for n in range(2, most + 1)] if front_s else [range(2, most + 1)]:
+        fronts: dict[int, list[_Label]] = {0: [start(max(counts, default=0))]}
+        for number in range(1, max(counts, default=0) + 1):
+            reached: dict[int, list[_Label]] = {}
+            for at, labels in fronts.items():
+                for to in range(at + 1, units + 1):
+                    new = (_after(label, table[at, to], ranks, to - at) for label in labels)
+                    reached.setdefault(to, []).extend(n for n in new if n.seconds < best.seconds)
+            whole = reached.pop(units, [])
+            if number in counts:
+                best = min([best, *whole], key=lambda label: (label.seconds, len(label.sizes)))
+                found += [best.sizes] if best.sizes != found[-1] else []
+            fronts = {at: _front(labels) for at, labels in reached.items()}
     return found
