@@ -228,7 +228,10 @@ def tiles_for(
         and (units == 1 or (m, units) in (_AMD_UNITS if device.hip else _UNITS if device.mma[0].shared else ()))
     ]
     found = [
-        replace(tile, split_k=split) for split in splits for tile in fitting if _splits(device, tile, split, dtype)
+        replace(tile, split_k=split)
+        for split in splits
+        for tile in fitting
+        if split == 1 or sharing_registers(device, tile, dtype) <= device.thread_registers
     ]
     return table_of(device, found, parts, dtype, biased, gathered)
 
@@ -262,9 +265,14 @@ def _forms(tiles: Sequence[Tile], of: Callable[[Tile, int, int], float]) -> Floa
     return found
 
 
-def _splits(device: Device, tile: Tile, split: int, dtype: str) -> bool:
-    """Whether blocks may share the sums of a tile: those are stored in f32, with addresses of twice the width."""
-    return split == 1 or usage(device, tile, 1, dtype).registers + _SPLIT_REGISTERS <= device.thread_registers
+def sharing_registers(device: Device, tile: Tile, dtype: str) -> int:
+    """Registers of a thread where blocks share the sums of a tile: those are stored in f32, at addresses twice as far.
+
+    Sums of 64 rows lie in half of the lanes of tensor memory; for their columns to be halved they are held twice.
+    """
+    taken = usage(device, tile, 1, dtype)
+    twice = tile.rows * tile.block_n // (device.warp * tile.num_warps) if taken.columns and tile.rows == 64 else 0
+    return taken.registers + _SPLIT_REGISTERS + twice
 
 
 def step_cycles(device: Device, tile: Tile, parts: int, dtype: str, rows: int) -> float:
