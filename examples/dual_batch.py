@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moec
 from examples.expert_parallel import MODELS
+from examples.micro_batches import equal, finish
 from moec.runtime import counters
 
 IN_TURN, DUAL = "ep={n},overlap=2", "ep={n},overlap=2,interleave=always"
@@ -47,18 +48,7 @@ def train(name: str, plan: str, options: dict[str, Any]) -> dict[str, Any]:
     run = torch.compile(both, backend="moec", fullgraph=True, dynamic=True, options=options)
     counters.reset()
     logits = run(*ids)
-    loss = torch.nn.functional.cross_entropy(torch.cat([x[0, :-1] for x in logits]), torch.cat([x[0, 1:] for x in ids]))
-    loss.backward()
-    grads = {n: p.grad.to_local().clone() for n, p in model.named_parameters()}
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.optim.SGD(model.parameters(), lr=0.5).step()
-    return {
-        "logits": {str(i): x.detach() for i, x in enumerate(logits)},
-        "loss": {"": loss.detach()},
-        "gradients": grads,
-        "step": {n: p.to_local() for n, p in model.named_parameters()},
-        "ran": dict(counters.snapshot().by_name),
-    }
+    return {**finish(model, logits, ids), "ran": dict(counters.snapshot().by_name)}
 
 
 def main(**options: Any) -> dict[str, dict[str, Any]]:
@@ -70,10 +60,7 @@ def main(**options: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for name in MODELS:
         in_turn, dual = train(name, IN_TURN, options), train(name, DUAL, options)
-        found[name] = {
-            what: all(torch.equal(tensor, dual[what][n]) for n, tensor in in_turn[what].items())
-            for what in ("logits", "loss", "gradients", "step")
-        }
+        found[name] = equal(in_turn, dual)
         found[name]["layers in pieces"] = [dual["ran"].get(f"moec::begin_{w}", 0) for w in ("layer", "gradients")]
         print(f"{name}, rank {dist.get_rank()} of {dist.get_world_size()}: {found[name]}")
     return found

@@ -10,6 +10,7 @@ two kinds, which the embedding tells apart. Under deterministic algorithms nothi
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,30 @@ def profile(name: str, file: Path, backends: list[str]) -> None:
     save_routing(moec.profile_routing(model_of_two_kinds(name), calls, sizes=(32, 64), backends=backends), file)
 
 
+def finish(model: Any, logits: Sequence[torch.Tensor], ids: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The rest of a step: logits, loss, gradients, and the parameters behind it."""
+    flat = torch.cat([x[0, :-1] for x in logits]), torch.cat([x[0, 1:] for x in ids])
+    loss = torch.nn.functional.cross_entropy(*flat)
+    loss.backward()
+    grads = {n: p.grad.to_local().clone() for n, p in model.named_parameters()}
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    return {
+        "logits": {str(i): x.detach() for i, x in enumerate(logits)},
+        "loss": {"": loss.detach()},
+        "gradients": grads,
+        "step": {n: p.to_local() for n, p in model.named_parameters()},
+    }
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Of two steps: which of what :func:`finish` gives have the same bits."""
+    return {
+        what: all(torch.equal(tensor, b[what][n]) for n, tensor in a[what].items())
+        for what in ("logits", "loss", "gradients", "step")
+    }
+
+
 def train(name: str, plan: str, options: dict[str, Any]) -> dict[str, Any]:
     """What a step finds under a plan, and the distinct experts that this rank's batches of tokens go to."""
     torch._dynamo.reset()
@@ -70,19 +95,7 @@ def train(name: str, plan: str, options: dict[str, Any]) -> dict[str, Any]:
 
     with traces.watching(see):
         logits = run(*ids)
-    flat = torch.cat([x[0, :-1] for x in logits]), torch.cat([x[0, 1:] for x in ids])
-    loss = torch.nn.functional.cross_entropy(*flat)
-    loss.backward()
-    grads = {n: p.grad.to_local().clone() for n, p in model.named_parameters()}
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.optim.SGD(model.parameters(), lr=0.5).step()
-    return {
-        "logits": {str(i): x.detach() for i, x in enumerate(logits)},
-        "loss": {"": loss.detach()},
-        "gradients": grads,
-        "step": {n: p.to_local() for n, p in model.named_parameters()},
-        "experts": sum(touched),
-    }
+    return {**finish(model, logits, ids), "experts": sum(touched)}
 
 
 def main(**options: Any) -> dict[str, dict[str, Any]]:
@@ -102,10 +115,7 @@ def main(**options: Any) -> dict[str, dict[str, Any]]:
         dist.barrier()
         without = train(name, WITHOUT, options)
         with_ = train(name, WITH, {**options, "routing": file})
-        found[name] = {
-            what: all(torch.equal(tensor, with_[what][n]) for n, tensor in without[what].items())
-            for what in ("logits", "loss", "gradients", "step")
-        }
+        found[name] = equal(without, with_)
         found[name]["experts"] = (without["experts"], with_["experts"])
         print(f"{name}, rank {rank} of {ranks}: {found[name]}")
     return found
