@@ -23,27 +23,16 @@ from moec.ir.core import Op
 from moec.ir.parser import parse_graph
 from moec.options import CompileOptions
 from tests.aot.blocks import Block, tokens
+from tests.support.regroup import CALL, CUT
 
 EXPERTS = 16
 ENTRY = Path(aot.__file__).parent / "include"
-CALL = """
-graph @g(%a: i64[A, 2], %b: i64[B, 2]) -> (i64[A], i64[B], i64[A], i64[B]) {{
-  %p, %q, %r, %s = moe.regroup [%a, %b] {{{attrs}}} : i64[A], i64[B], i64[A], i64[B]
-  return %p, %q, %r, %s
-}}
-"""
-CUT = """
-graph @g(%a: i64[T, 2]) -> (i64[(T + 2)//3], i64[(T + 1)//3], i64[T//3], i64[T]) {
-  %p, %q, %r, %s = moe.regroup [%a] {experts = 16, parts = 3} : i64[(T + 2)//3], i64[(T + 1)//3], i64[T//3], i64[T]
-  return %p, %q, %r, %s
-}
-"""
 PLANS = {
     "experts": CALL.format(attrs="experts = 16"),
     "ranks": CALL.format(attrs="experts = 16, sizes = (4, 8, 4)"),
     "little is saved": CALL.format(attrs="experts = 16, least = ((4, 0.0), (60, 0.1), (100, 0.9))"),
     "large experts": CALL.format(attrs="experts = 16, expert_bytes = 40000000"),
-    "in parts": CUT,
+    "in parts": CUT.format(attrs="experts = 16, parts = 3"),
 }
 
 pytestmark = pytest.mark.skipif(

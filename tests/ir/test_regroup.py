@@ -21,6 +21,7 @@ from moec.ir.errors import VerifyError
 from moec.ir.parser import parse_graph
 from moec.ir.regroup import as_given, cost, incidence, regroup
 from moec.ir.verifier import verify
+from tests.support.regroup import CALL, CUT
 
 Ids = npt.NDArray[np.int64]
 OF_THE_OPTIMUM = 0.95
@@ -236,20 +237,6 @@ def test_tokens_stay_where_too_little_is_saved() -> None:
         assert moved != all((a == b).all() for a, b in zip(found, given_, strict=True))
 
 
-CALL = """
-graph @g(%a: i64[A, 2], %b: i64[B, 2]) -> (i64[A], i64[B], i64[A], i64[B]) {{
-  %p, %q, %r, %s = moe.regroup [%a, %b] {{{attrs}}} : i64[A], i64[B], i64[A], i64[B]
-  return %p, %q, %r, %s
-}}
-"""
-CUT = """
-graph @g(%a: i64[T, 2]) -> (i64[(T + 2)//3], i64[(T + 1)//3], i64[T//3], i64[T]) {
-  %p, %q, %r, %s = moe.regroup [%a] {experts = 8, parts = 3} : i64[(T + 2)//3], i64[(T + 1)//3], i64[T//3], i64[T]
-  return %p, %q, %r, %s
-}
-"""
-
-
 @pytest.mark.parametrize("sizes", [(5, 4), (1, 1), (0, 0), (0, 3), (7, 0)])
 def test_home_is_the_inverse_of_there(sizes: tuple[int, int]) -> None:
     graph = parse_graph(CALL.format(attrs="experts = 8"))
@@ -261,7 +248,7 @@ def test_home_is_the_inverse_of_there(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 9])
 def test_a_micro_batch_is_cut_into_even_parts(tokens: int) -> None:
-    parts = run_graph(parse_graph(CUT), [torch.randint(0, 8, (tokens, 2))])
+    parts = run_graph(parse_graph(CUT.format(attrs="experts = 8, parts = 3")), [torch.randint(0, 8, (tokens, 2))])
     assert [len(p) for p in parts] == [(tokens + 2) // 3, (tokens + 1) // 3, tokens // 3, tokens]
     assert torch.equal(torch.cat(parts[:3])[parts[3]], torch.arange(tokens))
 

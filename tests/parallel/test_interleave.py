@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType, TokenType, dtype
 from moec.passes.interleave_layers.interleave import schedule
 from moec.runtime import unshard  # noqa: F401  (registers torch.ops.moec.unshard)
+from tests.support.gloo import on_gloo
 from tests.support.processes import run_processes
 
 RANKS, EXPERTS, HIDDEN, INNER, TOKENS = 2, 4, 16, 32, 12
@@ -103,31 +101,28 @@ class Two(nn.Module):
 
 
 def main(rank: int, folder: str) -> None:
+    on_gloo(rank, folder, RANKS, lambda: programs(rank))
+
+
+def programs(rank: int) -> dict[str, Any]:
     from moec.backends.distributed import groups
     from moec.runtime import staged
 
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=90))
     groups.bind("ep", dist.new_group(list(range(RANKS))))
     found: dict[str, Any] = {}
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank))
+    program = torch.export.export(Two(rank), (x,), strict=False)
+    for name, passes in (("whole", WHOLE), ("dual", DUAL)):
+        made = moec.optimize(program, passes=passes, backends=("aten",))
+        with torch.no_grad():
+            found[name] = made.module()(x)
+        found[f"{name} calls"] = [n.target.name() for n in made.graph.nodes if "moec" in str(n.target)]
+    found["left"] = staged.under_way()
     try:
-        x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank))
-        program = torch.export.export(Two(rank), (x,), strict=False)
-        for name, passes in (("whole", WHOLE), ("dual", DUAL)):
-            made = moec.optimize(program, passes=passes, backends=("aten",))
-            with torch.no_grad():
-                found[name] = made.module()(x)
-            found[f"{name} calls"] = [n.target.name() for n in made.graph.nodes if "moec" in str(n.target)]
-        found["left"] = staged.under_way()
-        try:
-            made.module()(x)
-        except moec.MoecError as error:
-            found["trained"] = str(error)
-    except Exception:  # noqa: BLE001  (the failure is the result: the test shows it)
-        found["error"] = traceback.format_exc()
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    os._exit(0)
+        made.module()(x)
+    except moec.MoecError as error:
+        found["trained"] = str(error)
+    return found
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo")

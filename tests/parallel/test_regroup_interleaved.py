@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 import moec
 from moec.backends.cpu.build import compiler
 from moec.runtime import unshard  # noqa: F401  (registers torch.ops.moec.unshard)
+from tests.support.gloo import on_gloo
 from tests.support.processes import run_processes
 
 RANKS, EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 2, 8, 16, 32, 24, 2
@@ -57,28 +55,24 @@ class Step(nn.Module):
 
 
 def main(rank: int, folder: str) -> None:
+    on_gloo(rank, folder, RANKS, lambda: programs(rank))
+
+
+def programs(rank: int) -> dict[str, Any]:
     from moec.backends.distributed import groups
     from moec.runtime import counters, staged
 
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=90))
     groups.bind("ep", dist.new_group(list(range(RANKS))))
     found: dict[str, Any] = {}
-    try:
-        batches = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank)).split(TOKENS // 2)
-        program = torch.export.export(Step(rank), tuple(batches), strict=False)
-        for name, passes in (("whole", WHOLE), *ORDERS.items()):
-            made = moec.optimize(program, passes=passes)
-            counters.reset()
-            with torch.no_grad():
-                found[name] = torch.cat(made.module()(*batches))
-            found[f"{name} ran"] = counters.snapshot().by_name
-        found["left"] = staged.under_way()
-    except Exception:  # noqa: BLE001  (the failure is the result: the test shows it)
-        found["error"] = traceback.format_exc()
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    os._exit(0)
+    batches = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank)).split(TOKENS // 2)
+    program = torch.export.export(Step(rank), tuple(batches), strict=False)
+    for name, passes in (("whole", WHOLE), *ORDERS.items()):
+        made = moec.optimize(program, passes=passes)
+        counters.reset()
+        with torch.no_grad():
+            found[name] = torch.cat(made.module()(*batches))
+        found[f"{name} ran"] = counters.snapshot().by_name
+    return {**found, "left": staged.under_way()}
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo")
