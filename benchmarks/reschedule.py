@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,15 @@ from moec.backends.registry import get_backend
 from moec.ir.parser import parse_graph
 from moec.routing.profile import RoutingProfile
 from moec.routing.record import profile_routing
-from ours import Call, make_weights, moec_calls
+from ours import Call, Weights, make_weights, moec_calls
 from routing import Batch, draw_tokens
-from shapes import DTYPES, SHAPES, Shape, parse_tokens
+from shapes import DTYPES, Shape, parse_shapes, parse_tokens
 from tiny_lm import held_out, train, untrained
 
 FEWEST_ROUNDS = 5
 PLAN = """
 graph @plan(%a: i64[A, k], %b: i64[B, k]) -> (i64[A], i64[B], i64[A], i64[B]) {{
-  %p, %q, %r, %s = moe.regroup [%a, %b] {{experts = {experts}}} : i64[A], i64[B], i64[A], i64[B]
+  %p, %q, %r, %s = moe.regroup [%a, %b] {{{attrs}}} : i64[A], i64[B], i64[A], i64[B]
   return %p, %q, %r, %s
 }}
 """
@@ -105,13 +105,13 @@ def _add_rows(table: Table, name: str, profile: RoutingProfile) -> None:
 def layer(args: argparse.Namespace) -> tuple[list[object], list[Table]]:
     """Times of a layer with and without."""
     torch.set_num_threads(args.threads)
-    shape, dtype = SHAPES[args.shape], DTYPES[args.dtype]
+    (shape,), dtype = parse_shapes(args.shape), DTYPES[args.dtype]
     cells = []
     screen = Console(stderr=True)
-    call = moec_calls("cpu", f"cpu,cores={args.threads}", args.dtype, shape, make_weights(shape, dtype, 1))[0]
+    call = moec_calls("cpu", f"cpu,cores={args.threads}", args.dtype, shape, [_weights(shape, dtype)])[0]
     draw = np.random.default_rng(0)
     with torch.no_grad():
-        for clusters in (2, 8):
+        for clusters in parse_tokens(args.kinds):
             for tokens in parse_tokens(args.tokens):
                 cells.append(_time(shape, dtype, call, draw, tokens, clusters, args.noise, args.seconds))
                 screen.print(str(cells[-1]), highlight=False)
@@ -127,6 +127,15 @@ def layer(args: argparse.Namespace) -> tuple[list[object], list[Table]]:
     return [asdict(c) for c in cells], [table]
 
 
+def _weights(shape: Shape, dtype: torch.dtype) -> Weights:
+    """Seven experts' random numbers, again and again: those of a large layer take minutes to draw."""
+    few = make_weights(replace(shape, experts=7), dtype, 1)[0]
+    up, down = (torch.empty(shape.experts, *part.shape[1:], dtype=dtype) for part in (few.up, few.down))
+    for e in range(shape.experts):
+        up[e], down[e] = few.up[e % 7], few.down[e % 7]
+    return Weights(up, down)
+
+
 def _batch(x: Tensor, ids: Tensor, weights: Tensor) -> Batch:
     return Batch(x, ids, ids.to(torch.int32), weights)
 
@@ -136,7 +145,8 @@ def _time(
     seconds: float,
 ) -> Cell:  # fmt: skip
     """Both ways, one after the other, until the time is up."""
-    graph, backend = parse_graph(PLAN.format(experts=shape.experts)), get_backend("cpu")
+    attrs = f"experts = {shape.experts}, expert_bytes = {shape.weight_bytes(dtype, 1)}"
+    graph, backend = parse_graph(PLAN.format(attrs=attrs)), get_backend("cpu")
     planner = backend.load(backend.lower(graph, "cpu"))
     half = tokens // 2
     found: dict[str, list[float]] = {"plain": [], "shared": [], "plan": []}
@@ -183,8 +193,9 @@ def arguments() -> argparse.Namespace:
     real.add_argument("--steps", type=int, default=350, help="of training")
     real.set_defaults(run=routing)
     timed = kinds.add_parser("layer", help="what it does to a layer's time")
-    timed.add_argument("--shape", default="qwen3-30b", choices=sorted(SHAPES))
+    timed.add_argument("--shape", default="qwen3-30b", help="a name of shapes.py, or H:I:E:k")
     timed.add_argument("--tokens", default="16,32,64,128,256", help="of both micro-batches together")
+    timed.add_argument("--kinds", default="2,8", help="of tokens")
     timed.add_argument("--noise", type=float, default=0.1, help="chance of an expert of any kind")
     timed.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     timed.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -43,7 +43,7 @@ def cost(ids: Ids, first: Sequence[int]) -> int:
 def ours(ids: Ids, experts: int, times: int = 1) -> int:
     """The cost of what the cpu backend finds, in so many times the steps that it takes otherwise."""
     backend, half = get_backend("cpu"), len(ids) // 2
-    kernel = backend.load(backend.lower(parse_graph(PLAN.format(experts=experts)), "cpu"))
+    kernel = backend.load(backend.lower(parse_graph(PLAN.format(attrs=f"experts = {experts}")), "cpu"))
     assert isinstance(kernel, CpuRegroup)
     kernel.price *= times
     both = torch.from_numpy(ids)

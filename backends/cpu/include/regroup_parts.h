@@ -7,9 +7,9 @@ namespace {
 struct Parts {
   Whole& now;
   const Nets& nets;
-  std::vector<int32_t> of, mine, weight;  // the part of an expert and of a token, or -1; tokens of a part
+  std::vector<int32_t> of, mine, weight;  // the part of an expert and of a kind, or -1; tokens of a part
 
-  explicit Parts(Whole& w) : now(w), nets(w.nets), of(w.experts, -1), mine(nets.tokens, -1) {
+  explicit Parts(Whole& w) : now(w), nets(w.nets), of(w.experts, -1), mine(nets.kinds, -1) {
     std::vector<int32_t> stack;
     for (int64_t e = 0; e < now.experts; ++e) {
       if (now.where[e] == kCut || of[e] >= 0) continue;
@@ -20,7 +20,7 @@ struct Parts {
         const int32_t f = stack.back();
         stack.pop_back();
         for (int32_t j = nets.begin[f]; j < nets.begin[f + 1]; ++j)
-          if (int32_t& t = mine[nets.members[j]]; t < 0) t = part, ++weight[part];
+          if (int32_t& k = mine[nets.members[j]]; k < 0) k = part, weight[part] += nets.count[nets.members[j]];
         for (int64_t w = 0; w < now.words; ++w)
           for (uint64_t x = now.beside[f * now.words + w] & (now.kept[0][w] | now.kept[1][w]); x; x &= x - 1)
             if (const int64_t g = w * 64 + __builtin_ctzll(x); of[g] < 0) of[g] = part, stack.push_back(int32_t(g));
@@ -44,11 +44,11 @@ struct Parts {
     std::vector<uint8_t> joined(parts);
     int64_t own = 0, all = now.taken[0] + now.taken[1];
     for (int32_t j = nets.begin[e]; j < nets.begin[e + 1]; ++j) {
-      const int32_t p = mine[nets.members[j]];
-      if (p < 0) ++own, ++all;
+      const int32_t k = nets.members[j], p = mine[k];
+      if (p < 0) own += nets.count[k], all += nets.count[k];
       else if (!joined[p]) joined[p] = 1, own += weight[p];
     }
-    now.work.left -= 2 * nets.total(e) + parts;
+    now.work.left -= 2 * (nets.begin[e + 1] - nets.begin[e]) + parts;
     if (own > std::max(nets.size[0], nets.size[1])) return false;
     // Bit n of line p: some of the first p of the other parts have n tokens, which the first batch takes.
     std::vector<uint64_t> sums((parts + 1) * line);
@@ -71,7 +71,7 @@ struct Parts {
           if (joined[p]) to[p] = uint8_t(m);
           else if (!(sums[p * line + left / 64] >> (left % 64) & 1)) to[p] = 1, left -= weight[p];
         }
-        const std::vector<uint8_t> before = now.where;
+        const Row before = now.where;
         now.clear();
         for (int64_t f = 0; f < now.experts; ++f)
           if (before[f] != kCut) now.keep(f, to[of[f]]);

@@ -6,35 +6,35 @@
 
 namespace {
 
-constexpr int kRounds = 4, kGroups = 12;  // K-means goes so many rounds, from so many times kLanes pairs of tokens at most
+constexpr int kRounds = 4, kGroups = 12;  // K-means goes so many rounds, from so many times kLanes starts at most
+constexpr int kPart = 8;                  // and takes about this part of the steps
 constexpr int kSearched = 12;             // what the search begins with: the best of them
 constexpr int64_t kLeast = 50000;         // steps of every plan
 constexpr int64_t kRowsOfAnExpert = 64;   // GEMM rows that take as long as reading an expert's weights
 
 // Two batches of `some` tokens, of which the first `size` are the first one as it comes; 1 for those of the first one.
-// K-means from many pairs of tokens, then the search from the best of what that found; again as long as there are steps left.
+// K-means from many starts, then the search from the best of what that found; again as long as there are steps left.
 Side two_batches(const Chosen& chosen, const std::vector<int64_t>& some, int64_t size, int64_t steps) {
-  const Split split(chosen, some, size);
-  const Nets nets(split);
-  const int64_t tokens = split.tokens;
-  const bool few = tokens <= kTried;
+  const Nets nets(chosen, some, size);
+  Side given(nets.tokens);
+  std::fill(given.begin(), given.begin() + size, 1);
+  Shares best = nets.shares(given);
+  int least = nets.cost(best);
+  const int before = least, bound = nets.settled + int(nets.experts);
+  if (least == bound) return given;
+  const bool few = nets.tokens <= kTried;
   Work work{few ? steps / 4 : steps};
   Random random;
-  Means means(split, work);
+  Means means(nets, work);
   Search search(nets, work, random);
-  Side best(tokens);
-  std::fill(best.begin(), best.begin() + size, 1);
-  int least = split.cost(best);
-  const int64_t third = work.left / 3;
+  const int64_t part = work.left / kPart;
   bool once = false;
-  while ((!once || !work.over()) && least > nets.settled + nets.experts) {
-    std::vector<Side> begun;
+  while ((!once || !work.over()) && least > bound) {
+    std::vector<Shares> begun;
     std::vector<std::pair<int, size_t>> order;
-    const int64_t until = work.left - third;
+    const int64_t until = work.left - part;
     for (int group = 0; group < kGroups && (group == 0 || work.left > until); ++group) {
-      int64_t pairs[kLanes][2];
-      for (auto& pair : pairs) pair[0] = random.below(tokens), pair[1] = (pair[0] + 1 + random.below(tokens - 1)) % tokens;
-      means.run(pairs, kRounds);
+      means.run(random, kRounds);
       for (int lane = 0; lane < kLanes; ++lane)
         order.emplace_back(means.least[lane], begun.size()), begun.push_back(means.partition(lane));
     }
@@ -44,7 +44,8 @@ Side two_batches(const Chosen& chosen, const std::vector<int64_t>& some, int64_t
       search.run(begun[order[i].second], best, least);
     once = true;
   }
-  return few ? Best(split, best, least).side : best;
+  const Side found = least < before ? nets.side(best) : given;
+  return few && least > bound ? Best(nets, found, least).side : found;
 }
 
 using Batches = std::vector<std::vector<int64_t>>;

@@ -6,20 +6,20 @@ namespace {
 
 constexpr int kTurns = 100, kRest = 5;       // turns of a search; what was cut rests for five to ten of them
 constexpr int kAgainst = 4096, kOver = 64;   // what an expert that has to be cut, and a token too many, weigh beside a token taken
-constexpr int kPackEvery = 32;
+constexpr int kPackEvery = 32, kNear = 3;    // after so many turns parts are dealt out anew, where the cost is so near to the least
 
 // The price of keeping every expert, of which the cheapest is kept; what stands against it is cut and rests.
 struct Search {
   Whole now;
   Random& random;
-  std::vector<int32_t> rests;  // until which turn
+  Row rests;  // until which turn
 
   Search(const Nets& nets, Work& work, Random& r) : now(nets, work), random(r) {}
 
-  // From `side`. The best partition is put into `best` where it costs less than `least`.
-  void run(const Side& side, Side& best, int& least) {
-    now.start(side);
-    rests.assign(now.experts, 0);
+  // From `shares`. The best partition is put into `best` where it costs less than `least`.
+  void run(const Shares& shares, Shares& best, int& least) {
+    now.start(shares);
+    rests.assign(now.blocks, 0);
     note(true, best, least);
     for (int turn = 1; turn <= kTurns && !now.work.over(); ++turn) {
       const uint32_t salt = uint32_t(random.next());
@@ -35,8 +35,10 @@ struct Search {
   }
 
  private:
-  static int64_t tie(int64_t n, uint32_t salt) {  // 0 to 15
-    return int64_t(((uint32_t(n) * 2654435761u ^ salt) * 2246822519u) >> 28);
+  typedef uint32_t Numbers __attribute__((vector_size(4 * kLanes)));
+
+  static Lanes tie(Lanes n, uint32_t salt) {  // 0 to 15
+    return Lanes(((Numbers(n) * 2654435761u ^ salt) * 2246822519u) >> 28);
   }
 
   void cut(int64_t e, int turn) {
@@ -44,42 +46,50 @@ struct Search {
     rests[e] = turn + kRest + int32_t(random.below(kRest + 1));
   }
 
-  void note(bool pack, Side& best, int& least) {
-    if (!pack && now.cost() >= least) return;
+  void note(bool pack, Shares& best, int& least) {
+    if (now.cost() >= least + (pack ? kNear : 0)) return;
     while (Parts(now).one_more()) {
     }
-    if (now.cost() < least) least = now.cost(), best = now.side();
+    if (now.cost() < least) least = now.cost(), best = now.shares();
+  }
+
+  // The number at the least value; the first of equal ones.
+  static int32_t first_least(Lanes least, Lanes at) {
+    int found = 0;
+    for (int lane = 1; lane < kLanes; ++lane)
+      if (least[lane] < least[found] || (least[lane] == least[found] && at[lane] < at[found])) found = lane;
+    return at[found];
   }
 
   std::pair<int64_t, int> cheapest(int turn, uint32_t salt) const {
-    const Nets& nets = now.nets;
-    int64_t next = -1, least = INT64_MAX;
-    int to = 0;
-    for (int64_t e = 0; e < now.experts; ++e) {
-      if (now.where[e] != kCut || rests[e] > turn) continue;
+    Lanes least = Lanes{} + INT32_MAX, at = Lanes{} - 2, number{0, 2, 4, 6, 8, 10, 12, 14};
+    const int32_t most[2] = {int32_t(now.nets.size[0]), int32_t(now.nets.size[1])};
+    const int32_t room[2] = {most[0] - int32_t(now.taken[0]), most[1] - int32_t(now.taken[1])};
+    for (int64_t b = 0; b < now.blocks; ++b, number += 2 * kLanes) {
+      const Lanes free = (now.where.lanes[b] == kCut) & (rests.lanes[b] <= turn);
       for (int m = 0; m < 2; ++m) {
-        if (nets.total(e) > nets.size[m]) continue;
-        int64_t against = 0;
-        for (int64_t w = 0; w < now.words; ++w)
-          against += __builtin_popcountll(now.beside[e * now.words + w] & now.kept[1 - m][w]);
-        const int64_t over = now.taken[m] + now.fresh[m][e] - nets.size[m];
-        const int64_t price = against * kAgainst + (over > 0 ? kAgainst + over * kOver : 0) + now.fresh[m][e];
-        if (const int64_t tied = price * 16 + tie(2 * e + m + 1, salt); tied < least) least = tied, next = e, to = m;
+        const Lanes fresh = now.fresh[m].lanes[b], over = fresh - room[m];
+        const Lanes price = now.against[1 - m].lanes[b] * kAgainst + ((over > 0) & (kAgainst + over * kOver)) + fresh;
+        const Lanes tied = price * 16 + tie(number + m, salt);
+        const Lanes less = free & (now.total.lanes[b] <= most[m]) & (tied < least);
+        least = less ? tied : least, at = less ? number + m : at;
       }
     }
-    now.work.left -= 40 + (2 * now.words + 3) * now.experts;
-    return {next, to};
+    now.work.left -= 40 + 5 * now.blocks;
+    const int32_t found = first_least(least, at);
+    return {found >> 1, found & 1};
   }
 
   // Of the experts in a batch the one that binds most tokens alone; `but` only where there is no other.
   int64_t binds_most(int64_t but, int m, uint32_t salt) const {
-    int64_t most = -1, found = but;
-    for (int64_t e = 0; e < now.experts; ++e) {
-      if (now.where[e] != m || e == but) continue;
-      if (const int64_t tied = now.alone[e] * 16 + tie(e + 1, salt); tied > most) most = tied, found = e;
+    Lanes least = Lanes{} + INT32_MAX, at = Lanes{} + int32_t(but), number{0, 1, 2, 3, 4, 5, 6, 7};
+    for (int64_t b = 0; b < now.blocks; ++b, number += kLanes) {
+      const Lanes tied = now.alone.lanes[b] * -16 - tie(number, salt);
+      const Lanes less = (now.where.lanes[b] == m) & (number != int32_t(but)) & (tied < least);
+      least = less ? tied : least, at = less ? number : at;
     }
-    now.work.left -= now.experts;
-    return found;
+    now.work.left -= 10 + 2 * now.blocks;
+    return first_least(least, at);
   }
 };
 

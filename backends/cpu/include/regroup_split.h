@@ -1,4 +1,4 @@
-// What tokens chose, all of them and those of two batches.
+// What tokens chose, what may be spent, and a partition of tokens.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace {
 
-using Side = std::vector<uint8_t>;
+using Side = std::vector<uint8_t>;  // of every token: 1 in the first batch, 0 in the other one
 
 struct Work {  // what may still be done, in steps of a nanosecond or two: counted, so that it is the same everywhere
   int64_t left = 0;
@@ -35,37 +35,6 @@ struct Chosen {  // the experts of every token, each once
     int found = 0;
     for (int64_t i = 0; i < size; ++i)
       for (int32_t j = first[batch[i]]; j < first[batch[i] + 1]; ++j) found += !seen[list[j]], seen[list[j]] = 1;
-    return found;
-  }
-};
-
-struct Split {
-  int64_t tokens, experts, size, words;
-  std::vector<int32_t> first{0}, list;  // the experts of token t: list[first[t]] to list[first[t + 1]]
-  std::vector<uint64_t> bits;           // and as a mask
-  std::vector<int32_t> total;
-
-  Split(const Chosen& all, const std::vector<int64_t>& some, int64_t n)
-      : tokens(int64_t(some.size())), experts(all.experts), size(n), words((all.experts + 63) / 64),
-        bits(tokens * words), total(experts) {
-    list.reserve(all.list.size());
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int32_t i = all.first[some[t]]; i < all.first[some[t] + 1]; ++i) {
-        const int32_t e = all.list[i];
-        list.push_back(e);
-        bits[t * words + e / 64] |= uint64_t(1) << (e % 64);
-        ++total[e];
-      }
-      first.push_back(int32_t(list.size()));
-    }
-  }
-
-  int cost(const Side& side) const {
-    std::vector<int32_t> one(experts);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int32_t i = first[t]; i < first[t + 1] && side[t]; ++i) ++one[list[i]];
-    int found = 0;
-    for (int64_t e = 0; e < experts; ++e) found += (one[e] > 0) + (total[e] > one[e]);
     return found;
   }
 };
