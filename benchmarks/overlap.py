@@ -9,8 +9,9 @@ backend's kernels, or sleep as long as a curve says, so that more ranks than cor
 of the experts' time to the links' the table shows the step (forward or backward of one layer, all ranks begin at one
 time, slowest rank, median) without overlap, in two equal chunks, and as the pass chooses, beside what was predicted;
 and the communication that was not hidden beside what no order could hide. Right before each case the experts are
-timed, the links as ``moec.parallelize`` does, and what a whole layer does beside both (sorting rows, adding them up,
-Python), which is added to what is predicted; what a chunk costs is measured once, as there.
+timed, the links and what a chunk costs as ``moec.parallelize`` does, and what a whole layer does beside them (sorting
+rows, adding them up, Python), which is added to what is predicted. A case during which the machine was not steady is
+taken again (``steady.py``), and the table says how often it was taken.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ from torch import Tensor
 from moec.backends.base import program_op
 from moec.backends.distributed import groups
 from moec.cost.chunks import ChunkCosts
-from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
-from moec.ir.core import Op
 from moec.parallel.chunk_costs import measure_chunks
 from moec.parallel.costs import measure
 from moec.passes import PassContext, PassManager
@@ -57,12 +56,15 @@ from overlap_layers import (
     WorkingLayer,
     asleep,
     copy_rate,
+    curve_of,
     link_for,
     measured,
     routes,
     table,
+    way,
 )
-from overlap_table import Row, show, verdict
+from overlap_table import Row, show, told, verdict
+from steady import TRIES, Look, look, own, unsteady
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 POLICIES = ("none", "two", "auto")
@@ -72,16 +74,8 @@ HEAD_START = 0.003
 """Seconds that ranks agree on a start before it; they share a clock."""
 
 
-def curve_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str, place: int) -> LayerCurve:
-    """Times of a rank's experts in one direction; all ranks have the first one's numbers."""
-    if compute == "sleep":
-        return asleep()[place]
-    dist.barrier()
-    mine = measured(layer, sizes, weights, place == BACKWARD)
-    everyone: list[Any] = [None] * sizes.ranks
-    dist.all_gather_object(everyone, mine)
-    first: LayerCurve = everyone[0]
-    return first
+PACE = (128,)
+"""Rows of every expert, in the work that is timed before and behind a case."""
 
 
 @dataclass
@@ -119,10 +113,10 @@ class Bench:
         self.factors = torch.rand(sizes.tokens, sizes.top_k, generator=gen)
         self.spread = sizes.graph()
         PassManager("expert-parallel", repro=None).run(self.spread, PassContext())
-        self.chunks, self.copies = self.cutting()
 
     def cutting(self) -> tuple[ChunkCosts, float]:
         """What chunks cost and how fast rows are copied; sleeping experts leave their cores to threads that send."""
+        self.bind(Link(0.0, 1e15))
         link, sending = measure(self.group, "cpu")
         chunks = measure_chunks("ep", self.group, "cpu", link, sending)
         rates: list[Any] = [None] * self.sizes.ranks
@@ -145,8 +139,9 @@ class Bench:
         """All policies' layers at one ratio, routing and direction."""
         ids = routes(self.sizes, zipf)
         profile, op = Loads(table(self.sizes, ids)), self.spread.ops[0]
+        chunks, copies = self.cutting()
         curve = curve_of(self.sizes, op, self.weights, self.compute, place)
-        costs = Costs(curve, curve, Link(ALPHA, 1e9), self.chunks, self.copies, self.compute == "cpu")
+        costs = Costs(curve, curve, Link(ALPHA, 1e9), chunks, copies, self.compute == "cpu")
         self.bind(link_for(read_layer(op, place, PassContext(cost_model=costs, profile=profile)), ratio))
         link, _ = measure(self.group, "cpu")  # with the time that gloo takes
         ctx = PassContext(cost_model=replace(costs, link=link), profile=profile)
@@ -167,14 +162,45 @@ class Bench:
                 if turn:
                     case.seen[policy].append(took[:2])
 
-    def rows(self, case: Case) -> list[Row]:
-        """What was seen, a row a policy."""
+    def look(self) -> Look:
+        """The machine now, with what all ranks have worked."""
+        everyone: list[Any] = [None] * self.sizes.ranks
+        dist.all_gather_object(everyone, own())
+        return look(sum(everyone))
+
+    def pace(self, place: int) -> float:
+        """Seconds that experts of this rank take now; those that sleep always take the same."""
+        dist.barrier()
+        op, backward = self.spread.ops[0], place == BACKWARD
+        asleep = self.compute == "sleep"
+        return 1.0 if asleep else measured(op, self.sizes, self.weights, backward, PACE, 0.5).points[0][1]
+
+    def steadily(self, ratio: float, zipf: bool, place: int, turns: int) -> list[Row]:
+        """One case, again if the machine was not steady meanwhile."""
+        for times in range(1, TRIES + 1):
+            before, pace = self.look(), self.pace(place)
+            case = self.case(ratio, zipf, place)
+            self.turns(case, turns)
+            links = replace(case.layer, links=measure(self.group, "cpu")[0])
+            work = {"the same experts": (pace, self.pace(place)), "the same rows": (way(case.layer), way(links))}
+            why = [unsteady(before, self.look(), work)]
+            dist.broadcast_object_list(why, 0)
+            if not why[0]:
+                break
+            if not self.rank:
+                again = "once more" if times < TRIES else "it counts all the same"
+                told = f"{ratio:g} {ROUTINGS[zipf]} {DIRECTIONS[place]}, taken {times}: {why[0]}; {again}"
+                print(told, file=sys.stderr, flush=True)
+        return self.rows(case, times)
+
+    def rows(self, case: Case, times: int) -> list[Row]:
+        """What was seen, a row a policy; ``times`` is how often the case was taken."""
         return [
             Row(
                 case.ratio, ROUTINGS[case.zipf], DIRECTIONS[case.place], policy, told(s),
                 s.seconds + case.outside, statistics.median(step for step, _ in case.seen[policy]),
                 statistics.median(computed for _, computed in case.seen[policy]),
-                case.outside + cut_seconds(case.layer, s), s.floor,
+                case.outside + cut_seconds(case.layer, s), s.floor, times,
             )
             for policy, s in case.schedules.items()
         ]  # fmt: skip
@@ -218,12 +244,6 @@ class Bench:
         return float(at)
 
 
-def told(schedule: Schedule) -> str:
-    """A schedule in few words."""
-    sizes = "+".join(map(str, schedule.sizes))
-    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}" if schedule.cut else "1"
-
-
 def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -232,9 +252,7 @@ def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
     sizes = Sizes(args.ranks, 64 if small else 512, 16 if small else 512, tokens=args.tokens)
     bench, found = Bench(rank, sizes, args.compute, args.carrier), list[Row]()
     for direction, routing, ratio in itertools.product(args.directions, args.routings, args.ratios):
-        case = bench.case(ratio, routing == "zipf", DIRECTIONS.index(direction))
-        bench.turns(case, args.turns)
-        found += bench.rows(case)
+        found += bench.steadily(ratio, routing == "zipf", DIRECTIONS.index(direction), args.turns)
         if rank == 0:
             show(found[-len(POLICIES) :])
     if rank == 0:
@@ -260,8 +278,8 @@ def main() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    print("| experts : links | routing | | policy | chunks | step, ms | predicted | off | exposed | floor |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| experts : links | routing | | policy | chunks | step, ms | predicted | off | exposed | floor | taken |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=rank_main, args=(r, port, args), daemon=True) for r in range(args.ranks)]
     for process in ranks:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moec.backends.base import Kernel
 from moec.backends.distributed.kernel import ParallelKernel, local_program
+from moec.backends.distributed.together import Gradients
 from moec.backends.registry import get_backend
 from moec.cost.chunks import ChunkCosts
 from moec.cost.curve import LayerCurve
@@ -21,6 +24,7 @@ from moec.ir.core import Graph, Op
 from moec.parallel.costs import sweep
 from moec.parallel.sample import sample_layer
 from moec.passes.overlap.cuts import Layer
+from moec.passes.overlap.plan import BACKWARD
 from moec.passes.overlap.policies import uncut
 from moec.testing import SleepingLayer
 
@@ -29,7 +33,7 @@ SMALL_SWEEP = 1 << 23
 """Bytes that a rank sweeps between two timings of experts: its core's own cache, and not the other ranks' memory."""
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 SKEW = 1.0
-BACKWARD = 8 / 3
+BACKWARD_WORK = 8 / 3
 """Work of a backward over that of a forward: the up GEMM again, and two GEMMs for each of the three matrices' one."""
 
 
@@ -116,7 +120,7 @@ def asleep() -> tuple[LayerCurve, LayerCurve]:
     """Curves of emulated experts: reading weights 4 ms, 45 µs a row, 0.5 ms a call."""
     points = tuple((float(r), (0.004**2 + (4.5e-5 * r) ** 2) ** 0.5) for r in (1, 16, 32, 64, 96, 128, 256, 512, 1024))
     curve = LayerCurve(5e-4, points)
-    return curve, curve.times(BACKWARD)
+    return curve, curve.times(BACKWARD_WORK)
 
 
 def timed(call: Any, seconds: float = 0.25, before: Any = None) -> float:
@@ -133,10 +137,18 @@ def timed(call: Any, seconds: float = 0.25, before: Any = None) -> float:
     return statistics.median(took)
 
 
-def measured(layer: Op, sizes: Sizes, weights: list[Tensor], backward: bool) -> LayerCurve:
+def measured(
+    layer: Op,
+    sizes: Sizes,
+    weights: list[Tensor],
+    backward: bool,
+    at: Sequence[int] = ROWS,
+    seconds: float = 0.1,
+) -> LayerCurve:
     """The curve of the cpu backend's kernels, with as many experts as a rank has, while other ranks measure too.
 
-    Weights come from beyond the core's own cache, as in a step.
+    Weights come from beyond the core's own cache, as in a step. Each of the numbers of rows ``at`` is timed for so
+    many seconds.
     """
     inner = next(op for op in layer.regions[0].ops if op.name == "moe.experts")
     program = local_program(inner, inner.result.type)
@@ -144,7 +156,7 @@ def measured(layer: Op, sizes: Sizes, weights: list[Tensor], backward: bool) -> 
     kernel: Kernel = backend.load(backend.lower(program, "cpu"))
     own = sizes.experts // sizes.ranks
     points: list[tuple[int, float]] = []
-    for rows in ROWS:
+    for rows in at:
         ids = torch.arange(own).repeat_interleave(rows)[:, None]
         x = torch.randn(len(ids), sizes.hidden)
         given = [x, ids, torch.ones(len(ids), 1), *weights]
@@ -155,8 +167,26 @@ def measured(layer: Op, sizes: Sizes, weights: list[Tensor], backward: bool) -> 
             else:
                 kernel.forward(given)
 
-        points.append((rows, timed(call, 0.1, lambda: sweep(SMALL_SWEEP)) / own))
+        points.append((rows, timed(call, seconds, lambda: sweep(SMALL_SWEEP)) / own))
     return LayerCurve(0.0, tuple((float(r), s) for r, s in rising(points)))
+
+
+def curve_of(sizes: Sizes, layer: Op, weights: list[Tensor], compute: str, place: int) -> LayerCurve:
+    """Times of a rank's experts in one direction; all ranks have the first one's numbers."""
+    if compute == "sleep":
+        return asleep()[place]
+    dist.barrier()
+    mine = measured(layer, sizes, weights, place == BACKWARD)
+    everyone: list[Any] = [None] * sizes.ranks
+    dist.all_gather_object(everyone, mine)
+    first: LayerCurve = everyone[0]
+    return first
+
+
+def way(layer: Layer) -> float:
+    """Seconds for which the rows of a whole layer travel, there and back."""
+    chunk = uncut(layer).chunks[0]
+    return chunk.there + chunk.back
 
 
 def copy_rate(bytes: int = 1 << 22) -> float:
@@ -198,9 +228,9 @@ class WorkingLayer(Clocked):
         self.computed += time.monotonic() - start
         return found
 
-    def _experts_backward(self, op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    def _experts_backward(self, op: Op, inputs: list[Tensor], gradients: Gradients | None) -> list[Tensor]:
         start = time.monotonic()
-        found = super()._experts_backward(op, inputs)
+        found = super()._experts_backward(op, inputs, gradients)
         self.computed += time.monotonic() - start
         return found
 

@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moec.passes.overlap.policies import Schedule
+
 
 @dataclass
 class Row:
-    """One line of the table; seconds."""
+    """One line of the table; seconds, and how often the case was taken."""
 
     ratio: float
     routing: str
@@ -21,10 +23,17 @@ class Row:
     compute: float
     outside: float
     floor: float
+    times: int
 
     @property
     def exposed(self) -> float:
         return self.step - self.compute - self.outside
+
+
+def told(schedule: Schedule) -> str:
+    """A schedule in few words."""
+    sizes = "+".join(map(str, schedule.sizes))
+    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}" if schedule.cut else "1"
 
 
 def show(rows: list[Row]) -> None:
@@ -32,7 +41,7 @@ def show(rows: list[Row]) -> None:
         print(
             f"| {r.ratio:g} | {r.routing} | {r.direction} | {r.policy} | {r.chunks} | {r.step * 1e3:.1f} "
             f"| {r.predicted * 1e3:.1f} | {r.step / r.predicted - 1:+.1%} "
-            f"| {r.exposed * 1e3:.1f} | {r.floor * 1e3:.1f} |",
+            f"| {r.exposed * 1e3:.1f} | {r.floor * 1e3:.1f} | {r.times} |",
             flush=True,
         )
 
