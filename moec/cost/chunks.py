@@ -28,8 +28,9 @@ class ChunkCosts:
         forward: Of a chunk of experts, forwards.
         tokens: Of a chunk of tokens, forwards.
         backward: Of a chunk of experts, backwards.
-        burden: What a collective takes of the experts beside it: of its bytes what the thread that computes copies, and
-            all that threads which send do where they have no cores of their own; None where that is nothing.
+        burden: What a collective takes of the experts beside it: of its bytes what the thread that computes copies when
+            they have come, and all that threads which send do where they have no cores of their own; None where that
+            is nothing. What is copied before they leave, a whole layer pays as well.
     """
 
     forward: Calls

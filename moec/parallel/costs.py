@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ LINED_UP = 5
 SWEPT = 1 << 24
 """Bytes that are read and written so that caches hold little of what came before, as behind experts."""
 _TURNS = 7
+_Begun = TypeVar("_Begun")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Sending:
 
     Attributes:
         bytes: That leave the rank.
-        own: Seconds of the thread that calls it.
-        others: Of all others of the process.
+        own: Seconds of the thread that calls it, once its rows are under way: it copies what came to its place.
+        others: Of all others of the process, from the start on.
     """
 
     bytes: float
@@ -90,12 +91,14 @@ class Sending:
     others: float
 
 
-def processor_seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Of this thread, and of all others of this process, while a call runs."""
-    own, all_of_it = time.thread_time(), time.process_time()
-    call()
-    own = time.thread_time() - own
-    return own, time.process_time() - all_of_it - own
+def processor_seconds(begin: Callable[[], _Begun], end: Callable[[_Begun], object]) -> tuple[float, float]:
+    """Of this thread while what was begun is ended, and of all others of this process from the start on."""
+    first, all_of_it = time.thread_time(), time.process_time()
+    begun = begin()
+    under_way = time.thread_time()
+    end(begun)
+    last = time.thread_time()
+    return last - under_way, time.process_time() - all_of_it - (last - first)
 
 
 def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sending]]:
@@ -114,12 +117,14 @@ def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sendi
     for size, many in ((SMALL, 1), (LARGE, 1), (SMALL, LINED_UP)):
         sent = torch.zeros(size * ranks, dtype=torch.uint8, device=device)
 
-        def all_to_all(sent: Tensor = sent, many: int = many) -> None:
+        def begin(sent: Tensor = sent, many: int = many) -> list[dist.Work | None]:
             came = [torch.empty_like(sent) for _ in range(many)]  # as in a program: its memory may be fresh
-            work = [dist.all_to_all_single(c, sent, group=process_group, async_op=True) for c in came]
-            for each in work:
-                assert each is not None
-                each.wait()
+            return [dist.all_to_all_single(c, sent, group=process_group, async_op=True) for c in came]
+
+        def end(begun: list[dist.Work | None]) -> None:
+            for work in begun:
+                assert work is not None
+                work.wait()
             if device == "cuda":
                 torch.cuda.synchronize()
 
@@ -129,7 +134,7 @@ def measure(process_group: Any, device: str) -> tuple[Link, tuple[Sending, Sendi
                 sweep()
             dist.barrier(group=process_group)
             start = time.perf_counter()
-            threads.append(processor_seconds(all_to_all))
+            threads.append(processor_seconds(begin, end))
             took.append(time.perf_counter() - start)
         sending.append(Sending(float(size * (ranks - 1)), *map(statistics.median, zip(*threads[1:], strict=True))))
         mine = torch.tensor([statistics.median(took[1:]), min(took[1:])], dtype=torch.float64, device=device)

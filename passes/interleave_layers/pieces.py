@@ -17,7 +17,7 @@ from moec.ir.opdef import op_def
 from moec.ir.staged import stops
 from moec.ir.types import TensorType
 from moec.passes.base import PassContext
-from moec.passes.overlap.costs import OverlapCosts, RoutingLoads
+from moec.passes.overlap.costs import OverlapCosts, RoutingLoads, burden_seconds
 from moec.passes.overlap.fill import BesideCosts
 from moec.passes.overlap.order import is_start, needs
 from moec.passes.overlap.traffic import row_bytes
@@ -92,7 +92,7 @@ def pieces_of(op: Op, region: Graph, place: int, ctx: PassContext, tokens: int) 
             if size is None:
                 return None
             starts[inner] = len(starts)
-            steps.append(Step("start", links.seconds(size), burden.seconds(size) if burden and size else 0.0))
+            steps.append(Step("start", links.seconds(size), burden_seconds(burden, links, size) if size else 0.0))
         elif inner.name == "comm.wait":
             maker = inner.operands[0].op
             assert maker is not None

@@ -22,6 +22,15 @@ class ExpertTimes(Protocol):
         """Time of one call whose experts have ``loads`` rows; 0.0 without any row."""
 
 
+def burden_seconds(burden: Transport | None, links: Transport, bytes: float, messages: int = 1) -> float:
+    """What collectives take of the experts beside them: no more than the time for which they travel.
+
+    Threads that send work while rows are on their way, so what they take of one thread's core ends with it; and what
+    the thread that computes copies is part of the time that was measured of the links.
+    """
+    return min(burden.seconds(bytes, messages), links.seconds(bytes, messages)) if burden is not None else 0.0
+
+
 @runtime_checkable
 class OverlapCosts(Protocol):
     """What ``ctx.cost_model`` must answer for schedules to be chosen."""

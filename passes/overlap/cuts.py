@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from typing import ClassVar
 
 from moec.ir.parallel_semantics import even_sizes
-from moec.passes.overlap.costs import ExpertTimes, Transport
+from moec.passes.overlap.costs import ExpertTimes, Transport, burden_seconds
 from moec.passes.overlap.timeline import Chunk
 
 UNITS = 16
@@ -118,9 +118,8 @@ class Cut:
         there_bytes, back_bytes = busiest * layer.there_bytes, busiest * layer.back_bytes
         begins, ends = first == 0 and not layer.behind, last == self.units
         more = 0.0 if begins and ends else layer.beside_s(self.along)
-        if layer.burden is not None:
-            more += 0.0 if begins else layer.burden.seconds(there_bytes, messages)
-            more += 0.0 if ends else layer.burden.seconds(back_bytes, layer.back_messages)
+        more += 0.0 if begins else burden_seconds(layer.burden, layer.links, there_bytes, messages)
+        more += 0.0 if ends else burden_seconds(layer.burden, layer.links, back_bytes, layer.back_messages)
         return Chunk(
             layer.links.seconds(there_bytes, messages),
             tuple(seconds + more for seconds in compute),

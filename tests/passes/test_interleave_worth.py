@@ -123,6 +123,7 @@ class Costs:
     link: Link | None = LINK
     each: float | None = 1e-6
     dense: float = 1e-3
+    taken: Link | None = None
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve:
         return CURVE.times(2.0) if backward else CURVE
@@ -137,7 +138,7 @@ class Costs:
         return 0.0
 
     def burden(self, group: str) -> Link | None:
-        return None
+        return self.taken
 
     def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
         return self.dense
@@ -163,6 +164,18 @@ def test_a_layer_takes_what_overlap_says(place: int, chunks: int) -> None:
     want = schedule(layer, "experts", (1,) * chunks) if chunks > 1 else uncut(layer)
     found = pieces_of(cut.ops[0], cut.ops[0].regions[place], place, ctx, 64)
     assert seconds(whole(found)) == pytest.approx(makespan(want.chunks), rel=CLOSE)
+
+
+def test_threads_that_send_take_no_more_than_the_time_of_what_travels() -> None:
+    graph = sample_layer((4, 4), 4, 2, 16, 32)
+    PassManager("expert-parallel", repro=None).run(graph, PassContext())
+    op = graph.ops[0]
+    for taken in (Link(1e-6, 1e12), Link(1.0, 1.0)):
+        found = whole(pieces_of(op, op.regions[0], 0, PassContext(cost_model=Costs(taken=taken)), 64))
+        counts, *starts = (step for _, step in found if step.kind == "start")
+        assert counts.burden == counts.seconds == 0.0
+        assert starts and all(0 < step.burden <= step.seconds for step in starts)
+        assert all((step.burden == step.seconds) == (taken.alpha_s == 1.0) for step in starts)
 
 
 def test_what_is_not_known() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
+from moec.passes.overlap.costs import burden_seconds
 from moec.passes.overlap.cuts import ByExperts, ByTokens, Cut, Layer, expert_ranges
 from moec.passes.overlap.policies import (
     MARGIN,
@@ -103,6 +104,20 @@ def test_what_a_chunk_costs_beside_its_rows_by_hand() -> None:
     assert cut_seconds(dear, uncut(dear)) == cut_seconds(free, schedule(free, "experts", (1, 1))) == 0.0
     assert cut.seconds == makespan(cut.chunks) + 3.0
     assert uncut(dear) == uncut(free)
+
+
+def test_what_sends_takes_no_more_of_the_experts_than_the_time_for_which_it_travels() -> None:
+    rows = [[4.0, 6.0, 1.0, 2.0], [10.0, 20.0, 3.0, 5.0]]
+    free = Layer(rows, (2, 2), LINE, Link(0.25, 2.0), 1.0, 4.0, there_messages=3)
+    plain = ByExperts(free)
+    greedy = ByExperts(replace(free, burden=Link(50.0, 0.01)))
+    # Home of the first travels 0.25 + 10 * 4 / 2, there of the last 3 * 0.25 + 20 / 2.
+    for first, travels in ((0, 20.25), (1, 10.75)):
+        base, made = plain.chunk(first, first + 1), greedy.chunk(first, first + 1)
+        assert made.compute == pytest.approx([seconds + travels for seconds in base.compute])
+    assert burden_seconds(None, free.links, 8.0) == 0.0
+    assert burden_seconds(Link(0.125, 4.0), free.links, 8.0, 2) == 2 * 0.125 + 2.0, "what is less stays"
+    assert burden_seconds(Link(9.0, 4.0), free.links, 8.0, 0) == 0.0, "nothing was sent"
 
 
 def test_the_first_experts_wait_until_all_rows_were_told_to_leave() -> None:

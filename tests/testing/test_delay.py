@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moec.backends.distributed import groups
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.op_costs import op_costs
-from moec.parallel.costs import LARGE, SMALL, agree, costs_of, fit
+from moec.parallel.costs import LARGE, SMALL, agree, costs_of, fit, processor_seconds
 from moec.runtime.programs import program_graph
 from moec.testing import SleepingLayer, delayed_group
 from tests.parallel.layers import Layer
@@ -144,3 +145,23 @@ def test_two_times_make_a_link() -> None:
     found = fit(small, large, 4)
     assert found.alpha_s == pytest.approx(1e-4) and found.bytes_per_s == pytest.approx(1e9)
     assert fit(1e-3, 1e-3, 2).alpha_s <= 1e-3, "times that do not grow are no error"
+
+
+def test_of_the_calling_thread_what_it_does_once_rows_are_under_way_counts() -> None:
+    def work(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def begin() -> threading.Thread:
+        work(0.05)
+        thread = threading.Thread(target=work, args=(0.06,))
+        thread.start()
+        return thread
+
+    def end(thread: threading.Thread) -> None:
+        work(0.02)
+        thread.join()
+
+    own, others = processor_seconds(begin, end)
+    assert 0.02 <= own < 0.04 and 0.06 <= others < 0.08
