@@ -14,6 +14,7 @@ from moec.backends.base import Advice, Adviser
 from moec.backends.cpu.isa import LEVELS, isa_of
 from moec.backends.partition import layer_inside
 from moec.cost import LayerShape, LayerTime, MachineProfile, library_is_faster, machine_for, predict, threads_for
+from moec.cost.attention import BACKWARD_PRODUCTS
 from moec.cost.curve import LayerCurve, measured_curve
 from moec.cost.links import Link
 from moec.cost.machine import ITEM_BYTES
@@ -22,6 +23,7 @@ from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.parallel.costs import costs_of
 from moec.parallel.piece_costs import piece_seconds
+from moec.parallel.work_costs import times_of
 from moec.targets import parse_target
 
 BACKWARD_WORK = 8 / 3
@@ -53,13 +55,19 @@ class OpCosts:
 
     def expert_times(self, op: Op, backward: bool = False) -> LayerCurve | None:
         """Times of one rank's experts of a ``moe.parallel_experts``; None where the model does not know them."""
-        return self.layer_times(layer_inside(op), op.attrs["group"], backward)
+        return self.layer_times(layer_inside(op), op.attrs["group"], backward, str(op.attrs.get("backend", "")))
 
-    def layer_times(self, op: Op, group: str, backward: bool = False) -> LayerCurve | None:
-        """Times of a ``moe.experts`` on a rank of a group; None where the model does not know it."""
+    def layer_times(self, op: Op, group: str, backward: bool = False, backend: str = "") -> LayerCurve | None:
+        """Times of a ``moe.experts`` on a rank of a group; None where the model does not know it.
+
+        Those of PyTorch's products where ``backend`` is ``aten``, else those of the ``cpu`` backend's kernels.
+        """
         shape, agreed = layer_shape(op), costs_of(group)
         if shape is None or agreed is None:
             return None
+        work = times_of(group)
+        if work is not None and backend == "aten":
+            return work.experts(shape, backward)
         curve = measured_curve(shape, agreed.machine, agreed.threads, agreed.isa)
         return curve.times(BACKWARD_WORK) if backward else curve
 
@@ -88,12 +96,35 @@ class OpCosts:
         agreed = costs_of(op.attrs["group"])
         return 0.0 if agreed is None else agreed.chunks.of(place, along).front
 
-    def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
-        """Time of a GEMM of ``rows`` rows with a matrix of so many elements, on a rank of a group."""
-        agreed = costs_of(group)
+    def dense_seconds(self, group: str, rows: float, inputs: float, outputs: float, dtype: str) -> float | None:
+        """Time of ``rows`` rows times a matrix on a rank of a group, as PyTorch multiplies.
+
+        Where its ranks did not measure that together, as the kernels of experts multiply.
+        """
+        agreed, work = costs_of(group), times_of(group)
+        if work is not None and (took := work.product(rows, inputs * outputs, dtype)) is not None:
+            return took
         if agreed is None or dtype not in ITEM_BYTES:
             return None
-        return agreed.machine.curve(dtype, agreed.isa, agreed.threads).seconds(rows) * elements
+        return agreed.machine.curve(dtype, agreed.isa, agreed.threads).seconds(rows) * inputs * outputs
+
+    def core_seconds(self, group: str, flops: float, bytes: float, dtype: str, backward: bool) -> float:
+        """Time of attention between its projections: its operations at the rate of products of many rows."""
+        work = times_of(group)
+        rate = None if work is None else work.rate(dtype)
+        if work is None or rate is None:
+            return 0.0
+        return max(flops * (BACKWARD_PRODUCTS if backward else 1.0) / rate, bytes / work.bytes_per_s)
+
+    def moved_seconds(self, group: str, bytes: float) -> float:
+        """Time of an op that reads and writes so many bytes together."""
+        work = times_of(group)
+        return 0.0 if work is None else bytes / work.bytes_per_s
+
+    def op_seconds(self, op: Op, group: str, place: int, bytes: float) -> float:
+        """Time of an op of a layer's program that is no expert and sends nothing."""
+        work = times_of(group)
+        return 0.0 if work is None else work.op_s[place] + bytes / work.bytes_per_s
 
     def piece_seconds(self, group: str) -> float | None:
         """What an op of a layer in pieces takes, as the ranks of its group measured it together."""

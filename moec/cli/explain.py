@@ -91,7 +91,7 @@ def explain(
 ) -> None:
     """List every MoE block of a model: its router, experts, what was fused, and who runs it or why not."""
     from moec.backends.triton.launches.device import is_gpu
-    from moec.cli.form_table import form_table, model_forms
+    from moec.cli.form_table import form_table, micro_batches, model_forms
     from moec.cli.model import load_model
     from moec.gpu_plans import gpu_plans
     from moec.predicted_table import predicted_table
@@ -106,12 +106,14 @@ def explain(
     report = _explain(loaded, model, "cpu" if gpu else target)
     plans = gpu_plans(report, target) if gpu else []
     forms = model_forms(loaded.model, ranks, topology, tokens) if ranks else []
+    both = micro_batches(loaded.model, ranks, topology, tokens) if ranks else ""
     planned = {name for plan in plans if plan.launches for name in plan.blocks}
     for entry in report.entries() if gpu else ():  # the model was traced here, and would run there
         entry.backend = ("triton" if entry.name in planned else "aten") if entry.fused else None
     if as_json:
         data = report.to_dict() | ({"target": target, "plans": [asdict(p) for p in plans]} if gpu else {})
         data |= {"forms": [asdict(f) for f in forms]} if forms else {}
+        data |= {"micro_batches": both} if both else {}
         emit(json.dumps(data, indent=2, default=str))
     elif report.layers:
         out().print(report.table())
@@ -123,6 +125,8 @@ def explain(
             out().print(
                 form_table(forms, f"a layer's rows, {ranks} ranks of {topology}, {tokens} tokens each: predicted")
             )
+        if both:
+            out().print(f"two micro-batches of {tokens // 2} tokens, two layers: {both}", soft_wrap=True, markup=False)
         if show_ir and (block := next((b for b in report.layers if b.fused), None)):
             emit(f"\n// {block.name}, as raised\n{block.ir_before}\n\n// as compiled\n{block.ir_after}")
     if not report.layers:

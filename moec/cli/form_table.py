@@ -34,6 +34,29 @@ def model_forms(model: torch.nn.Module, ranks: int, topology: str, tokens: int) 
     return form_times(machine, ids, shares(m, ranks), m.hidden * m.element)
 
 
+def micro_batches(model: torch.nn.Module, ranks: int, topology: str, tokens: int) -> str:
+    """What two micro-batches, which share a rank's tokens, do for each other; "" where a config says no heads.
+
+    Raises:
+        MoecError: As :func:`model_forms`.
+    """
+    from moec.parallel.planner import ModelFacts
+    from moec.simulate.attention import attention_of
+    from moec.simulate.errors import SimulationError
+    from moec.simulate.micro_batches import dual_batch
+    from moec.simulate.routing import Routing
+    from moec.simulate.topology import load_topology
+
+    each = tokens // 2
+    if ranks < 2 or not each:
+        return ""
+    try:
+        attention = attention_of(getattr(model, "config", None))
+    except SimulationError:
+        return ""
+    return dual_batch(ModelFacts.of(model), attention, load_topology(topology).first(ranks), each, Routing("drawn"))
+
+
 def form_table(found: Sequence[FormTime], title: str) -> Table:
     """One row for each form, the fastest first."""
     table = Table(title=title, title_justify="left", title_style="bold")

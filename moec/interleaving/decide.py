@@ -19,17 +19,17 @@ from moec.ir.torch_dtypes import FROM_TORCH
 from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.passes.base import PassContext, Remark
+from moec.passes.interleave_layers.beside import CORE, WEIGHT_AT, Core, Dense, Moved, Work
 from moec.passes.interleave_layers.interleave import (
     LARGE_CALLS,
     NOTHING,
-    WEIGHT_AT,
     InterleaveLayers,
     declined,
     predicted,
     told,
 )
 from moec.passes.interleave_layers.order import Kind, Task, apart
-from moec.passes.interleave_layers.pieces import pieces_of
+from moec.passes.interleave_layers.pieces import pieces_of, tokens_of
 from moec.pipeline import passes_of
 from moec.report import Report
 from moec.routing.store import load_routing
@@ -55,7 +55,7 @@ class _Direction:
         tasks: Its calls.
         layers: By the number of a task.
         large: Numbers of what takes long.
-        matrices: As :func:`~moec.passes.interleave_layers.interleave.predicted` has them.
+        beside: As :func:`~moec.passes.interleave_layers.interleave.predicted` has it.
         fence: The first call that nothing may pass, or "".
     """
 
@@ -63,7 +63,7 @@ class _Direction:
     tasks: list[Task]
     layers: dict[int, Layer]
     large: list[int]
-    matrices: dict[int, tuple[float, str]]
+    beside: dict[int, Work]
     fence: str = ""
 
 
@@ -91,7 +91,7 @@ def decide(gm: GraphModule, options: CompileOptions, report: Report) -> Wanted:
     if why:
         report.remarks.append(str(Remark("missed", pass_.name, why)))
         return Wanted()
-    forward = _forward(gm, layers, options)
+    forward = _forward(gm, layers, options, pass_.length)
     backward = _backward(gm, forward) if torch.is_grad_enabled() else None
     return Wanted(
         _pays(forward, pass_, options, report), backward is not None and _pays(backward, pass_, options, report)
@@ -117,14 +117,17 @@ def _pays(found: _Direction, pass_: InterleaveLayers, options: CompileOptions, r
             i: pieces_of(layer.program.op, layer.program.op.regions[place], place, ctx, pass_.tokens)
             for i, layer in found.layers.items()
         }
-        group = found.layers[free[0]].program.op.attrs["group"]
-        worth = predicted(found.tasks, layers, found.matrices, list(layers), group, ctx, pass_.tokens)
+        first = found.layers[free[0]].program.op
+        tokens = tokens_of(first, ctx) or pass_.tokens
+        worth = predicted(
+            found.tasks, layers, found.beside, list(layers), first.attrs["group"], ctx, tokens, bool(place)
+        )
     if worth is not None and not worth.pays:
         return say("missed", declined("it", worth))
     return say("applied", f"{len(found.layers)} layers in pieces, and what else is ready where they wait{told(worth)}")
 
 
-def _forward(gm: GraphModule, layers: Sequence[Layer], options: CompileOptions) -> _Direction:
+def _forward(gm: GraphModule, layers: Sequence[Layer], options: CompileOptions, length: int) -> _Direction:
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     number = {node: i for i, node in enumerate(calls)}
     written: dict[int, int] = {}  # memory -> the last call that wrote to it
@@ -141,8 +144,10 @@ def _forward(gm: GraphModule, layers: Sequence[Layer], options: CompileOptions) 
                 written[place] = number[node]
     found = {number[layer.node]: layer for layer in layers}
     large = [i for i, n in enumerate(calls) if i in found or fx_nodes.name(n) in LARGE_CALLS]
-    matrices = {i: known for i, n in enumerate(calls) if (known := _matrix(n)) is not None}
-    return _Direction("forward", tasks, found, large, matrices, fence)
+    beside: dict[int, Work] = {
+        i: known for i, n in enumerate(calls) if (known := _dense(n) or _core(n, length)) is not None
+    }
+    return _Direction("forward", tasks, found, large, beside, fence)
 
 
 def _keeps_its_place(node: Node, options: CompileOptions) -> bool:
@@ -158,20 +163,38 @@ def _keeps_its_place(node: Node, options: CompileOptions) -> bool:
     return fx_nodes.has_effect(node) and not drops
 
 
-def _matrix(node: Node) -> tuple[float, str] | None:
-    """Elements of the parameter that a call multiplies by, and the type of its result."""
+def _dense(node: Node) -> Dense | None:
+    """A product with a matrix of the model, whose sizes are the same on all ranks."""
     name, value = fx_nodes.name(node), fx_nodes.value(node)
     if name not in WEIGHT_AT or not isinstance(value, torch.Tensor) or len(node.args) <= WEIGHT_AT[name]:
         return None
     given = node.args[WEIGHT_AT[name]]
     weight, origin = fx_nodes.value(given), fx_nodes.value(fx_nodes.peel(given, _HANDED))
-    if not isinstance(weight, torch.Tensor) or not isinstance(origin, torch.nn.Parameter):
+    if not isinstance(weight, torch.Tensor) or not isinstance(origin, torch.nn.Parameter) or weight.dim() != 2:
         return None
-    return float(weight.shape.numel()), FROM_TORCH[value.dtype].name
+    outputs = int(value.shape[-1])
+    return Dense(weight.numel() / outputs, outputs, FROM_TORCH[value.dtype].name)
+
+
+def _core(node: Node, length: int) -> Core | None:
+    """Attention on heads ``[B, h, S, d]``: of its sizes the heads are the same on all ranks, the length is told."""
+    if fx_nodes.name(node) != CORE or not length:
+        return None
+    values = [fx_nodes.value(fx_nodes.argument(node, i, name)) for i, name in enumerate(("query", "key", "value"))]
+    if not all(isinstance(v, torch.Tensor) and v.dim() == 4 for v in values):
+        return None
+    query, key, value = values
+    both = int(query.shape[3]) + int(value.shape[3])
+    causal = bool(fx_nodes.argument(node, 5, "is_causal", False))
+    heads, kept = int(query.shape[1]), int(key.shape[1])
+    return Core(heads * both, kept * both, length, causal, FROM_TORCH[query.dtype].name, query.element_size())
 
 
 def _backward(gm: GraphModule, forward: _Direction) -> _Direction:
-    """The calls turned round: each has its gradient after those of its users; that of a matrix is needed by nobody."""
+    """The calls turned round: each has its gradient after those of its users; that of a matrix is needed by nobody.
+
+    Nor are gradients of experts' weights, which are added up where several micro-batches read the same.
+    """
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     users: list[list[int]] = [[] for _ in calls]
     for i, task in enumerate(forward.tasks):
@@ -182,7 +205,8 @@ def _backward(gm: GraphModule, forward: _Direction) -> _Direction:
     at: dict[int, int] = {}
     layers: dict[int, Layer] = {}
     large: list[int] = []
-    matrices: dict[int, tuple[float, str]] = {}
+    beside: dict[int, Work] = {}
+    summed: dict[int, int] = {}  # memory of weights -> the task that has their gradient so far
     for i in reversed(range(len(calls))):
         if not recorded[i]:
             continue
@@ -192,14 +216,32 @@ def _backward(gm: GraphModule, forward: _Direction) -> _Direction:
         tasks.append(Task(needs, "fence" if higher else "op"))
         if i in forward.layers:
             layers[at[i]] = forward.layers[i]
+            for memory, size in _weights(forward.layers[i]).items():
+                before = summed.get(memory)
+                summed[memory] = at[i]
+                if before is not None:
+                    summed[memory] = len(tasks)
+                    beside[len(tasks)] = Moved(fixed=3.0 * size)  # two are read, one is written
+                    tasks.append(Task((before, at[i])))
         if i in forward.large:
             large.append(at[i])
-        if i in forward.matrices:
-            matrices[at[i]] = forward.matrices[i]
-            large.append(len(tasks))
-            matrices[len(tasks)] = forward.matrices[i]
-            tasks.append(Task(needs))
-    return _Direction("backward", tasks, layers, large, matrices, "a nested graph")
+        if (work := forward.beside.get(i)) is not None:
+            beside[at[i]] = work
+            if isinstance(work, Dense):
+                large.append(len(tasks))
+                beside[len(tasks)] = work
+                tasks.append(Task(needs))
+    return _Direction("backward", tasks, layers, large, beside, "a nested graph")
+
+
+def _weights(layer: Layer) -> dict[int, int]:
+    """Bytes of a layer's parameters, by their memory."""
+    found = {}
+    for given in layer.inputs[3:]:
+        value, memory = fx_nodes.value(given), fx_nodes.memory(given)
+        if isinstance(value, torch.Tensor) and memory is not None and value.requires_grad:
+            found[memory] = int(value.numel()) * value.element_size()
+    return found
 
 
 def _recorded(calls: Sequence[Node]) -> list[bool]:

@@ -114,6 +114,7 @@ def _spread(
     from moec.parallel.piece_costs import measure_pieces
     from moec.parallel.roles import roles_of
     from moec.parallel.start import compare, digest
+    from moec.parallel.work_costs import measure_work
 
     if model in _LAYOUTS:
         raise ParallelError("the model is parallelized already", hint="build it anew for another plan")
@@ -149,6 +150,7 @@ def _spread(
         agree(group, layout.ep_group, mesh.device_type, own_costs)
         if plan.interleave == "auto":
             measure_pieces(group, layout.ep_group, mesh.device_type)
+            measure_work(group, layout.ep_group, mesh.device_type)
     reader = None if path is None else Reader(path, model)
     roles = roles_of(model, layout, found, attention)
 

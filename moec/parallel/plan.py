@@ -54,6 +54,7 @@ class Plan:
         overlap: Who chooses the chunks in which rows travel while experts compute (the pass ``overlap``), or how many
             equal chunks of experts there are.
         step: Tokens of a rank in a step, which that choice is made for; 0 where a routing profile says it.
+        length: Tokens of a sequence, for what attention does with its scores; 0 where nobody knows: not counted then.
         reschedule: What the tokens of two micro-batches in a step are regrouped for, where the compile's routing
             profile shows that it pays (the pass ``reschedule-tokens``): few experts a batch, or few ranks.
         interleave: Whether one micro-batch of a step computes while the rows of another travel (the pass
@@ -69,6 +70,7 @@ class Plan:
     tp: int = 1
     overlap: str = "none"
     step: int = 0
+    length: int = 0
     reschedule: str = "none"
     interleave: str = "none"
 
@@ -164,7 +166,7 @@ class Plan:
             made.append(CarrySharedExperts())
             made.append(Overlap(chunks=int(policy)) if told else Overlap(policy, tokens=self.step, rank=rank))
         if self.interleave != "none":
-            made.append(InterleaveLayers(always=self.interleave == "always", tokens=self.step))
+            made.append(InterleaveLayers(self.interleave == "always", self.step, self.length))
         return made
 
 

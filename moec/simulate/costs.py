@@ -26,6 +26,8 @@ from moec.ir.opdef import op_def
 from moec.passes.calls import call_args
 from moec.simulate.topology import Device
 
+FLOAT_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f8e4m3fn": torch.float8_e4m3fn, "f32": torch.float32}
+"""Element types that devices multiply, by their names."""
 _VIEWS = frozenset(
     {
         *("view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
@@ -64,13 +66,21 @@ class Costs:
         if is_free(op) or not any(isinstance(r, Tensor) for r in results):
             return 0.0
         moved = sum(_bytes(v) for v in (*values, *results))
-        time = moved / self.device.target.memory_bandwidth
         if _called(op) == _CORE:
             return self.device.launch_s + core_seconds(_core_flops(op, values), moved, self.device.target)
         if _called(op) in _PRODUCTS:
-            summed = _flops(values, results) / (self._rate(results[0].dtype) * EFFICIENCY)
-            time = max(time, summed + written_seconds(_bytes(results[0]), self.device.target))
-        return self.device.launch_s + time
+            return self._product(_flops(values, results), moved, _bytes(results[0]), results[0].dtype)
+        return self.device.launch_s + moved / self.device.target.memory_bandwidth
+
+    def product(self, rows: float, inputs: float, outputs: float, dtype: torch.dtype) -> float:
+        """Time of ``rows x inputs`` times ``inputs x outputs``, all of one type."""
+        moved = (rows * inputs + inputs * outputs + rows * outputs) * dtype.itemsize
+        return self._product(2 * rows * inputs * outputs, moved, rows * outputs * dtype.itemsize, dtype)
+
+    def _product(self, flops: float, moved: float, written: float, dtype: torch.dtype) -> float:
+        target = self.device.target
+        summed = flops / (self._rate(dtype) * EFFICIENCY) + written_seconds(written, target)
+        return self.device.launch_s + max(moved / target.memory_bandwidth, summed)
 
     @cached_property
     def beside(self) -> Costs | None:
@@ -145,7 +155,7 @@ def expert_shape(op: Op, x: Tensor, top_k: int, values: Sequence[Any]) -> LayerS
 
 
 def _name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3fn"}.get(dtype, "f32")
+    return next((name for name, known in FLOAT_TYPES.items() if known == dtype), "f32")
 
 
 def _bytes(value: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moec.cost.attention import core_seconds
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.ir.beside import EXPERTS, own_experts
@@ -15,7 +16,7 @@ from moec.ir.opdef import op_def
 from moec.op_costs import layer_shape
 from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
 from moec.passes.overlap.cuts import expert_ranges
-from moec.simulate.costs import Costs, is_free
+from moec.simulate.costs import FLOAT_TYPES, Costs, is_free
 from moec.simulate.routing import Routing
 from moec.simulate.topology import Topology
 
@@ -39,11 +40,14 @@ class MachineCosts:
     def layer_times(self, op: Op, group: str, backward: bool = False) -> LayerCurve | None:
         """Times of a ``moe.experts`` on a rank; None where its sizes are not known."""
         shape = layer_shape(op)
-        if shape is None:
-            return None
+        return None if shape is None else self._ops.curve_of(shape, backward)
+
+    @property
+    def _ops(self) -> Costs:
+        """What the simulation itself asks; made once, for its curves."""
         if not self._costs:
             self._costs.append(Costs(self.topology.device))
-        return self._costs[0].curve_of(shape, backward)
+        return self._costs[0]
 
     def transport(self, group: str, ranks: int) -> Link | None:
         """What an all-to-all of a group costs by the bytes of its busiest rank, start included.
@@ -80,6 +84,29 @@ class MachineCosts:
         except Whole:
             return 0.0  # nor will it be cut
         return self.topology.device.launch_s * (_started(more) - _started(one))
+
+    def dense_seconds(self, group: str, rows: float, inputs: float, outputs: float, dtype: str) -> float | None:
+        """Time of a product of ``rows`` tokens with a matrix; None for a type that is not known."""
+        known = FLOAT_TYPES.get(dtype)
+        return None if known is None else self._ops.product(rows, inputs, outputs, known)
+
+    def core_seconds(self, group: str, flops: float, bytes: float, dtype: str, backward: bool) -> float:
+        """Time of attention between its projections, of which the forward has so many operations."""
+        device = self.topology.device
+        return device.launch_s + core_seconds(flops, bytes, device.target, backward)
+
+    def moved_seconds(self, group: str, bytes: float) -> float:
+        """Time of an op that reads and writes so many bytes together."""
+        device = self.topology.device
+        return device.launch_s + bytes / device.target.memory_bandwidth
+
+    def op_seconds(self, op: Op, group: str, place: int, bytes: float) -> float:
+        """Time of an op of a layer's program that is no expert and sends nothing."""
+        return 0.0 if is_free(op) else self.moved_seconds(group, bytes)
+
+    def piece_seconds(self, group: str) -> float:
+        """What an op of a layer in pieces takes beside what it runs."""
+        return self.topology.device.piece_s
 
     def burden(self, group: str) -> Link | None:
         """What a collective takes of the experts beside it: while it is under way they have fewer units.

@@ -50,6 +50,11 @@ class Device:
     machine: MachineProfile | None = None
 
     @property
+    def piece_s(self) -> float:
+        """What an op of a layer in pieces costs beside what it runs: a call on a processor, on others nothing."""
+        return self.launch_s if self.target.kind == "cpu" else 0.0
+
+    @property
     def beside_collective(self) -> Target:
         """What is left of the device while a collective is under way."""
         left = 1.0 - self.comm_units

@@ -105,6 +105,8 @@ class _Rank:
             results = yield from self.graph(op.regions[0], values)
             self.spread.append((op, values, results))
             return results
+        if op.name in ("moe.begin", "moe.resume") and (piece := self.costs.device.piece_s):
+            self.steps.append(Compute(op.name, piece))
         if op.name == "moe.begin":
             values[1] = self.chosen(op, values)
             return [(yield from self.on(_Part(op.regions[0], values)))]

@@ -12,7 +12,6 @@ Contract:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,19 +21,17 @@ from moec.ir.staged import stops
 from moec.ir.types import TensorType, TokenType
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.effects import is_pure
+from moec.passes.interleave_layers.beside import InterleaveCosts, Work, work_of, work_seconds
 from moec.passes.interleave_layers.order import Task, apart, in_order
-from moec.passes.interleave_layers.pieces import InterleaveCosts, Pieces, pieces_of
+from moec.passes.interleave_layers.pieces import Pieces, pieces_of, tokens_of
 from moec.passes.interleave_layers.worth import Worth, worth
-from moec.passes.matching import CASTS, VIEWS, arg, function, peel
+from moec.passes.matching import function
 from moec.passes.registry import register_pass
 
 SPREAD = "moe.parallel_experts"
 _LARGE_OPS = frozenset({"moe.experts", SPREAD, "moe.grouped_gemm"})
 LARGE_CALLS = frozenset({"linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "scaled_dot_product_attention"})
 """What takes long enough to be worth a layer in pieces."""
-WEIGHT_AT = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}
-"""Calls that read a matrix of the model, and which argument that is."""
-_HANDED = (*VIEWS, *CASTS, "t", "transpose", "permute", "detach")
 
 
 @register_pass
@@ -53,6 +50,8 @@ class InterleaveLayers(Pass):
     Attributes:
         always: Nobody asks whether it pays.
         tokens: Tokens of a rank in a call of a layer, for the cost model, where there is no routing profile.
+        length: Tokens of a sequence, for what attention does with its scores, where the program does not say; 0 where
+            nobody knows, and then it is not counted.
     """
 
     name: ClassVar[str] = "interleave-layers"
@@ -61,10 +60,12 @@ class InterleaveLayers(Pass):
 
     always: bool = False
     tokens: int = 0
+    length: int = 0
 
     def __post_init__(self) -> None:
-        if self.tokens < 0:
-            raise ValueError("tokens is a number of tokens, or 0 where nobody knows")
+        for name in ("tokens", "length"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is a number of tokens, or 0 where nobody knows")
 
     def run(self, graph: Graph, ctx: PassContext) -> PassResult:
         if ctx.cut_as:  # one block: the door interleaves what it was cut out of
@@ -103,38 +104,42 @@ class InterleaveLayers(Pass):
 
     def _worth(self, ops: Sequence[Op], tasks: Sequence[Task], free: Sequence[int], ctx: PassContext) -> Worth | None:
         layers = {i: pieces_of(op, op.regions[0], 0, ctx, self.tokens) for i, op in enumerate(ops) if op.name == SPREAD}
-        group = ops[free[0]].attrs["group"]
-        matrices = {i: m for i, op in enumerate(ops) if (m := _matrix(op)) is not None}
-        return predicted(tasks, layers, matrices, free, group, ctx, self.tokens)
+        first = ops[free[0]]
+        size = first.operands[1].type
+        tokens = size.shape[0] if isinstance(size, TensorType) else None
+        beside = {i: w for i, op in enumerate(ops) if i not in layers and (w := work_of(op, tokens, self.length))}
+        known = tokens_of(first, ctx) or self.tokens
+        return predicted(tasks, layers, beside, free, first.attrs["group"], ctx, known)
 
 
 NOTHING = "nothing large could run meanwhile: all needs it or is needed by it"
 
 
 def predicted(
-    tasks: Sequence[Task], layers: Mapping[int, Pieces | None], matrices: Mapping[int, tuple[float, str]],
-    split: Sequence[int], group: str, ctx: PassContext, tokens: int,
+    tasks: Sequence[Task], layers: Mapping[int, Pieces | None], beside: Mapping[int, Work], split: Sequence[int],
+    group: str, ctx: PassContext, tokens: float, backward: bool = False,
 ) -> Worth | None:  # fmt: skip
     """What interleaving does by the cost model; None where it does not know the layers, or no number of tokens.
 
     Args:
         tasks: All tasks.
         layers: What happens in each layer; None for one that the cost model does not know.
-        matrices: Of tasks that multiply tokens by a matrix of the model: its elements, and the type of the tokens.
+        beside: What other tasks do; what is not in it takes no time.
         split: Which layers would be run in pieces.
         group: Over which they lie.
         ctx: Where the cost model is.
         tokens: Of a rank in a call.
+        backward: Of which direction the tasks are.
     """
     costs = ctx.cost_model
     known = {i: p for i, p in layers.items() if p is not None}
     if len(known) < len(layers) or not tokens or not isinstance(costs, InterleaveCosts):
         return None
     each = costs.piece_seconds(group)
-    dense = {i: costs.dense_seconds(group, tokens, size, dtype) for i, (size, dtype) in matrices.items()}
     if each is None:
         return None
-    return worth(tasks, known, {i: s for i, s in dense.items() if s is not None}, split, each)
+    computing = {i: s for i, w in beside.items() if (s := work_seconds(w, group, tokens, costs, backward))}
+    return worth(tasks, known, computing, split, each)
 
 
 def told(found: Worth | None) -> str:
@@ -153,21 +158,6 @@ def _ms(seconds: float) -> str:
 
 def _large(op: Op) -> bool:
     return op.name in _LARGE_OPS or function(op) in LARGE_CALLS
-
-
-def _matrix(op: Op) -> tuple[float, str] | None:
-    """Elements of the parameter that a call multiplies by, and the type of its result."""
-    if function(op) not in WEIGHT_AT:
-        return None
-    weight = peel(arg(op, WEIGHT_AT[function(op)], "weight"), _HANDED)
-    if not isinstance(weight, Value) or weight.op is not None or "target" not in weight.meta:
-        return None
-    result = op.result.type
-    if not isinstance(weight.type, TensorType) or not isinstance(result, TensorType):
-        return None
-    if not all(d.is_Integer for d in weight.type.shape):
-        return None
-    return float(math.prod(int(d) for d in weight.type.shape)), result.dtype.name
 
 
 def _split(graph: Graph, layer: Op) -> None:

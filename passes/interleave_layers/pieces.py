@@ -6,10 +6,11 @@ all come to the same decision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from moec.ir.beside import beside_experts, own_experts
 from moec.ir.core import Graph, Op
@@ -17,21 +18,11 @@ from moec.ir.opdef import op_def
 from moec.ir.staged import stops
 from moec.ir.types import TensorType
 from moec.passes.base import PassContext
+from moec.passes.interleave_layers.beside import WorkCosts
 from moec.passes.overlap.costs import OverlapCosts, RoutingLoads, burden_seconds
 from moec.passes.overlap.fill import BesideCosts
 from moec.passes.overlap.order import is_start, needs
 from moec.passes.overlap.traffic import row_bytes
-
-
-@runtime_checkable
-class InterleaveCosts(Protocol):
-    """What ``ctx.cost_model`` must answer besides what ``overlap`` asks, for it to be known whether it pays."""
-
-    def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
-        """Time of a GEMM of ``rows`` rows with a matrix of so many elements, on a rank of a group."""
-
-    def piece_seconds(self, group: str) -> float | None:
-        """Time of a rank's processor that one op of a layer in pieces takes; None where nobody measured it."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +63,12 @@ def pieces_of(op: Op, region: Graph, place: int, ctx: PassContext, tokens: int) 
     ids = op.operands[1].type
     if links is None or times is None or not isinstance(ids, TensorType):
         return None
-    top_k = int(ids.shape[1])
-    rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
+    top_k, rows = int(ids.shape[1]), _profiled(op, ctx)
     if rows is None:
         if not tokens:
             return None
         rows = [[tokens * top_k / experts] * experts] * len(sizes)
-    parts = _Parts(region, _busiest(rows, sizes), _leaving(rows, sizes))
+    parts = _Parts(region, ids.shape[0], _busiest(rows, sizes), _leaving(rows, sizes))
     burden = costs.burden(group)
     steps: list[Step] = []
     starts: dict[Op, int] = {}
@@ -103,8 +93,23 @@ def pieces_of(op: Op, region: Graph, place: int, ctx: PassContext, tokens: int) 
             known = costs.layer_times(inner, group, place == 1)
             share = parts.beside[inner]
             steps.append(Step("compute", 0.0 if known is None else known.seconds([share * sum(rows[0]) / top_k])))
+        elif inner is not region.terminator and isinstance(costs, WorkCosts):
+            moved = parts.moved(inner, sum(rows[0]) / top_k, sum(rows[0]))
+            if took := costs.op_seconds(inner, group, place, moved):
+                steps.append(Step("compute", took))
     ends = [0, *cut, len(steps)]
     return tuple(tuple(steps[a:b]) for a, b in pairwise(ends))
+
+
+def tokens_of(op: Op, ctx: PassContext) -> float:
+    """Tokens of a rank in a call of a layer, by the profile; 0 where it does not know the layer."""
+    ids, rows = op.operands[1].type, _profiled(op, ctx)
+    return 0.0 if rows is None or not isinstance(ids, TensorType) else sum(rows[0]) / int(ids.shape[1])
+
+
+def _profiled(op: Op, ctx: PassContext) -> Sequence[Sequence[float]] | None:
+    sizes, experts = op_def(op.name).attr(op, "sizes"), op_def(op.name).attr(op, "experts")
+    return ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
 
 
 def _owned(sizes: Sequence[int]) -> list[range]:
@@ -128,9 +133,10 @@ def _leaving(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> float:
 class _Parts:
     """Which part of the rows each chunk of a program has; equal ones for chunks of as many experts."""
 
-    def __init__(self, region: Graph, come: float, leave: float) -> None:
+    def __init__(self, region: Graph, tokens: Any, come: float, leave: float) -> None:
         self._before = needs(region)
         self._experts, self._come, self._leave = own_experts(region), come, leave
+        self._tokens = tokens
         total = sum(int(e.attrs["experts"]) for e in self._experts) or 1
         self.share = {e: int(e.attrs["experts"]) / total for e in self._experts}
         self.beside = {op: _of_tokens(op) for op in beside_experts(region)}
@@ -148,6 +154,26 @@ class _Parts:
         """Rows of every expert of a chunk."""
         count = int(experts.attrs["experts"])
         return [self._come * self.share[experts] / count] * count if count else []
+
+    def moved(self, op: Op, tokens: float, slots: float) -> float:
+        """Bytes that an op reads and writes; what has neither a row for each token nor a fixed number has slots'."""
+        found = 0.0
+        for value in (*op.operands, *op.results):
+            type = value.type
+            if isinstance(type, TensorType) and type.rank and all(d.is_Integer for d in type.shape[1:]):
+                first = type.shape[0]
+                if first == self._tokens:
+                    rows = tokens
+                else:
+                    rows = float(int(first)) if first.is_Integer else slots * self._part(op)
+                found += rows * math.prod(int(d) for d in type.shape[1:]) * type.dtype.bits / 8
+        return found
+
+    def _part(self, op: Op) -> float:
+        """The part of all rows that an op has, which may serve one chunk, some or all."""
+        made = [e for e in self._experts if e in self._before[op]]
+        serves = made or [e for e in self._experts if op in self._before[e]]
+        return sum(self.share[e] for e in serves) if serves else 1.0
 
     def sent(self, start: Op) -> float | None:
         """Bytes of a start; 0 for a message that tells sizes, None where they are not known."""

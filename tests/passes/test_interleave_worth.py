@@ -140,7 +140,7 @@ class Costs:
     def burden(self, group: str) -> Link | None:
         return self.taken
 
-    def dense_seconds(self, group: str, rows: float, elements: float, dtype: str) -> float | None:
+    def dense_seconds(self, group: str, rows: float, inputs: float, outputs: float, dtype: str) -> float | None:
         return self.dense
 
     def piece_seconds(self, group: str) -> float | None:

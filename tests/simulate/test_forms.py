@@ -113,6 +113,7 @@ def test_explain_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("--ranks", "8", "--json")
     assert code == 0, err
     assert json.loads(out)["forms"] == want
+    assert " ms" in json.loads(out)["micro_batches"], "both times of two micro-batches, whatever is decided"
     code, _, err = run("--ranks", "12")
     assert code == 2
     assert "12 ranks are not whole nodes of 8" in err
