@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 import moec
 from moec.backends.distributed import groups
@@ -30,6 +31,7 @@ from moec.parallel import layout_of
 from moec.parallel.costs import agree
 from moec.parallel.parallelize import own_costs
 from moec.parallel.piece_costs import measure_pieces
+from moec.parallel.work_costs import measure_work
 from moec.runtime import unshard  # noqa: F401  (registers torch.ops.moec.unshard)
 from moec.testing import delayed_group
 
@@ -67,7 +69,8 @@ class Model(nn.Module):
 
     def layer(self, x: Tensor) -> Tensor:
         if self.batches > 1:
-            x = x + torch.softmax(x @ self.q @ x.T, -1) @ x
+            heads = x[None, None]
+            x = x + F.scaled_dot_product_attention((x @ self.q)[None, None], heads, heads)[0, 0]
         weights, ids = (x @ self.router.T).softmax(-1).topk(TOP_K, -1)
         sizes = [EXPERTS // RANKS] * RANKS
         up, down = self.up, self.down
@@ -117,7 +120,7 @@ def measure(rank: int, folder: str, ms: float, tokens: int, hidden: int, inner: 
     os._exit(0)
 
 
-PLANS = ("ep=2,step={}", "ep=2,step={},interleave=always", "ep=2,step={},interleave=auto")
+PLANS = ("ep=2,step={0}", "ep=2,step={0},interleave=always", "ep=2,step={0},interleave=auto,length={0}")
 
 
 def train(rank: int, link: Link, tokens: int, hidden: int, inner: int) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def train(rank: int, link: Link, tokens: int, hidden: int, inner: int) -> dict[s
         groups.bind(layout.group, slow)
         agree(layout.group, slow, "cpu", own_costs)  # the links as they are now
         measure_pieces(layout.group, slow, "cpu")
+        measure_work(layout.group, slow, "cpu")
         options = {"inner": "aot_eager", "backends": ["aten"]}
         run = torch.compile(model, backend="moec", fullgraph=True, options=options)
         with moec.recording() as report:
