@@ -28,8 +28,8 @@ SUMS = 64
 
 
 @lru_cache(maxsize=16)
-def _launcher(dtype: str, stacked: bool, interpreted: bool) -> Launcher:
-    return Launcher(write_gradients(dtype, stacked, interpreted))
+def _launcher(dtype: str, stacked: bool, interpreted: bool, aligned: bool) -> Launcher:
+    return Launcher(write_gradients(dtype, stacked, interpreted, aligned))
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class Backward:
         dtype: Element type of rows and weights, in the IR's words.
         rows: Its rows, as the forward sorts them.
         tables: Addresses of up and of down weights that lie apart, on the device; None where they are stacked.
+        aligned: The addresses are multiples of 16.
     """
 
-    def __init__(self, spec: AtenSpec, dtype: str, rows: Rows, tables: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, spec: AtenSpec, dtype: str, rows: Rows, tables: Sequence[Tensor | None], aligned: bool = True
+    ) -> None:
         self.spec, self.rows = spec, rows
         self.up_table, self.down_table = tables
-        self.launch = _launcher(dtype, spec.stacked, interpreted())
+        self.launch = _launcher(dtype, spec.stacked, interpreted(), aligned)
         ends = spec.bounds
         self.up, self.down, self.up_bias, self.down_bias = (range(ends[i - 1], ends[i]) for i in range(3, 7))
         self.captures, self.post_captures = slice(ends[6], ends[7]), slice(ends[7], ends[8])

@@ -20,7 +20,7 @@ from moec.backends.triton.launcher import Launcher, LaunchKernel, on_device_of, 
 from moec.backends.triton.launches.tiles import Launch, choose
 from moec.backends.triton.module import interpreted
 from moec.backends.triton.run import Run
-from moec.backends.triton.spec import Spec
+from moec.backends.triton.spec import ALIGNED, Spec
 from moec.ir.core import Op
 from moec.ir.torch_dtypes import TO_TORCH
 
@@ -54,7 +54,7 @@ class TritonExperts(Kernel):
         up_nk, down_nk = form_of(params.up, spec.up_nk), form_of(params.down, spec.down_nk)
         if up_nk is None or down_nk is None or not (one_stride(params.up) and one_stride(params.down)):
             return self.aten.forward(inputs)  # no side of a matrix is contiguous, or not the same one of all
-        lying = spec.lying(up_nk, down_nk)
+        lying = spec.lying(up_nk, down_nk, self._aligned(params))
         launch = self.launch(lying, tokens, x.device)
         with on_device_of(x):
             return [self._run(lying, launch, x, ids, weights, params)]
@@ -82,7 +82,12 @@ class TritonExperts(Kernel):
             run = Run(self.spec, launch, launcher(self.spec, interpreted()), x.shape[0])
             placed = run.sort(ids.to(torch.int64).contiguous(), block_m)
             rows = Rows.of(placed, block_m, ids.numel(), self.spec.experts)
-            return Backward(self.aten.spec, self.spec.dtype, rows, tables).gradients(grad, inputs, needs)
+            made = Backward(self.aten.spec, self.spec.dtype, rows, tables, self._aligned(params))
+            return made.gradients(grad, inputs, needs)
+
+    def _aligned(self, params: Params) -> bool:
+        """Whether every weight behind a table begins where wide loads may; strides of stacked ones are seen."""
+        return self.spec.stacked or not any(t.data_ptr() % ALIGNED for t in (*params.up, *params.down))
 
     def _run(self, spec: Spec, launch: Launch, x: Tensor, ids: Tensor, weights: Tensor, params: Params) -> Tensor:
         tokens = x.shape[0]

@@ -12,6 +12,9 @@ from moec.ir.core import Op, Value
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 
+ALIGNED = 16
+"""Bytes of addresses, and multiples of strides, that kernels may count on: a thread loads so many at once at most."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -33,6 +36,7 @@ class Spec:
         post: The function of a row after the down GEMM.
         fp8: Both GEMMs multiply f8e4m3fn with f32 scales: weights have one for 128 x 128 elements, rows are brought to
             one for 1 x 128 as they come (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Stacked weights alone.
+        aligned: Every weight behind a table of addresses begins at a multiple of ``ALIGNED`` bytes.
     """
 
     experts: int
@@ -53,6 +57,7 @@ class Spec:
     activation: Elementwise | RowFunction
     post: RowFunction | None = None
     fp8: bool = False
+    aligned: bool = True
 
     @property
     def element(self) -> str:
@@ -79,9 +84,9 @@ class Spec:
         """Element type of a weighted row: torch's common type."""
         return self.row_dtype if self.row_dtype == self.weight_dtype else "f32"
 
-    def lying(self, up_nk: bool, down_nk: bool) -> Spec:
+    def lying(self, up_nk: bool, down_nk: bool, aligned: bool = True) -> Spec:
         """The same layer with weights that lie so in memory."""
-        return replace(self, up_nk=up_nk, down_nk=down_nk)
+        return replace(self, up_nk=up_nk, down_nk=down_nk, aligned=aligned)
 
 
 def _tensor(value: Value) -> TensorType:

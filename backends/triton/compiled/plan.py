@@ -17,13 +17,11 @@ from moec.backends.triton.kernels.expression import Elementwise
 from moec.backends.triton.kernels.text import Argument, KernelFile
 from moec.backends.triton.launches.tiles import Launch
 from moec.backends.triton.run import Run
-from moec.backends.triton.spec import Spec
+from moec.backends.triton.spec import ALIGNED, Spec
 from moec.ir.torch_dtypes import TO_TORCH
 
 MOST_TOKENS = 16384
 """Kernels are compiled for calls of so many tokens at most; larger ones are launched as those are."""
-ALIGNED = 16
-"""Bytes of addresses, and multiples of strides, that compiled kernels may count on."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.triton.compiled.driver import DriverError, Function
-from moec.backends.triton.compiled.plan import ALIGNED, MOST_TOKENS, Call, call_of
+from moec.backends.triton.compiled.plan import MOST_TOKENS, Call, call_of
 from moec.backends.triton.kernel import TritonExperts
 from moec.backends.triton.kernels.route import read_router, write_router
 from moec.backends.triton.kernels.source import write_experts
@@ -22,7 +22,7 @@ from moec.backends.triton.kernels.text import KernelFile
 from moec.backends.triton.launcher import LaunchKernel
 from moec.backends.triton.launches.tiles import Launch, Tile
 from moec.backends.triton.route import TritonRoute
-from moec.backends.triton.spec import Spec, read_spec
+from moec.backends.triton.spec import ALIGNED, Spec, read_spec
 from moec.ir.core import Graph, Op
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moec.backends.triton.kernels.dtypes import TL_TYPES, rounded
 from moec.backends.triton.kernels.text import indented
-from moec.backends.triton.spec import Spec
+from moec.backends.triton.spec import ALIGNED, Spec
 from moec.ir.scaled_semantics import SCALED
 
 HELPERS = '''\
@@ -161,11 +161,21 @@ class Product:
         return f"{self.weight}_d.load([expert, k, {first}]).reshape(BLOCK_K, {self.block})"
 
 
-def base(spec: Spec, name: str) -> str:
+def address(table: str, dtype: str, aligned: bool) -> str:
+    """The expert's address out of a table, as a pointer.
+
+    It is any number to Triton. Where it is not told that they are multiples of 16, every element behind one is loaded
+    by itself, and through registers.
+    """
+    at = f"tl.load({table} + expert).to(tl.pointer_type({TL_TYPES[dtype]}))"
+    return f"tl.multiple_of({at}, {ALIGNED})" if aligned else at
+
+
+def base(spec: Spec, name: str, aligned: bool = False) -> str:
     """Statement: where the expert's own weight or bias begins."""
     if spec.stacked:
         return f"{name}_at = {name} + expert.to(tl.int64) * {name}_se"
-    return f"{name}_at = tl.load({name} + expert).to(tl.pointer_type({TL_TYPES[spec.dtype]}))"
+    return f"{name}_at = {address(name, spec.dtype, aligned)}"
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str]
         loads += [f"{p.name}_scale = {p.scale()}" for p in products]
     start, stride = ("tl.program_id(1) * BLOCK_K", "BLOCK_K * SPLIT_K") if split else ("0", "BLOCK_K")
     return [
-        *(base(spec, name) for name in dict.fromkeys(p.weight for p in products)),
+        *(base(spec, name, spec.aligned) for name in dict.fromkeys(p.weight for p in products)),
         *(p.places() for p in products),
         *begin(ROWS),
         "if MORE:",

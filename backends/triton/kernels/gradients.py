@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
-from moec.backends.triton.kernels.gemm import DOT, DOT_INTERPRETED, HELPERS
+from moec.backends.triton.kernels.gemm import DOT, DOT_INTERPRETED, HELPERS, address
 from moec.backends.triton.kernels.source import kernel_file
 from moec.backends.triton.kernels.text import Argument, Kernel, KernelFile, cdiv, function, indented
 
@@ -20,24 +20,23 @@ def _sums_grid(tokens: int, c: Mapping[str, int]) -> tuple[int, ...]:
     return (c["EXPERTS"] * cdiv(c["OUTPUTS"], c["BLOCK_M"]) * cdiv(c["INPUTS"], c["BLOCK_N"]),)
 
 
-def write_gradients(dtype: str, stacked: bool, interpreted: bool = False) -> KernelFile:
+def write_gradients(dtype: str, stacked: bool, interpreted: bool = False, aligned: bool = True) -> KernelFile:
     """``rows_product`` and ``rows_sums`` for matrices of any size and strides.
 
     Args:
         dtype: Element type of rows and matrices.
         stacked: One tensor holds the matrices of all experts; else there is a table of addresses.
         interpreted: For Triton's interpreter.
+        aligned: The addresses of a table are multiples of 16.
     """
-    parts = [_rows_product(dtype, stacked), _rows_sums(dtype)]
+    parts = [_rows_product(dtype, stacked, aligned), _rows_sums(dtype)]
     dot = DOT_INTERPRETED if interpreted else DOT
     return kernel_file(f"Gradients of a MoE layer in {dtype}", parts, f"{HELPERS}\n\n{dot}", interpreted)
 
 
-def _rows_product(dtype: str, stacked: bool) -> tuple[Kernel, str]:
+def _rows_product(dtype: str, stacked: bool, aligned: bool) -> tuple[Kernel, str]:
     weight = (Argument("w", POINTERS[dtype] if stacked else "*i64"), Argument("w_se", "i64"))
-    at = "w + expert.to(tl.int64) * w_se"
-    if not stacked:
-        at = f"tl.load(w + expert).to(tl.pointer_type({TL_TYPES[dtype]}))"
+    at = "w + expert.to(tl.int64) * w_se" if stacked else address("w", dtype, aligned)
     kernel = Kernel(
         "rows_product",
         (

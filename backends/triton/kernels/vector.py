@@ -31,7 +31,7 @@ CONSTANTS = ("BLOCK_N", "BLOCK_K")
 def _sums(spec: Spec, products: Sequence[Product]) -> list[str]:
     """Statements: the products of the row at ``row_at`` with each product's outputs of the expert."""
     (inputs,) = {p.inputs for p in products}
-    lines = [base(spec, name) for name in dict.fromkeys(p.weight for p in products)]
+    lines = [base(spec, name, spec.aligned) for name in dict.fromkeys(p.weight for p in products)]
     lines += [p.places() for p in products]
 
     def shape(p: Product) -> str:

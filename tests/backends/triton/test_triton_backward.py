@@ -81,8 +81,8 @@ def test_only_what_is_needed() -> None:
 def test_a_wrong_stride_or_mask_shows(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = backward.write_gradients
 
-    def changed(dtype: str, stacked: bool, interpreted: bool) -> object:
-        file = written(dtype, stacked, interpreted)
+    def changed(dtype: str, stacked: bool, interpreted: bool, aligned: bool) -> object:
+        file = written(dtype, stacked, interpreted, aligned)
         assert old in file.text
         return type(file)(file.text.replace(old, new), file.kernels)
 

@@ -37,6 +37,25 @@ CASES = [
 TOKENS = {"gemm": (0, 1, 5, 33), "wide": (130,), "gemv": (0, 1, 5)}
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_weights_behind_addresses_may_begin_anywhere(shift: int) -> None:
+    """Kernels count on multiples of 16 only where all addresses are."""
+    case = ExpertsCase("separate", stacked=False, **SIZES)
+    inputs = case.inputs(5)
+    (want,) = run_graph(case.graph(), inputs)
+    at = next(i for i, t in enumerate(inputs) if i > 2 and t.dim() == 2)
+    weight = inputs[at]
+    inputs[at] = torch.empty(weight.numel() + shift)[shift:].view(weight.shape).copy_(weight)
+    texts: list[str] = []
+
+    def seen(text: str) -> str:
+        texts.append(text)
+        return text
+
+    assert relative_error(run(case, LAUNCHES["gemm"], inputs, seen), want) <= TOLERANCE["f32"]
+    assert ("multiple_of" in texts[-1]) == (not shift)
+
+
 def _check(case: ExpertsCase, launch: str, tokens: int, skew: str) -> None:
     inputs = case.inputs(tokens, skew)
     (want,) = run_graph(case.graph(), inputs)
