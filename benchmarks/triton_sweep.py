@@ -1,8 +1,9 @@
 """The model's tiles against all tiles of a grid, compiled: registers, spills, shared memory, and the times they give.
 
-``--compile`` compiles both GEMMs with what the model chooses and with tiles of a grid, for every GPU, and notes what
-each takes. Without it, every case (layer, GPU, tokens, GEMM) is judged by those notes: all tiles are timed with the
-resident blocks that the compiler's registers and shared memory leave, and the model's choice is compared with the best.
+``--compile`` compiles both GEMMs, and down as it is where programs share a sum, for every GPU, and notes what each
+takes: with what the model chooses, with tiles of a grid, and with tiles drawn from all that the model may choose.
+Without it, every case (layer, GPU, tokens, GEMM) is judged by those notes: all tiles are timed with the resident blocks
+that the compiler's registers and shared memory leave, and the model's choice is compared with the best.
 
     python benchmarks/triton_sweep.py --compile
     python benchmarks/triton_sweep.py
@@ -27,8 +28,9 @@ from moec.backends.triton.launches.choose import load_of, pick
 from moec.backends.triton.launches.device import Device, device_of
 from moec.backends.triton.launches.gemm_time import times
 from moec.backends.triton.launches.launch import layer_of
+from moec.backends.triton.launches.table import table_of, tiles_for
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import ITEM_BYTES, Usage, buffers, table_of, usage
+from moec.backends.triton.launches.usage import ITEM_BYTES, Usage, buffers, usage
 from moec.backends.triton.module import load_module
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.parser import parse_graph
@@ -44,6 +46,10 @@ EVEN, MASKED = "OLMoE", "gpt-oss-20b"
 """Layers that are compiled: one whose widths are multiples of every tile, and one whose widths are not."""
 STEPS = {EVEN: (32, 64), MASKED: (64,)}
 KERNELS = ("up", "down")
+SHARED = "down_parts"
+"""Down where programs share the sum of a tile."""
+DRAWN = 16
+"""Tiles of each kernel that are drawn."""
 _ROWS = [(16, 1), (64, 1), (128, 1), (256, 1), (64, 2), (64, 3), (64, 4), (128, 2)]
 _TEXT = """
 graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
@@ -113,6 +119,17 @@ def grid(device: Device, layer: str, kernel: str) -> list[Tile]:
     return found
 
 
+def drawn(device: Device, kernel: str) -> list[Tile]:
+    """Tiles that the model may choose, in an order drawn once: other stages than the grid's, narrow ones, deep ones."""
+    shapes = [(m, 1) for m in (16, 32, 64, 128, 256)] + [s for s in _ROWS if s[1] > 1]
+    whole = list(itertools.product(shapes, (16, 32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)))
+    random.Random(2).shuffle(whole)
+    splits = (2,) if kernel == SHARED else (1,)
+    may = {numbers(t) for t in tiles_for(device, parts_of(kernel), "bf16", splits, gathered=kernel == "up").tiles}
+    told = [(*rows, n, k, warps, stages) for rows, n, k, warps, stages in whole]
+    return [tile_of(t) for t in told if t in may][:DRAWN]
+
+
 def compiled(spec: Spec, device: Device, name: str, tile: Tile) -> Resources:
     """What a kernel takes with this tile."""
     file = write_experts(spec)
@@ -121,7 +138,7 @@ def compiled(spec: Spec, device: Device, name: str, tile: Tile) -> Resources:
     tma = isinstance(device.arch, int) and device.arch >= 90
     known = {
         "UNITS": tile.units, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
-        "TMA": int(tma),
+        "TMA": int(tma), "SPLIT_K": 2,
     }  # fmt: skip
     constants = {c: known[c] for c in kernel.constants}
     aligned = frozenset(a.name for a in kernel.arguments if a.type != "i32")
@@ -137,11 +154,12 @@ def compile_some(path: Path, most: int) -> None:
     wanted = []
     for name, target, tokens, kernel in itertools.product(LAYERS, TARGETS, TOKENS, KERNELS):
         layer = MASKED if name == MASKED else EVEN
-        choice = pick(layer_of(spec_of(name)), tokens, device_of(target))
-        wanted.append((layer, target, kernel, numbers(getattr(choice, kernel))))
-    grids = [(*at, grid(device_of(at[1]), at[0], at[2])) for at in itertools.product((EVEN, MASKED), TARGETS, KERNELS)]
-    for at in range(max(len(tiles) for *_, tiles in grids)):
-        wanted += [(*which, numbers(tiles[at])) for *which, tiles in grids if at < len(tiles)]
+        tile: Tile = getattr(pick(layer_of(spec_of(name)), tokens, device_of(target)), kernel)
+        wanted.append((layer, target, SHARED if tile.split_k > 1 else kernel, numbers(tile)))
+    which = list(itertools.product((EVEN, MASKED), TARGETS, (*KERNELS, SHARED)))
+    lists = [(at, drawn(device_of(at[1]), at[2])) for at in which]
+    lists += [(at, grid(device_of(at[1]), at[0], at[2])) for at in which if at[2] != SHARED]
+    wanted += [(*at, numbers(tile)) for at, tiles in lists for tile in tiles]
     wanted = [w for w in dict.fromkeys(wanted) if w not in known]
     for at, (layer, target, kernel, tile) in enumerate(wanted[:most], 1):
         try:
@@ -164,7 +182,9 @@ def read(path: Path) -> list[Compiled]:
 def write(path: Path, found: list[Compiled]) -> None:
     """A line for every tile, under the names of its fields."""
     lines = [json.dumps(list(asdict(found[0])))] + [json.dumps(list(asdict(c).values())) for c in found]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    part.replace(path)
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,7 @@ def judge(name: str, target: str, tokens: int, kernel: str, notes: list[Compiled
     """Time every tile that was compiled for a GEMM, with what the compiler took.
 
     Both GEMMs share the rows of a tile, so that of down is compared with tiles of the same rows; where programs share
-    its sums, with the registers of the kernel that stores whole ones.
+    its sums, with what that kernel takes.
 
     Raises:
         KeyError: The model's choice has not been compiled.
@@ -191,7 +211,7 @@ def judge(name: str, target: str, tokens: int, kernel: str, notes: list[Compiled
     device, layer = device_of(target), layer_of(spec_of(name))
     gemm, load = layer.gemms[KERNELS.index(kernel)], load_of(layer, tokens)
     chosen: Tile = getattr(pick(layer, tokens, device), kernel)
-    which = (MASKED if name == MASKED else EVEN, target, kernel)
+    which = (MASKED if name == MASKED else EVEN, target, SHARED if chosen.split_k > 1 else kernel)
     own = [c for c in notes if (c.layer, c.target, c.kernel) == which and c.registers]
     own = [c for c in own if kernel == "up" or c.tile[:2] == numbers(chosen)[:2]]
     table = table_of(device, [replace(tile_of(c.tile), split_k=chosen.split_k) for c in own], gemm.parts, gemm.dtype)

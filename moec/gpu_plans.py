@@ -66,7 +66,7 @@ def _plan(block: BlockReport, device: Device, target: str) -> tuple[list[dict[st
                 ("up", planned.launch.up, 2 if spec.gated else 1, spec.up_bias),
                 ("down", planned.launch.down, 1, spec.down_bias),
             ):
-                taken = usage(device, tile, parts, spec.dtype, biased, gathered=name == "up")
+                taken = usage(device, tile, parts, spec.element, biased, name == "up", not spec.stacked)
                 told[name] |= {"shared": taken.shared, "registers": taken.registers, "resident": taken.resident}
         made.append(told)
     return made, ""

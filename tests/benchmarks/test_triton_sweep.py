@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from moec.backends.triton.launches.device import device_of
+from moec.backends.triton.launches.table import tiles_for
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import BARRIER_BYTES, tiles_for, usage
+from moec.backends.triton.launches.usage import BARRIER_BYTES, usage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LOSS = 0.05
@@ -30,15 +32,20 @@ def admitted(sweep: Any) -> list[tuple[Any, Tile]]:
     """The notes of tiles that the model may choose."""
     found = []
     for note in sweep.read(sweep.STORED):
-        tile, device, up = sweep.tile_of(note.tile), device_of(note.target), note.kernel == "up"
-        if tile in tiles_for(device, sweep.parts_of(note.kernel), "bf16", gathered=up).tiles:
+        splits = 2 if note.kernel == sweep.SHARED else 1
+        tile, device = replace(sweep.tile_of(note.tile), split_k=splits), device_of(note.target)
+        if (
+            tile
+            in tiles_for(device, sweep.parts_of(note.kernel), "bf16", (splits,), gathered=note.kernel == "up").tiles
+        ):
             found.append((note, tile))
     return found
 
 
 def test_what_the_model_admits_spills_nothing_and_is_as_resident_as_expected(sweep: Any) -> None:
     notes = admitted(sweep)
-    assert len(notes) > 100
+    assert len(notes) > 800
+    assert {n.kernel for n, _ in notes} == {*sweep.KERNELS, sweep.SHARED}
     for note, tile in notes:
         device = device_of(note.target)
         up = note.kernel == "up"

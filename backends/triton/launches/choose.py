@@ -8,14 +8,14 @@ busy, which leaves most room for what the model does not know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import Gemm, Times, times, with_group
 from moec.backends.triton.launches.load import Load, counted, even
+from moec.backends.triton.launches.table import Tiles, tiles_for
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import Tiles, tiles_for
 
 SPLITS = (1, 2, 4)
 """Blocks that may share a sum of the down GEMM; the activation needs whole sums of the up GEMM."""
@@ -37,6 +37,7 @@ class Layer:
         parts: 2 for gate and up, else 1.
         dtype: Of tokens and weights.
         up_bias, down_bias: There are biases, which take registers.
+        apart: Experts lie apart, behind a table of addresses, which take registers.
     """
 
     hidden: int
@@ -48,13 +49,15 @@ class Layer:
     dtype: str = "bf16"
     up_bias: bool = False
     down_bias: bool = False
+    apart: bool = False
 
     @property
     def gemms(self) -> tuple[Gemm, Gemm]:
         """Up and down."""
+        up = Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias, True)
         return (
-            Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias, True),
-            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1, self.down_bias),
+            replace(up, apart=self.apart),
+            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1, self.down_bias, apart=self.apart),
         )
 
 
@@ -116,7 +119,7 @@ class Search:
     def __init__(self, layer: Layer, load: Load, device: Device) -> None:
         self.gemms, self.load, self.device = layer.gemms, load, device
         splits = zip(self.gemms, ((1,), SPLITS), strict=True)
-        self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased, g.gathered) for g, s in splits]
+        self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased, g.gathered, g.apart) for g, s in splits]
         self.found = [times(g, load, device, t) for g, t in zip(self.gemms, self.tables, strict=True)]
 
     def choices(self, most: int | None = None) -> list[Choice]:

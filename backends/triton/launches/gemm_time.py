@@ -23,17 +23,9 @@ import numpy as np
 
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.load import Load
+from moec.backends.triton.launches.table import MOST_UNITS, Floats, Ints, Tiles, tiles_for
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import (
-    ITEM_BYTES,
-    LINK_BYTES,
-    MOST_UNITS,
-    STEP_CYCLES,
-    Floats,
-    Ints,
-    Tiles,
-    tiles_for,
-)
+from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, STEP_CYCLES
 
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the begin of the next in a stream."""
@@ -59,6 +51,7 @@ class Gemm:
     top_k: int
     biased: bool = False
     gathered: bool = False
+    apart: bool = False
 
     @property
     def weights(self) -> int:
@@ -91,7 +84,7 @@ def group_of(gemm: Gemm, rows: int, device: Device) -> int:
 def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) -> Times:
     """Seconds for every tile of ``table``, by default of all that fit."""
     if table is None:
-        table = tiles_for(device, gemm.parts, gemm.dtype, biased=gemm.biased, gathered=gemm.gathered)
+        table = tiles_for(device, gemm.parts, gemm.dtype, (1,), gemm.biased, gemm.gathered, gemm.apart)
     item, clock, units = ITEM_BYTES[gemm.dtype], device.clock, device.units
     blocks, reads = np.zeros((MOST_UNITS, len(table.tiles))), np.zeros(len(table.tiles))
     for (m, most), at in table.rows.items():

@@ -57,7 +57,10 @@ def layer_of(spec: Spec) -> Layer:
     """The sizes that times depend on."""
     dtype = "f8e4m3fn" if spec.fp8 else spec.dtype
     parts = 2 if spec.gated else 1
-    return Layer(spec.hidden, spec.up, spec.out, spec.experts, spec.top_k, parts, dtype, spec.up_bias, spec.down_bias)
+    return Layer(
+        spec.hidden, spec.up, spec.out, spec.experts, spec.top_k, parts, dtype, spec.up_bias, spec.down_bias,
+        apart=not spec.stacked,
+    )  # fmt: skip
 
 
 def rounded_up(tokens: int) -> int:
@@ -82,8 +85,8 @@ def schedule(spec: Spec, device: Device, low: int, high: int) -> list[Planned]:
 def plan_launch(spec: Spec, tokens: int, device: Device) -> Planned:
     """The launch for a call of ``tokens`` tokens (from 1 up): that of the next power of two."""
     layer, tokens = layer_of(spec), rounded_up(tokens)
-    planned = _planned(layer, spec.fp8, spec.stacked, tokens, device)
-    if (found := lookup(key_of(layer, spec.stacked, tokens), device.fingerprint)) is None:
+    planned = _planned(layer, spec.fp8, tokens, device)
+    if (found := lookup(key_of(layer, tokens), device.fingerprint)) is None:
         return planned
     launch, seconds = found
     return Planned(launch, tokens, planned.bound, (("measured", seconds, planned.limit_seconds),))
@@ -99,24 +102,24 @@ def candidates(spec: Spec, tokens: int, device: Device, most: int = 12) -> list[
         most: How many at most.
     """
     layer, tokens = layer_of(spec), rounded_up(tokens)
-    found = [_planned(layer, spec.fp8, spec.stacked, tokens, device).launch]
+    found = [_planned(layer, spec.fp8, tokens, device).launch]
     if not spec.fp8 and tokens <= _MOST_VECTORS:
         times = [vector_time(g, load_of(layer, tokens), device) for g in layer.gemms]
         found.append(Launch("gemv", times[0].tile, times[1].tile))
     near = Search(layer, load_of(layer, tokens), device).near(most)
-    found += [_launch(layer, choice, spec.stacked, device) for choice in near]
+    found += [_launch(layer, choice, device) for choice in near]
     return list(dict.fromkeys(found))[:most]
 
 
 def tune(spec: Spec, tokens: int, device: Device, timer: Timer) -> Launch:
     """Measure the candidates on the device that is here, and keep the best for calls of so many tokens."""
-    key = key_of(layer_of(spec), spec.stacked, rounded_up(tokens))
+    key = key_of(layer_of(spec), rounded_up(tokens))
     found = measure(candidates(spec, tokens, device), timer, key, device.fingerprint)
     return plan_launch(spec, tokens, device).launch if found is None else found[0]
 
 
 @lru_cache(maxsize=4096)
-def _planned(layer: Layer, fp8: bool, stacked: bool, tokens: int, device: Device) -> Planned:
+def _planned(layer: Layer, fp8: bool, tokens: int, device: Device) -> Planned:
     choice = pick(layer, tokens, device)
     slots = tokens * layer.top_k
     steps = [(name, *part) for name, part in zip(("up", "down"), choice.parts, strict=True)]
@@ -128,14 +131,14 @@ def _planned(layer: Layer, fp8: bool, stacked: bool, tokens: int, device: Device
         few = tuple((name, t.seconds, limit) for (name, _, limit), t in zip(steps, times, strict=True))
         if sum(t.seconds for t in times) < sum(seconds for _, seconds, _ in tiled):
             return Planned(Launch("gemv", times[0].tile, times[1].tile), tokens, choice.bound, few)
-    return Planned(_launch(layer, choice, stacked, device), tokens, choice.bound, tiled)
+    return Planned(_launch(layer, choice, device), tokens, choice.bound, tiled)
 
 
-def _launch(layer: Layer, choice: Choice, stacked: bool, device: Device) -> Launch:
-    tma = stacked and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
+def _launch(layer: Layer, choice: Choice, device: Device) -> Launch:
+    tma = not layer.apart and isinstance(device.arch, int) and device.arch >= _TENSOR_MEMORY_ACCESS
     up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
     resident = [
-        usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered).resident
+        usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered, gemm.apart).resident
         for tile, gemm in zip((up, down), layer.gemms, strict=True)
     ]
     # Tiles of several heights are handed out one by one; programs that walk over them would not end together.

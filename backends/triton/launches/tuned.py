@@ -27,9 +27,9 @@ def fingerprint(name: str, target: str, units: int, memory: float, versions: str
     return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
-def key_of(layer: Layer, stacked: bool, tokens: int) -> str:
+def key_of(layer: Layer, tokens: int) -> str:
     """The name of a layer and a number of tokens."""
-    return hashlib.sha256(f"{layer!r}|{stacked}|{tokens}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{layer!r}|{tokens}".encode()).hexdigest()[:24]
 
 
 def measure(candidates: list[Launch], timer: Timer, key: str, device: str) -> tuple[Launch, float] | None:
