@@ -57,20 +57,34 @@ class Run:
             up |= self._quantized("x", up["x"], 0)
         if self.launch.form == "gemv":
             return self._vectors(up, down, captures, post_captures)
-        placed = self.sort(up["ids"], self.launch.up.block_m, self.launch.up.units)
-        return self._gemms(up | placed, down | placed, captures, post_captures)
+        placed = self.sort(up["ids"], self.launch.up.block_m, (self.launch.up, self.launch.down))
+        places = [{"places": placed.pop(f"{gemm}_places")} for gemm in ("up", "down")]
+        return self._gemms(up | placed | places[0], down | placed | places[1], captures, post_captures)
 
-    def sort(self, ids: Tensor, block_m: int, units: int = 1) -> Values:
-        """Slots by expert, aligned to blocks of rows: ``rows``, ``experts``, ``used`` and ``places``."""
-        spec, chunks = self.spec, cdiv(self.slots, CHUNK)
+    def sort(self, ids: Tensor, block_m: int, tiles: tuple[Tile, Tile] = (Tile(16, 16, 16),) * 2) -> Values:
+        """Slots by expert, aligned to blocks of rows: ``rows``, ``experts`` and ``used``; and the places of tiles.
+
+        Args:
+            ids: The experts of every token.
+            block_m: Rows of a block.
+            tiles: Of the up and of the down GEMM. Where they have several heights ``up_places`` and ``down_places``
+                say which tile each program has.
+        """
+        spec, chunks, units = self.spec, cdiv(self.slots, CHUNK), tiles[0].units
         blocks = most_blocks(self.slots, spec.experts, block_m)
+        row_tiles = most_blocks(self.slots, spec.experts, block_m * units) if units > 1 else 0
 
-        def ints(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=ids.device)
+        def ints(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=ids.device)
 
-        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(1), "places": ints(blocks)}
-        values = {"ids": ids, "slots_n": self.slots, "chunks": chunks, **placed}
+        placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(1)}
         constants = {"BLOCK_M": block_m, "UNITS": units}
+        for gemm, tile, width in zip(("up", "down"), tiles, (spec.up, spec.out), strict=True):
+            columns = cdiv(width, tile.block_n) if units > 1 else 1
+            placed[f"{gemm}_places"] = ints(row_tiles * columns, torch.int64)
+            order = (columns, tile.group_m, tile.late) if units > 1 else (1, 1, 0)
+            constants |= dict(zip((f"{gemm.upper()}_{n}" for n in ("COLUMNS", "GROUP", "LATE")), order, strict=True))
+        values = {"ids": ids, "slots_n": self.slots, "chunks": chunks, **placed}
         if chunks == 1 and blocks <= CHUNK:
             self.launcher("sort_few", self.tokens, values, constants)
             return placed
@@ -124,6 +138,7 @@ class Run:
             "TMA": tile.tma and all(self._describable(values, w) for w in weights),
             "PROGRAMS": self.launch.programs,
         }
+        constants["AHEAD"] = tile.ahead if constants["TMA"] else 0
         self.launcher(name, self.tokens, values, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
     def _describable(self, values: Values, weight: str) -> bool:

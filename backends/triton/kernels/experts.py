@@ -12,14 +12,16 @@ from moec.backends.triton.kernels.expression import Elementwise
 from moec.backends.triton.kernels.gemm import Product, bias_lines, tile_lines
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, helper, indented
 from moec.backends.triton.kernels.walk import tile_grid, walk
+from moec.backends.triton.kernels.warm import warm_helper
 from moec.backends.triton.spec import Spec
 from moec.ir.scaled_semantics import SCALED
 
-GEMM = ("UNITS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA")
-"""Constants of a GEMM kernel: BLOCK_M rows of an expert are aligned, and a tile has up to UNITS such blocks."""
-WHICH = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "places"))
-"""What ``sort`` made: the slot of every row, the expert of every block, the number of blocks, and the first block of
-every tile times 4 plus how many it has (4 of them are written as 0), or -1 where a program has no tile."""
+GEMM = ("UNITS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "TMA", "AHEAD")
+"""Constants of a GEMM kernel: BLOCK_M rows of an expert are aligned, and a tile has up to UNITS such blocks; what the
+tile AHEAD places later reads first is fetched (0: of none)."""
+WHICH = (*(Argument(name, "*i32") for name in ("rows", "experts", "used")), Argument("places", "*i64"))
+"""What ``sort`` made: the slot of every row, the expert of every block, the number of blocks, and the place of every
+program, where tiles have several heights."""
 
 LIVE = (Argument("rows", "*i32"), Argument("used", "*i32"))
 """What says which sorted rows there are."""
@@ -150,8 +152,9 @@ def _gemm(
     """
     name = kernel.name
     weights = tuple(dict.fromkeys(p.weight for p in products)) if spec.stacked else ()
-    given = [a.name for a in kernel.arguments if a.name not in ("used", "places")] + [f"{w}_d" for w in weights]
-    extra = [c for c in kernel.constants if c not in (*TILE, "GROUP_M")]
+    which = ("experts", "used", "places")
+    given = [a.name for a in kernel.arguments if a.name not in which] + [f"{w}_d" for w in weights]
+    extra = [c for c in kernel.constants if c not in (*TILE, "GROUP_M", "AHEAD")]
     sums = [p.name for p in products]
     ending = [*given, *sums, "expert", "first", "column_block"]
     finish = helper(
@@ -175,21 +178,21 @@ def _gemm(
         ]
 
     tile = helper(
-        f"{name}_tile", [*given, "first", "column_block"], (*TILE, *extra),
+        f"{name}_tile", [*given, "expert", "first", "column_block"], (*TILE, *extra),
         "UNITS blocks of rows from ``first``, all of one expert, times a stretch of columns.",
         [
             "ROWS: tl.constexpr = BLOCK_M * (1 + (UNITS > 1) * (BLOCK_M <= 64)) // (1 + (BLOCK_M > 128))",
             "MORE: tl.constexpr = UNITS * BLOCK_M - ROWS",
-            "expert = tl.load(experts + first // BLOCK_M)",
             *_columns(columns),
-            *tile_lines(spec, products, row_at, "SPLIT_K" in extra),
+            *tile_lines(spec, products, row_at, name == "up", "SPLIT_K" in extra),
             *finished(sums, "", "ROWS"),
             "if MORE:",
             *indented(finished(more, " + ROWS", "MORE")),
         ],
     )  # fmt: skip
+    warm = warm_helper(spec, name, given, products, "" if name == "up" else "a", "SPLIT_K" in extra)
     body = walk(name, columns, given, [*TILE[1:], *extra], _descriptors(spec, products))
-    return kernel, "\n\n".join([finish, tile, function(kernel, summary, body)])
+    return kernel, "\n\n".join([finish, tile, warm, function(kernel, summary, body)])
 
 
 def up_kernel(spec: Spec) -> tuple[Kernel, str]:

@@ -200,7 +200,9 @@ class Rows:
 ROWS, MORE = Rows("ROWS"), Rows("MORE", " + ROWS", "_more")
 
 
-def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str], split: bool = False) -> list[str]:
+def tile_lines(
+    spec: Spec, products: Sequence[Product], row_lines: Sequence[str], gathered: bool, split: bool = False
+) -> list[str]:
     """Statements: the sums of the products of a tile, of ROWS rows from ``first`` and of MORE rows after them.
 
     Both are multiplied with the same tiles of weights, which come once.
@@ -209,6 +211,8 @@ def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str]
         spec: The layer.
         products: What is summed.
         row_lines: From ``slot`` and ``row`` to ``row_at``, where rows begin, and with fp8 ``row_scale``.
+        gathered: Rows lie where their slots say. Others lie in order, so that no load waits for slots: what rows of no
+            slot hold is multiplied, and not stored.
         split: program_id(1) of SPLIT_K has every SPLIT_K-th block of inputs.
     """
     (inputs,) = {p.inputs for p in products}
@@ -217,18 +221,18 @@ def tile_lines(spec: Spec, products: Sequence[Product], row_lines: Sequence[str]
     def begin(rows: Rows) -> list[str]:
         lines = [
             f"row = first{rows.begin} + tl.arange(0, {rows.size})",
-            "slot = tl.load(rows + row)",
-            "live = slot >= 0",
+            *(("slot = tl.load(rows + row)", "live = slot >= 0") if gathered else ()),
             *row_lines,
             *(f"{p.name} = tl.zeros(({rows.size}, {p.block}), tl.float32)" for p in products),
         ]
         return [rows.named(line, names) for line in lines]
 
     def step(rows: Rows) -> list[str]:
-        at = "row_at[:, None] + k_in[None, :], live[:, None]"
-        lines = [f"r = load_rows({at}, inside, {inputs} % BLOCK_K == 0)"]
+        at, mask = "row_at[:, None] + k_in[None, :]", ", mask=live, other=0.0" if gathered else ""
+        load = f"load_rows({at}, live[:, None]," if gathered else f"load_tile({at},"
+        lines = [f"r = {load} inside, {inputs} % BLOCK_K == 0)"]
         if spec.fp8:
-            lines.append(f"r_scale = tl.load(row_scale + k // {SCALED}, mask=live, other=0.0)[:, None]")
+            lines.append(f"r_scale = tl.load(row_scale + k // {SCALED}{mask})[:, None]")
             for p in products:
                 zero = f"tl.zeros(({rows.size}, {p.block}), tl.float32)"
                 lines.append(f"{p.name} += dot(r, {p.name}_w, {zero}) * (r_scale * {p.name}_scale)")

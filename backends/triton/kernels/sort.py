@@ -6,14 +6,15 @@ A slot is (token, k-th choice). Slots of an expert keep their order; every exper
 (``sort_few``), many take three kernels: ``count`` counts each stretch of slots, ``offsets`` adds up over the stretches,
 ``place`` gives every slot its row. Ids outside ``0 .. E-1`` go nowhere.
 
-A tile of a GEMM may have up to ``UNITS`` blocks of one expert: all of its tiles but the last have so many. ``places``
-says where a tile begins and how many blocks it has; past the last it is -1, for as many tiles as there can be blocks.
+A tile of a GEMM may have up to ``UNITS`` blocks of one expert: all of its tiles but the last have so many. What tiles
+there are, and in which order they are taken, is written by ``moec.backends.triton.kernels.places``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moec.backends.triton.kernels.places import PLACES, place_lines
 from moec.backends.triton.kernels.rows import padded
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function
 
@@ -76,15 +77,7 @@ def _align(experts: int) -> list[str]:
         f"    row = block[:, None] * BLOCK_M + begin + tl.arange(0, {_DEAD})[None, :]",
         "    dead = (block < blocks)[:, None] & (row >= past[:, None])",
         "    tl.store(rows + row, tl.full((1, 1), -1, tl.int32), mask=dead)",
-        "if UNITS > 1:",
-        "    units = (ends - starts) // BLOCK_M",
-        "    tile_ends = tl.cumsum(tl.cdiv(units, UNITS), 0)",
-        f"    most = (slots_n + tl.minimum(slots_n, {experts}) * (BLOCK_M - 1)) // BLOCK_M",
-        f"    owner = count_up_to(tile_ends, block, {bins}, {bins.bit_length() - 1})",
-        "    earlier = (block - tl.gather(tile_ends - tl.cdiv(units, UNITS), owner, 0)) * UNITS",
-        "    count = tl.minimum(tl.gather(units, owner, 0) - earlier, UNITS)",
-        "    place = (tl.gather(starts, owner, 0) // BLOCK_M + earlier) * 4 + count % 4",
-        "    tl.store(places + block, tl.where(block < tl.max(tile_ends, 0), place, -1), mask=block < most)",
+        *place_lines(experts, CHUNK),
     ]
 
 
@@ -104,14 +97,15 @@ def sort_kernels(experts: int, top_k: int, id_type: str = "i64") -> list[tuple[K
     """The four kernels and their texts."""
     ids, slots = Argument("ids", f"*{id_type}"), Argument("slots_n", "i32")
     counts, totals = Argument("counts", "*i32"), Argument("totals", "*i32")
-    placed = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used", "places"))
-    few = Kernel("sort_few", (ids, slots, *placed), ("BLOCK_M", "UNITS"), lambda t, c: (1,))
+    placed = tuple(Argument(name, "*i32") for name in ("rows", "experts", "used"))
+    placed += tuple(Argument(f"{gemm}_places", "*i64") for gemm in ("up", "down"))
+    few = Kernel("sort_few", (ids, slots, *placed), ("BLOCK_M", *PLACES), lambda t, c: (1,))
     count = Kernel("count", (ids, slots, counts), (), lambda t, c: (cdiv(t * top_k, CHUNK),))
     offsets = Kernel("offsets", (counts, totals, Argument("chunks", "i32")), (), lambda t, c: (experts,))
     place = Kernel(
         "place",
         (ids, slots, counts, totals, *placed),
-        ("BLOCK_M", "UNITS"),
+        ("BLOCK_M", *PLACES),
         lambda t, c: _place_grid(experts, top_k, t, c),
     )
     histogram = f"tl.histogram(expert, {padded(experts + 1)}, mask=expert < {experts})"

@@ -6,12 +6,15 @@ from moec.backends.triton.kernels.combine import combine_kernels, row_kernel
 from moec.backends.triton.kernels.experts import down_kernels, up_kernel
 from moec.backends.triton.kernels.expression import helpers_in
 from moec.backends.triton.kernels.gemm import DOT, DOT_INTERPRETED, HELPERS, SCALES
+from moec.backends.triton.kernels.places import HELPER as PLACES_HELPER
 from moec.backends.triton.kernels.quantize import HELPER, HELPER_INTERPRETED, quantize_kernels
 from moec.backends.triton.kernels.rows import RowFunction
 from moec.backends.triton.kernels.sort import HELPER as SORT_HELPER
 from moec.backends.triton.kernels.sort import sort_kernels
 from moec.backends.triton.kernels.text import Kernel, KernelFile
 from moec.backends.triton.kernels.vector import down_vector, up_vector
+from moec.backends.triton.kernels.warm import HELPER as WARM_HELPER
+from moec.backends.triton.kernels.warm import HELPER_INTERPRETED as WARM_HELPER_INTERPRETED
 from moec.backends.triton.spec import Spec
 
 HEADER = '''\
@@ -56,7 +59,7 @@ def write_experts(spec: Spec, interpreted: bool = False) -> KernelFile:
         f"rows of {spec.hidden} {spec.dtype}, {spec.layout}"
     )
     dot = DOT_INTERPRETED if interpreted else DOT
-    helpers = [HELPERS, dot, SORT_HELPER]
+    helpers = [HELPERS, dot, SORT_HELPER, PLACES_HELPER, WARM_HELPER_INTERPRETED if interpreted else WARM_HELPER]
     if spec.fp8:
         helpers += [SCALES, HELPER_INTERPRETED if interpreted else HELPER]
     return kernel_file(title, parts, "\n\n".join(helpers), interpreted)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.backends.triton.launches.device import Device
-from moec.backends.triton.launches.gemm_time import Gemm, Times, times, with_group
+from moec.backends.triton.launches.gemm_time import Gemm, Times, times, with_order
 from moec.backends.triton.launches.load import Load, counted, even
 from moec.backends.triton.launches.table import Tiles, tiles_for
 from moec.backends.triton.launches.tiles import Tile
@@ -150,7 +150,8 @@ class Search:
         seconds = [float(f.seconds[at]) for f, at in zip(self.found, pair, strict=True)]
         least = [max(limit) for limit in limits]
         up, down = (
-            with_group(t.tiles[at], g, self.device) for t, at, g in zip(self.tables, pair, self.gemms, strict=True)
+            with_order(t.tiles[at], g, self.device, bool(f.late[at]))
+            for t, f, at, g in zip(self.tables, self.found, pair, self.gemms, strict=True)
         )
         bound = "memory" if memory >= compute else "compute"
         return Choice(up, down, sum(seconds), sum(least), bound, ((seconds[0], least[0]), (seconds[1], least[1])))

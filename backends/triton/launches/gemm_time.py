@@ -7,12 +7,13 @@
 ``busy`` is what a step costs the matrix units or the port of the shared memory, ``moved / link`` what it costs to bring
 its operands from the last cache, and ``delay / ahead`` what it takes where too few loads are under way to hide memory's
 delay (Little's law). The span is the time until all tiles are done, on units or on as many resident blocks as they
-hold: whole waves of equal tiles; an even share and half a tile where heights differ. ``fill`` is the delay of a tile's
-first loads and ``end`` the writing of its result. Other blocks of the unit work meanwhile; where one is alone nothing
-hides them.
+hold: whole waves of equal tiles; where heights differ an even share and half of a short tile, as those come last.
+``fill`` is the delay of a tile's first loads and ``end`` the writing of its result. Other blocks of the unit work
+meanwhile; where one is alone nothing hides them.
 
-Bytes from memory: weights of touched experts, once for each group of row tiles that share them; rows and results once.
-Blocks that share a sum write it in parts, in f32, which are read again where slots are combined.
+Bytes from memory: weights of touched experts, once for each group of row tiles that share them, and once more where
+their short tiles come last; rows and results once. Blocks that share a sum write it in parts, in f32, which are read
+again where slots are combined.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.load import Load
 from moec.backends.triton.launches.table import MOST_UNITS, Floats, Ints, Tiles, tiles_for
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, STEP_CYCLES
+from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES, STEP_CYCLES, usage
 
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the begin of the next in a stream."""
-CACHE_CYCLES = 263
-"""From a load's issue to its data in the last cache (arXiv:2402.13499, table IV: 262 on A100, 263 on H800)."""
+_LOADED = 2
+"""Times as long a hit of the last cache takes under load, as the delay of memory is counted."""
 _CACHE_PART = 0.5
 """Of the last cache, that rows may fill while weights stream by."""
 _MOST_GROUP = 64
@@ -68,11 +70,15 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every tile of a table: in all, of memory alone, and of the busiest unit alone."""
+    """Seconds of every tile of a table: in all, of memory alone, and of the busiest unit alone.
+
+    ``late`` says where low tiles of the last experts are better taken last.
+    """
 
     seconds: Floats
     memory: Floats
     unit: Floats
+    late: NDArray[np.bool_]
 
 
 def group_of(gemm: Gemm, rows: int, device: Device) -> int:
@@ -87,50 +93,84 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
         table = tiles_for(device, gemm.parts, gemm.dtype, (1,), gemm.biased, gemm.gathered, gemm.apart)
     item, clock, units = ITEM_BYTES[gemm.dtype], device.clock, device.units
     blocks, reads = np.zeros((MOST_UNITS, len(table.tiles))), np.zeros(len(table.tiles))
+    columns = np.ceil(gemm.outputs / table.n)
     for (m, most), at in table.rows.items():
         blocks[:most, at] = load.blocks(m, most)[:, None]
         reads[at] = load.tiles(m * most * group_of(gemm, m * most, device))
     longest = (table.m > 0).sum(0) - 1
+    machines = units * table.resident
+    # Of the last experts, as many as have a tile for every machine, low tiles may come last, and weights once more.
+    lows = np.where(np.arange(MOST_UNITS)[:, None] < longest, blocks, 0.0).sum(0)
+    lows *= np.minimum(1.0, np.ceil(machines / columns) / max(load.touched, 1.0))
     steps = np.ceil(np.ceil(gemm.inputs / table.k) / table.split)
-    blocks *= np.ceil(gemm.outputs / table.n) * table.split
-    link = min(LINK_BYTES, device.cache_cycle / units)
-    work = np.maximum(table.busy, table.moved / link)
+    blocks *= columns * table.split
+    work = np.maximum(table.busy, table.moved / min(device.link, device.cache_cycle / units))
     delay = device.delay * clock
     end = table.m * table.n * item / LINK_BYTES
     waits = np.maximum(work, delay / table.ahead) + STEP_CYCLES
-    # Tiles of several heights have a program each. It first reads which blocks are its own, and where weights are read
-    # through descriptors it writes those and has them read.
-    begin = CACHE_CYCLES * (3 if device.mma[0].shared else 1)
-    fill = np.where(longest > 0, delay + begin, delay)
-    busy = makespan(blocks, steps * work + end, longest, np.full(len(table.tiles), float(units)))
-    waited = makespan(blocks, fill + steps * waits + end, longest, units * table.resident)
-    unit = np.maximum(busy, waited) / clock
+    fill, once = _filling(gemm, load, device, delay, waits)
+    fill, once = np.where(longest > 0, fill, delay), once * (longest > 0)
     results = np.where(table.split > 1, table.split * 2 * _SUM_BYTES - item, item)  # parts are written and read again
-    moved = reads * gemm.weights + load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
-    memory = moved / device.target.memory_bandwidth
+    rows = load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
+
+    def ended(late: Floats) -> tuple[Floats, Floats]:
+        """Seconds of memory and of the busiest unit where so many row tiles come last."""
+        busy = makespan(blocks, steps * work + end, longest, np.full(len(table.tiles), float(units)), late * columns)
+        waited = once + makespan(blocks, fill + steps * waits + end, longest, machines, late * columns)
+        memory = ((reads + late) * gemm.weights + rows) / device.target.memory_bandwidth
+        return memory, np.maximum(busy, waited) / clock
+
+    (memory, unit), (memory_late, unit_late) = ended(np.zeros(len(lows))), ended(lows)
+    late = np.maximum(memory_late, unit_late) < np.maximum(memory, unit)
+    memory, unit = np.where(late, memory_late, memory), np.where(late, unit_late, unit)
     launch = LAUNCH_SECONDS if load.total else 0.0
-    return Times(np.maximum(unit, memory) + launch, memory, unit)
+    return Times(np.maximum(unit, memory) + launch, memory, unit, late)
 
 
-def makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats) -> Floats:
+def _filling(gemm: Gemm, load: Load, device: Device, delay: float, waits: Floats) -> tuple[Floats, float]:
+    """Cycles from a tile's begin to its first product where tiles have several heights, and those of the first alone.
+
+    A program first reads which tile is its own, then the slots of its rows where those are gathered. Where weights are
+    read through descriptors it writes those meanwhile, and has them read; and what its first step reads was fetched to
+    the last cache by an earlier program, all but rows that lie apart and are too many to stay there. What its second
+    step reads comes from memory, while the first is multiplied.
+    """
+    if not device.mma[0].shared:
+        return np.full(waits.shape, delay + device.hit * (2 if gemm.gathered else 1)), 0.0
+    rows = load.total / gemm.top_k * gemm.inputs * ITEM_BYTES[gemm.dtype]
+    first = _LOADED * device.hit if not gemm.gathered or rows <= device.cache * _CACHE_PART else delay
+    return 2 * device.hit + np.maximum(first, delay - waits), delay - first
+
+
+def makespan(blocks: Floats, cycles: Floats, longest: Ints, machines: Floats, late: Floats) -> Floats:
     """Cycles until tiles of several lengths are done, each taken by the next machine that is free.
 
-    Equal tiles take whole waves. Others end half a tile after an even share, as machines come to their ends evenly
-    spread over the length of one (tiles in the kernels' order, scheduled, take 0.3 to 0.6 of it more than the share);
-    never later than as many of the longest would.
+    Equal tiles take whole waves. Others end half of one after an even share, as machines come to their ends evenly
+    spread over the length of those that come last: of short ones, if there are enough of them for half of the machines
+    (tiles in the kernels' order, scheduled, take up to 0.5 of the longest more than the share); never later than as
+    many of the longest would.
 
     Args:
         blocks: [forms, tables] how many tiles of each form there are.
         cycles: [forms, tables] how long one takes.
         longest: [tables] the form that takes longest.
         machines: [tables] that work side by side.
+        late: [tables] tiles of other forms than the longest, that come after all others.
     """
     most = cycles[longest, np.arange(len(longest))]
     waves = np.ceil(blocks.sum(0) / machines - _ROUNDING) * most
-    share = np.maximum((blocks * cycles).sum(0) / machines + most / 2, most)
+    short = np.where(np.arange(len(blocks))[:, None] < longest, blocks, 0.0)
+    mean = (short * cycles).sum(0) / np.maximum(short.sum(0), _ROUNDING)
+    last = most - (most - mean) * np.minimum(1.0, 2 * late / machines)
+    share = np.maximum((blocks * cycles).sum(0) / machines + last / 2, most)
     return np.where(longest > 0, np.minimum(waves, share), waves)
 
 
-def with_group(tile: Tile, gemm: Gemm, device: Device) -> Tile:
-    """The tile with the group that ``times`` counted with."""
-    return replace(tile, group_m=group_of(gemm, tile.rows, device))
+def with_order(tile: Tile, gemm: Gemm, device: Device, late: bool) -> Tile:
+    """The tile with the order of tiles that ``times`` counted with."""
+    tile = replace(tile, group_m=group_of(gemm, tile.rows, device))
+    if tile.units == 1:
+        return tile
+    resident = usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered, gemm.apart).resident
+    columns, at_once = -(-gemm.outputs // tile.block_n), device.units * resident
+    return replace(tile, ahead=at_once, late=-(-at_once // columns) if late else 0)

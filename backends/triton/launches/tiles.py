@@ -18,6 +18,9 @@ class Tile:
         split_k: Programs that share the inputs of one tile (down GEMM; their sums are added in order).
         tma: Weights are read through tensor descriptors.
         units: A tile has up to so many times ``block_m`` rows (1 to 4), and only so many blocks as its expert has.
+        ahead: Tiles that are multiplied side by side on all units of the device, where they have several heights: a
+            program has what the tile so many places later reads first fetched to the cache; 0: of none.
+        late: Experts, of the last ones, whose lower tiles come after all others.
     """
 
     block_m: int
@@ -29,6 +32,8 @@ class Tile:
     split_k: int = 1
     tma: bool = False
     units: int = 1
+    ahead: int = 0
+    late: int = 0
 
     @property
     def rows(self) -> int:

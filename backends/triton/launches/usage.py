@@ -19,7 +19,7 @@ ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f8e4m3fn": 1}
 PORT_BYTES = 128
 """A cycle: what the shared memory of a unit gives to its matrix units."""
 LINK_BYTES = 64
-"""A cycle: what a unit gets from the last cache at most."""
+"""A cycle: what a unit stores to the last cache at most."""
 BARRIER_BYTES = 1024
 """Shared memory for the barriers of descriptors and asynchronous instructions, where an architecture has them."""
 _BASE_REGISTERS = 40

@@ -14,7 +14,7 @@ from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS, Gemm
 from moec.backends.triton.launches.load import Load
 from moec.backends.triton.launches.tiles import Tile
-from moec.backends.triton.launches.usage import ITEM_BYTES, LINK_BYTES
+from moec.backends.triton.launches.usage import ITEM_BYTES
 
 _NS, _KS = (4, 8, 16, 32, 64), (64, 128, 256, 512)
 _BASE_REGISTERS = 32
@@ -61,7 +61,7 @@ def _time(gemm: Gemm, load: Load, device: Device, tile: Tile) -> VectorTime:
     of_unit = math.ceil(load.total * math.ceil(gemm.outputs / tile.block_n) / units - 1e-6)
     resident = device.resident(0, vector_registers(tile, gemm.parts, device), tile.num_warps)
     together = min(resident, max(1, of_unit))
-    link = min(LINK_BYTES, device.cache_cycle / units)
+    link = min(device.link, device.cache_cycle / units)
     multiply = 2 * tile.block_n * tile.block_k * gemm.parts / device.unit_flops("f32")
     busy = max(step / link, multiply)
     # Nothing is loaded ahead: a program waits for every step, and others on its unit go on meanwhile.

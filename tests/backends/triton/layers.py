@@ -26,8 +26,10 @@ LAUNCHES = {
     "wide": Launch("gemm", _WIDE, _WIDE),
     "persistent": replace(GEMM, programs=3),
     "descriptors": Launch("gemm", replace(TILE, tma=True), replace(TILE, tma=True)),
-    "two blocks": Launch("gemm", replace(TILE, units=2), replace(TILE, units=2, block_n=32)),
-    "three blocks": Launch("gemm", replace(TILE, units=3, tma=True), replace(TILE, units=3, tma=True)),
+    "two blocks": Launch("gemm", replace(TILE, units=2, late=2), replace(TILE, units=2, late=9, block_n=32)),
+    "three blocks": Launch(
+        "gemm", replace(TILE, units=3, tma=True, ahead=5, late=1), replace(TILE, units=3, tma=True, ahead=2)
+    ),
     "four blocks": replace(Launch("gemm", replace(TILE, units=4), replace(TILE, units=4)), programs=2),
     "four blocks, split": Launch("gemm", replace(TILE, units=4), replace(TILE, units=4, split_k=2, block_n=32)),
     "split": Launch("gemm", TILE, replace(TILE, split_k=2)),

@@ -27,13 +27,6 @@ REAL = {
 }
 NEAR = 1.4
 """Times the roofline, at most, from 1024 tokens on."""
-FAR = {
-    ("cuda:sm100", "OLMoE", 4096): 1.47,
-    ("cuda:sm100", "Qwen3-30B-A3B", 8192): 1.44,
-    ("cuda:sm100", "gpt-oss-20b", 4096): 1.42,
-}
-"""What is above it all the same, and how far: experts of 512 rows, half of which have a few more and so another tile;
-the filling of the pipeline before every tile and the writing of its result; the last tiles of a call."""
 SCHEDULE = 0.05
 """Of a schedule's length, that the expectation is off at most."""
 LARGE = (1024, 2048, 4096, 8192, 16384)
@@ -131,11 +124,7 @@ def near(choice: Choice) -> float:
 @pytest.mark.parametrize("name", REAL)
 def test_real_layers_come_near_the_roofline(name: str, target: str) -> None:
     for tokens in LARGE:
-        times = near(pick(REAL[name], tokens, device_of(target)))
-        if (far := FAR.get((target, name, tokens))) is None:
-            assert times <= NEAR, tokens
-        else:
-            assert NEAR < times <= far, tokens
+        assert near(pick(REAL[name], tokens, device_of(target))) <= NEAR, tokens
 
 
 def scheduled(lengths: Sequence[float], machines: int) -> float:
@@ -146,23 +135,44 @@ def scheduled(lengths: Sequence[float], machines: int) -> float:
     return max(ends)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("experts", "columns", "rows"), [(64, 8, 512), (32, 23, 512), (8, 32, 1024), (128, 6, 256)])
-def test_tiles_of_several_heights_end_when_a_schedule_of_them_does(experts: int, columns: int, rows: int) -> None:
-    """An expert's tiles have 192 rows but the last; every column has them one after another, as in the kernels."""
+def test_tiles_of_several_heights_end_when_a_schedule_of_them_does(
+    experts: int, columns: int, rows: int, late: bool
+) -> None:
+    """An expert's tiles have 192 rows but the last; every column has them one after another, as in the kernels. Low
+    tiles of the last experts may come after all others, highest first."""
     lengths = np.array([10.0, 14.0, 17.0])
     generator = np.random.default_rng(4)
     counts = [generator.multinomial(experts * rows, [1 / experts] * experts) for _ in range(8)]
     heights = [[[3] * (-(-n // 64) // 3) + ([r] if (r := -(-n // 64) % 3) else []) for n in c] for c in counts]
-    seen = [scheduled([lengths[h - 1] for e in each for _ in range(columns) for h in e], 132) for each in heights]
+    tail = min(experts, -(-132 // columns)) if late else 0
+
+    def order(each: list[list[int]]) -> list[int]:
+        last = [h for e in each[experts - tail :] for h in e if h < 3]
+        early = [[h for h in e if h == 3 or at < experts - tail] for at, e in enumerate(each)]
+        first = [h for e in early for _ in range(columns) for h in e]
+        return first + [h for h in sorted(last, reverse=True) for _ in range(columns)]
+
+    seen = [scheduled([lengths[h - 1] for h in order(each)], 132) for each in heights]
     blocks = sum(counted(list(c)).blocks(64, 3) for c in counts) * columns / len(counts)
-    (told,) = makespan(blocks[:, None], lengths[:, None], np.array([2]), np.array([132.0]))
+    lows = blocks[:2].sum() * tail / experts
+    (told,) = makespan(blocks[:, None], lengths[:, None], np.array([2]), np.array([132.0]), np.array([lows]))
     assert told == pytest.approx(np.mean(seen), rel=SCHEDULE)
+
+
+def test_short_tiles_come_last_where_that_costs_no_memory() -> None:
+    """All 8 experts' weights would be read twice where reading them once takes the most time."""
+    device = device_of("cuda:sm90")
+    assert pick(REAL["OLMoE"], 4096, device).down.late == -(-device.units // 8)
+    choice = pick(REAL["Mixtral-8x7B"], 1024, device)
+    assert (choice.down.late, choice.down.ahead) == (0, device.units)
 
 
 def test_equal_tiles_take_whole_waves() -> None:
     for tiles, waves in ((1, 1), (132, 1), (133, 2), (264, 2)):
         one = np.array([[float(tiles)]])
-        assert makespan(one, np.array([[7.0]]), np.array([0]), np.array([132.0])) == [7.0 * waves]
+        assert makespan(one, np.array([[7.0]]), np.array([0]), np.array([132.0]), np.zeros(1)) == [7.0 * waves]
 
 
 def test_tiny_tiles_are_far_from_it() -> None:

@@ -222,13 +222,15 @@ def test_a_wrong_stride_or_mask_shows(name: str) -> None:
 
 
 TALL_MUTANTS = {
-    "first block of a tile": ("tl.load(places + block)", "tl.load(places)"),
-    "height of a tile": ("place % 4 == units % 4", "place % 4 == units"),
+    "place of a program": ("tl.load(places + tl.program_id(0))", "tl.load(places)"),
+    "first block of a tile": ("(place >> 35)", "(place >> 36)"),
+    "expert of a tile": ("(place >> 19) & 65535", "(place >> 19) & 1"),
+    "column of a tile": ("(place >> 3) & 65535", "(place >> 3) & 0"),
+    "height of a tile": ("units_of(place) == units:", "units_of(place) % 2 == units:"),
     "rows of the second accumulator": ("first + ROWS + tl.arange", "first + tl.arange"),
     "where its sums go": ("first + ROWS, column_block", "first, column_block"),
     "right columns": ("column_block * 2 + 1,", "column_block * 2,"),
     "columns of a half": ("(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)", "(sums, (ROWS, COLUMNS // 2, 2)), (0, 1, 2)"),
-    "columns of a tile": ("(0) // columns, columns,", "(0) // columns, columns + 1,"),
 }
 
 
