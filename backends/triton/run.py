@@ -22,6 +22,7 @@ COMBINE_COLUMNS = 512
 """Columns of a program that adds up slots."""
 DESCRIPTOR_BYTES = 16
 """Alignment that tensor descriptors ask of a base and of strides."""
+_ONE_HEIGHT = Tile(16, 16, 16), Tile(16, 16, 16)
 
 Values = dict[str, Any]
 
@@ -61,7 +62,7 @@ class Run:
         places = [{"places": placed.pop(f"{gemm}_places")} for gemm in ("up", "down")]
         return self._gemms(up | placed | places[0], down | placed | places[1], captures, post_captures)
 
-    def sort(self, ids: Tensor, block_m: int, tiles: tuple[Tile, Tile] = (Tile(16, 16, 16),) * 2) -> Values:
+    def sort(self, ids: Tensor, block_m: int, tiles: tuple[Tile, Tile] = _ONE_HEIGHT) -> Values:
         """Slots by expert, aligned to blocks of rows: ``rows``, ``experts`` and ``used``; and the places of tiles.
 
         Args:

@@ -108,8 +108,8 @@ def times(gemm: Gemm, load: Load, device: Device, table: Tiles | None = None) ->
     delay = device.delay * clock
     end = table.m * table.n * item / LINK_BYTES
     waits = np.maximum(work, delay / table.ahead) + STEP_CYCLES
-    fill, once = _filling(gemm, load, device, delay, waits)
-    fill, once = np.where(longest > 0, fill, delay), once * (longest > 0)
+    filling, first = _filling(gemm, load, device, delay, waits)
+    fill, once = np.where(longest > 0, filling, delay), np.where(longest > 0, first, 0.0)
     results = np.where(table.split > 1, table.split * 2 * _SUM_BYTES - item, item)  # parts are written and read again
     rows = load.total * (gemm.outputs * results + gemm.inputs / gemm.top_k * item)
 

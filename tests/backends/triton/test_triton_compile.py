@@ -195,7 +195,7 @@ def test_transposed_weights_are_loaded_sixteen_bytes_at_a_time() -> None:
 def test_tall_tiles_hold_their_sums(target: str, kernel: str, tile: Tile) -> None:
     """A loop over tiles would keep registers for the next one, and spill; whole rows in f32 at once as well."""
     layer, device = spec("OLMoE"), device_of(target)
-    file, tile = write_experts(layer), replace(tile, tma=True)
+    file, tile = write_experts(layer), replace(tile, tma=True, ahead=device.units)
     call = next(c for c in calls(layer, Launch("gemm", tile, tile), 4096, file) if c.kernel == kernel)
     own = file.kernels[kernel]
     signature = {a.name: a.type for a in own.arguments} | dict.fromkeys(own.constants, "constexpr")
@@ -205,8 +205,27 @@ def test_tall_tiles_hold_their_sums(target: str, kernel: str, tile: Tile) -> Non
     )
     assert binary.resources.spills == 0
     assert binary.resources.registers <= device.thread_registers
-    # What says which tile it is comes while descriptors are written.
-    assert 0 < binary.assembly.index("ld.global") < binary.assembly.index("tensormap.replace")
+    waits_once(binary.assembly, gathered=kernel == "up")
+
+
+def waits_once(assembly: str, gathered: bool) -> None:
+    """Places are on their way while a descriptor is written; then what a later tile reads is fetched, and first loads
+    of this one wait for nothing but slots, where rows are gathered."""
+    place, later = re.finditer(r"ld\.global\.b64 \{ (%rd\d+) \}", assembly[: assembly.index("tensormap.replace")])
+    written = assembly.index("fence.proxy.tensormap")
+    for found in (place, later):
+        assert found.end() < written < assembly.index(f"{found[1]},", found.end())
+    first = min(assembly.index(f"{load} ", written) for load in _loads(assembly))
+    fetches = [m.start() for m in re.finditer(r"prefetch\.global\.L2", assembly)]
+    assert len(fetches) == 2  # gate and up; or weights and rows
+    assert all(written < at < first for at in fetches)
+    slots = re.findall(r"ld\.global\.\S+", assembly[written:first])
+    assert set(slots) == ({"ld.global.b32"} if gathered else set())
+
+
+def _loads(assembly: str) -> list[str]:
+    """Instructions that bring operands: of weights through descriptors, of rows."""
+    return [re.search(p, assembly)[0] for p in (r"cp\.async\.bulk\.tensor\S+", r"cp\.async\.cg\S+")]  # type: ignore[index]
 
 
 def small() -> Spec:

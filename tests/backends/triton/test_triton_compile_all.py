@@ -125,6 +125,15 @@ def test_a_sample_of_kernels() -> None:
     a_router("gpt-oss-20b", "hip:gfx942")
 
 
+def test_a_tile_of_32_rows_in_fp8_spills_nothing() -> None:
+    """Of the down GEMM, on sm_90: masks of rows that hold no slot took 8 bytes of a thread."""
+    spec, device = layer("Qwen3-30B-A3B", "fp8"), device_of("cuda:sm90")
+    file, launch = write_experts(spec), plan_launch(spec, 256, device).launch
+    assert (launch.down.rows, launch.down.block_n, launch.down.num_warps, launch.down.num_stages) == (32, 128, 4, 2)
+    call = next(c for c in calls(spec, launch, 256, file) if c.kernel == "down")
+    built(file, call, "cuda:sm90")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SIZES)

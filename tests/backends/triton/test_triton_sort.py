@@ -13,6 +13,7 @@ from moec.backends.base import program_op
 from moec.backends.triton.kernels.sort import CHUNK, most_blocks
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
+from moec.backends.triton.launches.tiles import Tile
 from moec.backends.triton.run import Run, Values
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase
@@ -22,14 +23,18 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def _placed(
-    ids: Tensor, experts: int, block_m: int, units: int = 1, change: Callable[[str], str] = lambda text: text
+    ids: Tensor,
+    experts: int,
+    block_m: int,
+    tiles: tuple[Tile, Tile] | None = None,
+    change: Callable[[str], str] = lambda text: text,
 ) -> Values:
     tokens, top_k = ids.shape
     spec = read_spec(program_op(ExpertsCase(experts=experts, top_k=top_k).graph()))
     file = write_experts(spec, True)
     launcher = Launcher(replace(file, text=change(file.text)))
     with dirty_memory():
-        placed = Run(spec, GEMM, launcher, tokens).sort(ids, block_m, units)
+        placed = Run(spec, GEMM, launcher, tokens).sort(ids, block_m, *([tiles] if tiles else []))
     assert int(placed["used"][0]) <= most_blocks(tokens * top_k, experts, block_m)
     return placed
 
@@ -38,7 +43,7 @@ def _sorted(
     ids: Tensor, experts: int, block_m: int, change: Callable[[str], str] = lambda text: text
 ) -> tuple[list[int], list[int]]:
     """Slots of all rows, -1 for none, and the expert of every block."""
-    placed = _placed(ids, experts, block_m, 1, change)
+    placed = _placed(ids, experts, block_m, change=change)
     used = int(placed["used"][0])
     return placed["rows"][: used * block_m].tolist(), placed["experts"][:used].tolist()
 
@@ -75,21 +80,71 @@ def test_rows_of_slots(name: str, block_m: int) -> None:
     assert _sorted(ids, experts, block_m) == _expected(ids, experts, block_m)
 
 
+def places(owners: list[int], units: int, columns: int, group: int, late_from: int) -> list[tuple[int, int, int, int]]:
+    """First block, expert, column and blocks of every program's tile, in order."""
+    tiles: list[tuple[int, int, int]] = []
+    for expert in sorted(set(owners)):
+        first, count = owners.index(expert), owners.count(expert)
+        tiles += [(first + at, expert, min(units, count - at)) for at in range(0, count, units)]
+    late = sorted((t for t in tiles if t[2] < units and t[1] >= late_from), key=lambda t: -t[2])
+    early = [t for t in tiles if t not in late]
+    found = []
+    for begin in range(0, len(early), group):
+        found += [(f, e, c, n) for c in range(columns) for f, e, n in early[begin : begin + group]]
+    return found + [(f, e, c, n) for f, e, n in late for c in range(columns)]
+
+
+def _tiles(units: int) -> tuple[Tile, Tile]:
+    """Of the up GEMM 4 columns in groups of 3, its last 3 experts late; of the down GEMM 3 in groups of 4, none."""
+    return Tile(16, 2, 16, 3, units=units, late=3), Tile(16, 5, 16, 4, units=units)
+
+
+def _differs(ids: Tensor, experts: int, units: int, change: Callable[[str], str] = lambda text: text) -> bool:
+    """Whether programs have other tiles than they should."""
+    placed = _placed(ids, experts, 16, _tiles(units), change)
+    _, owners = _expected(ids, experts, 16)
+    row_tiles = most_blocks(ids.numel(), experts, 16 * units)
+    wanted = {"up": (4, 3, experts - 3), "down": (3, 4, experts)}
+    for gemm, (columns, group, late_from) in wanted.items():
+        expected = places(owners, units, columns, group, late_from)
+        got = placed[f"{gemm}_places"].tolist()
+        assert len(got) == row_tiles * columns
+        tiles = [(p >> 35, p >> 19 & 65535, p >> 3 & 65535, p & 7) for p in got[: len(expected)]]
+        if tiles != expected or set(got[len(expected) :]) > {-1}:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("units", [2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_of_several_blocks(name: str, units: int) -> None:
-    """Each tile has so many blocks of one expert, but an expert's last, which has what is left."""
-    ids, experts = CASES[name]
-    placed = _placed(ids, experts, 16, units)
-    rows, owners = _expected(ids, experts, 16)
-    assert placed["rows"][: len(rows)].tolist() == rows
-    places: list[tuple[int, int]] = []
-    for first, owner in enumerate(owners):
-        new = not places or (sum(places[-1]) == first and (places[-1][1] == units or owners[places[-1][0]] != owner))
-        places = [*places, (first, 1)] if new else [*places[:-1], (places[-1][0], places[-1][1] + 1)]
-    programs = most_blocks(ids.numel(), experts, 16 * units)
-    expected = [4 * first + count % 4 for first, count in places]
-    assert placed["places"][:programs].tolist() == expected + [-1] * (programs - len(expected))
+    """Each tile has so many blocks of one expert, but an expert's last, which has what is left; those may come last."""
+    assert not _differs(*CASES[name], units)
+
+
+PLACE_MUTANTS = {
+    "low tiles of early experts": ("(rest > 0) & (expert < EARLY)", "(rest > 0) & (expert <= EARLY)"),
+    "low tiles that come last": ("late = (rest > 0) & (expert >= EARLY)", "late = (rest > 0) & (expert > EARLY)"),
+    "highest first": ("rest == UNITS - lower", "rest == lower"),
+    "first block of a low tile": ("blocks + units - rest", "blocks + units"),
+    "first block of a tile": ("earlier = (tile - tl.gather(ends - count, owner, 0)) * UNITS", "earlier = 0 * tile"),
+    "columns of a group": ("column * size + tile - group", "column * GROUP + tile - group"),
+    "groups": ("group = tile // GROUP * GROUP", "group = tile // GROUP"),
+    "columns of low tiles": ("rank * COLUMNS + column", "rank * COLUMNS"),
+    "programs without a tile": ("(tile >= grouped + lows)", "(tile > grouped + lows)"),
+}
+
+
+@pytest.mark.parametrize("name", PLACE_MUTANTS)
+def test_a_wrong_order_of_tiles_shows(name: str) -> None:
+    old, new = PLACE_MUTANTS[name]
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    many = torch.randint(0, 6, (150, 3), generator=torch.Generator().manual_seed(2)) % 5
+    assert _differs(many, 6, 3, change)
 
 
 MUTANTS = {
