@@ -84,9 +84,25 @@ Adviser = Callable[[int, int], Advice]
 """Advice for a call of so many tokens that may have so many threads at most. It is quick: asked again, it remembers."""
 
 
-def placed(found: list[Tensor | None], into: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients, those copied that have a place."""
-    return [g if g is None or place is None else place.copy_(g) for g, place in zip(found, into, strict=True)]
+STACKS = 3
+"""The first input of a ``moe.experts`` that holds something of every expert."""
+
+
+def placed(
+    found: list[Tensor | None], into: Sequence[Tensor | None], only: Sequence[int] | None = None
+) -> list[Tensor | None]:
+    """Gradients, those copied that have a place; arguments as for :meth:`Kernel.backward_into`."""
+    made = list(found)
+    for i, (g, place) in enumerate(zip(found, into, strict=True)):
+        if g is None or place is None:
+            continue
+        made[i] = place
+        if only is None or i < STACKS:
+            place.copy_(g)
+        else:
+            for expert in only:
+                place[expert].copy_(g[expert])
+    return made
 
 
 class Kernel:
@@ -124,6 +140,7 @@ class Kernel:
         inputs: list[Tensor],
         needs: Sequence[bool],
         into: Sequence[Tensor | None],
+        only: Sequence[int] | None = None,
     ) -> list[Tensor | None]:
         """As :meth:`backward`, with places for some gradients; kernels that can write there spare a copy.
 
@@ -133,8 +150,10 @@ class Kernel:
             needs: As there.
             into: One per input: where its gradient is to be, of its shape and type, with anything in it; None for a
                 tensor of its own.
+            only: The experts of a ``moe.experts`` that have rows, where nothing but their gradients is wanted. Those of
+                stacked weights all have places then, for every expert; the others' stay as they are.
         """
-        return placed(self.backward(grads, inputs, needs), into)
+        return placed(self.backward(grads, inputs, needs), into, only)
 
 
 class Backend:

@@ -74,17 +74,25 @@ def loads(plan: Plan, sizes: Sequence[int], device: torch.device, order: Sequenc
     return by_expert, torch.tensor(by_rank, dtype=torch.int64, device=device)
 
 
-def arrivals(counts: Tensor, ranks: int, only: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def arrivals(
+    counts: Tensor, ranks: int, only: Sequence[int] = (), among: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows from every rank (i64[N]) and the own expert of every row that comes (i64[R, 1]).
 
     Args:
         counts: i64[N * E'], what every rank sends to each of this rank's E' experts.
         ranks: N.
         only: First and past-last of the experts whose rows come; ids count from the first. All, where it is empty.
+        among: The experts whose rows come, in their order, by their own numbers; None for ``only``.
     """
     table = counts.view(ranks, -1)
-    table = table[:, only[0] : only[1]] if only else table
-    ids = torch.arange(table.shape[1], device=counts.device).repeat(ranks).repeat_interleave(table.flatten())
+    if among is None:
+        table = table[:, only[0] : only[1]] if only else table
+        own = torch.arange(table.shape[1], device=counts.device)
+    else:
+        own = torch.tensor(among, dtype=torch.int64, device=counts.device)
+        table = table.index_select(1, own)
+    ids = own.repeat(ranks).repeat_interleave(table.flatten())
     return table.sum(1), ids[:, None]
 
 

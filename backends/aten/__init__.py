@@ -12,7 +12,7 @@ from moec.backends.aten.backward import experts_backward
 from moec.backends.aten.forward import experts_forward
 from moec.backends.aten.region import compile_region
 from moec.backends.aten.spec import Spec
-from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, program_op, tensors_only
+from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, placed, program_op, tensors_only
 from moec.backends.reference import AutogradKernel, run_graph
 from moec.backends.registry import register_backend
 from moec.ir.core import Op
@@ -39,12 +39,23 @@ class ExpertsKernel(Kernel):
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
+        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
+
+    def backward_into(
+        self,
+        grads: Sequence[Tensor | None],
+        inputs: list[Tensor],
+        needs: Sequence[bool],
+        into: Sequence[Tensor | None],
+        only: Sequence[int] | None = None,
+    ) -> list[Tensor | None]:
         if self.defined is not None:
-            return self.defined.backward(grads, inputs, needs)
+            return placed(self.defined.backward(grads, inputs, needs), into, only)
         (grad,) = grads
         if grad is None:
-            return [torch.zeros_like(t) if n else None for t, n in zip(inputs, needs, strict=True)]
-        return experts_backward(self.spec, grad, inputs, needs)
+            found = [torch.zeros_like(t) if n else None for t, n in zip(inputs, needs, strict=True)]
+            return placed(found, into, only)
+        return experts_backward(self.spec, grad, inputs, needs, into, only)
 
 
 @register_backend

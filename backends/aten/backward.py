@@ -35,12 +35,19 @@ class Gradients:
     post_captures: list[Tensor | None]
 
 
-def experts_backward(spec: Spec, grad: Tensor, inputs: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of the flat operands; None where not needed."""
+def experts_backward(
+    spec: Spec,
+    grad: Tensor,
+    inputs: list[Tensor],
+    needs: Sequence[bool],
+    into: Sequence[Tensor | None],
+    only: Sequence[int] | None,
+) -> list[Tensor | None]:
+    """Gradients of the flat operands; None where not needed. Arguments as those of the kernel's ``backward_into``."""
     x, ids, weights = inputs[:3]
     params = spec.params(inputs)
     slots = sort_slots(ids, spec.experts)
-    g = _buffers(spec, inputs, needs, slots)
+    g = _buffers(spec, inputs, needs, slots, into, only)
     if slots.live:
         x_rows = _rows_backward(spec, grad, x, weights, params, slots, g)
         if g.x is not None and x_rows is not None:
@@ -50,25 +57,33 @@ def experts_backward(spec: Spec, grad: Tensor, inputs: list[Tensor], needs: Sequ
     return g.all
 
 
-def _buffers(spec: Spec, inputs: list[Tensor], needs: Sequence[bool], slots: Slots) -> Gradients:
-    """Allocate; zero what no expert will write."""
+def _buffers(
+    spec: Spec,
+    inputs: list[Tensor],
+    needs: Sequence[bool],
+    slots: Slots,
+    into: Sequence[Tensor | None],
+    only: Sequence[int] | None,
+) -> Gradients:
+    """Allocate what has no place; zero what no expert will write."""
     found: list[Tensor | None] = []
     touched = {e for e, _, _ in slots.segments}
-    idle = [e for e in range(spec.experts) if e not in touched]
+    idle = [e for e in (range(spec.experts) if only is None else only) if e not in touched]
     b = spec.bounds
-    for i, (t, need) in enumerate(zip(inputs, needs, strict=True)):
+    for i, (t, need, place) in enumerate(zip(inputs, needs, into, strict=True)):
         if not need or i == 1:
             found.append(None)
-        elif i == 0:
-            found.append(torch.empty_like(t))
+            continue
+        buffer = torch.empty_like(t) if place is None else place
+        if i == 0:
+            found.append(buffer)
         elif i == 2 or i >= b[6]:
-            found.append(torch.zeros_like(t))
+            found.append(buffer.zero_())
         elif not spec.stacked:
             group_start = max(end for end in b[2:6] if end <= i)
             used = (i - group_start) % spec.experts in touched
-            found.append(torch.empty_like(t) if used else torch.zeros_like(t))
+            found.append(buffer if used else buffer.zero_())
         else:
-            buffer = torch.empty_like(t)
             for e in idle:
                 buffer[e].zero_()
             found.append(buffer)

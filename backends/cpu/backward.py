@@ -67,6 +67,7 @@ class CpuBackward:
         needs: Sequence[bool],
         threads: int,
         into: Sequence[Tensor | None] | None = None,
+        only: Sequence[int] | None = None,
     ) -> list[Tensor | None] | None:
         """Gradients of the flat operands, None where not needed; or None where aten has to compute them.
 
@@ -76,6 +77,7 @@ class CpuBackward:
             needs: Which of them want a gradient.
             threads: The most to use.
             into: Where they are to be; None for tensors of their own, of one or of all.
+            only: The experts whose places of weights are written.
         """
         spec, b, into = self.spec, self.spec.bounds, into or [None] * len(inputs)
         if self.reason or any(needs[b[6] :]):
@@ -102,7 +104,7 @@ class CpuBackward:
             return None  # weights of a kind lie differently
         x, grad = _rows(x), _rows(grad.to(x.dtype))
         ids, weights = ids.to(torch.int64).contiguous(), weights.contiguous()
-        self._run(grad, [x, ids, weights], p, found, (up_nk, down_nk, bool(forms[2]), bool(forms[3])), threads)
+        self._run(grad, [x, ids, weights], p, found, (up_nk, down_nk, bool(forms[2]), bool(forms[3])), threads, only)
         return found
 
     def _run(
@@ -113,6 +115,7 @@ class CpuBackward:
         found: list[Tensor | None],
         forms: tuple[bool, bool, bool, bool],
         threads: int,
+        only: Sequence[int] | None,
     ) -> None:
         x, ids, weights = tokens
         count, top_k = ids.shape
@@ -122,7 +125,7 @@ class CpuBackward:
         up, bias = o.up(p.up, forms[0], self.spec.up_nk, keep), o.up_bias(alike(p.up_bias), keep)
         down, down_bias = o.matrix(p.down, 0, forms[1], self.spec.down_nk, keep), o.vector(alike(p.down_bias), 0, keep)
         captures = [c.contiguous() for c in p.captures]
-        gradients = self._gradients(found, forms[2], forms[3], keep)
+        gradients = self._gradients(found, forms[2], forms[3], keep, only)
         ints = torch.empty(4 * experts + 8 + ids.numel(), dtype=torch.int32)
         dx, dw = (0 if t is None else t.data_ptr() for t in (found[0], found[2]))
         with team.SHARED.borrow(threads) as granted:
@@ -139,9 +142,11 @@ class CpuBackward:
             )  # fmt: skip
             workspace.SHARED.give_back(work)
 
-    def _gradients(self, found: list[Tensor | None], up_nk: bool, down_nk: bool, keep: Pointers) -> list[int]:
+    def _gradients(
+        self, found: list[Tensor | None], up_nk: bool, down_nk: bool, keep: Pointers, only: Sequence[int] | None
+    ) -> list[int]:
         """The fields of every ``Gradient``; the last one says whether rows in memory are those of the left factor."""
-        b, o = self.spec.bounds, self.operands
+        b, o = self.spec.bounds, self.operands.of(only)
         up, down, up_bias, down_bias = (found[b[i] : b[i + 1]] for i in range(2, 6))
         fields: list[int] = []
         for matrix in o.up(up, up_nk, self.spec.up_nk, keep):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.aten.spec import Params
-from moec.backends.base import Kernel, placed
+from moec.backends.base import Kernel
 from moec.backends.cpu import team, workspace
 from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.build import build
@@ -164,12 +164,13 @@ class CpuExperts(Kernel):
         inputs: list[Tensor],
         needs: Sequence[bool],
         into: Sequence[Tensor | None],
+        only: Sequence[int] | None = None,
     ) -> list[Tensor | None]:
         (grad,) = grads
         most = self.threads or torch.get_num_threads()
         library = self.adviser is not None and self.adviser(inputs[0].shape[0], most).library
-        found = None if grad is None or library else self.gradients(grad, inputs, needs, most, into)
-        return placed(self.aten.backward(grads, inputs, needs), into) if found is None else found
+        found = None if grad is None or library else self.gradients(grad, inputs, needs, most, into, only)
+        return self.aten.backward_into(grads, inputs, needs, into, only) if found is None else found
 
     def _up(self, p: Params, nk: bool, rows: Sequence[int], keep: Pointers) -> list[list[int]]:
         """Fields of gate, up and their biases."""

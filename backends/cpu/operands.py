@@ -70,10 +70,15 @@ class Operands:
     Args:
         experts, inner, layout: Of the layer.
         stacked: Weights of all experts are one tensor.
+        only: The experts of a stacked tensor that are meant, the others left out as None is of a list; None for all.
     """
 
-    def __init__(self, experts: int, inner: int, layout: str, stacked: bool) -> None:
-        self.experts, self.inner, self.layout, self.stacked = experts, inner, layout, stacked
+    def __init__(self, experts: int, inner: int, layout: str, stacked: bool, only: Sequence[int] | None = None) -> None:
+        self.experts, self.inner, self.layout, self.stacked, self.only = experts, inner, layout, stacked, only
+
+    def of(self, only: Sequence[int] | None) -> Operands:
+        """The same layer's, of these experts."""
+        return Operands(self.experts, self.inner, self.layout, self.stacked, only)
 
     def up(self, tensors: Tensors, nk: bool, form_nk: bool, keep: Pointers) -> tuple[list[int], list[int]]:
         """Gate and up; interleaved rows are one matrix, a single projection has no gate."""
@@ -115,7 +120,13 @@ class Operands:
             t = tensors[part]
             if t is None:
                 return NOTHING
-            return [0, t.data_ptr(), t.stride(0) * t.element_size(), t.stride(row_dim) * t.element_size()]
+            expert, row = t.stride(0) * t.element_size(), t.stride(row_dim) * t.element_size()
+            if self.only is None:
+                return [0, t.data_ptr(), expert, row]
+            places = [0] * self.experts
+            for e in self.only:
+                places[e] = t.data_ptr() + e * expert
+            return [keep.numbers(places), 0, 0, row]
         each = tensors[part * self.experts : (part + 1) * self.experts]
         like = next((t for t in each if t is not None), None)
         if like is None:

@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 
-from moec.backends.base import Kernel
+from moec.backends.base import STACKS, Kernel, placed
 from moec.backends.distributed.order import combine_in_order, sum_in_order
-from moec.backends.distributed.together import Gradients, Part, parts
+from moec.backends.distributed.together import Gradients, Part, is_join, parts
 from moec.backends.distributed.world import WORLD
 from moec.backends.reference.interpreter import run_graph
 from moec.backends.registry import get_backend
@@ -44,7 +45,7 @@ def local_program(op: Op, result: Type) -> Graph:
     skip = op.name == "moe.experts_backward"
     graph = Graph("program")
     args = [graph.add_arg(_any_rows(v.type), f"a{i}") for i, v in enumerate(op.operands[skip:])]
-    attrs = {k: v for k, v in op.attrs.items() if k != "needs"}
+    attrs = {k: v for k, v in op.attrs.items() if k not in ("needs", "only")}
     made = Op(
         "moe.experts",
         args,
@@ -166,7 +167,7 @@ class ParallelKernel(Kernel):
             return self._experts(op, list(inputs))
         if op.name == "moe.experts_backward":
             return self._experts_backward(op, list(inputs), gradients)
-        if op.name == "torch.call" and gradients is not None:
+        if gradients is not None and is_join(op):
             joined = gradients.joined(op)
             return None if joined is None else [joined]
         if op.name == "moe.combine" and self.in_order:
@@ -185,7 +186,12 @@ class ParallelKernel(Kernel):
     def _experts_backward(self, op: Op, inputs: list[Tensor], gradients: Gradients | None) -> list[Tensor]:
         grad, *inputs = inputs
         needs = op.attrs["needs"]
-        into = [None] * len(inputs) if gradients is None else gradients.places(op, inputs, needs)
+        into: list[Tensor | None] = [None] * len(inputs)
+        if gradients is not None:
+            into = gradients.places(op, inputs, needs)
+        only = op_def(op.name).attr(op, "only")
+        if only is not None:
+            return self._some_experts(op, grad, inputs, into, only)
         if not len(grad):
             return [
                 t.new_zeros(t.shape) if place is None else place.zero_()
@@ -194,3 +200,19 @@ class ParallelKernel(Kernel):
             ]
         found = self._kernel(op, op.operands[0].type).backward_into([grad], inputs, needs, into)
         return [g for g in found if g is not None]
+
+    def _some_experts(
+        self, op: Op, grad: Tensor, inputs: list[Tensor], into: list[Tensor | None], only: Sequence[int]
+    ) -> list[Tensor]:
+        """Gradients of a chunk that holds these of all experts: written into the whole, or taken out of one."""
+        needs = op.attrs["needs"]
+        places = [
+            torch.empty_like(t) if need and place is None and i >= STACKS else place
+            for i, (t, need, place) in enumerate(zip(inputs, needs, into, strict=True))
+        ]
+        if len(grad):
+            found = self._kernel(op, op.operands[0].type).backward_into([grad], inputs, needs, places, only)
+        else:
+            nothing = [t.new_zeros(()).expand(t.shape) if need else None for t, need in zip(inputs, needs, strict=True)]
+            found = placed(nothing, places, only)
+        return [g if i < STACKS or into[i] is not None else g[list(only)] for i, g in enumerate(found) if g is not None]

@@ -1,14 +1,16 @@
 """Gradients of weights that chunks of experts write where they belong, so that nobody puts them together.
 
 A backward in chunks of experts makes the gradients of some of a rank's weights at a time, and joins them in the end
-(``aten.cat``): a copy of all of them, as large as the weights. Where each piece is needed for that alone, the whole is
-there from the first chunk on, and every chunk is given its part of it to write.
+(``aten.cat``, or ``moe.join_experts`` where chunks hold experts in another order): a copy of all of them, as large as
+the weights. Where each piece is needed for that alone, the whole is there from the first chunk on, and every chunk is
+given its part of it to write; in another order the whole, of which it writes its experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from moec.ir.core import Graph, Op, Value
 from moec.ir.types import TensorType
 from moec.passes.calls import is_call
 
+JOIN = "moe.join_experts"
 WEIGHTS = 4
 """The first of the operands of a ``moe.experts_backward`` whose gradient is a sum over an expert's rows."""
 
@@ -28,8 +31,8 @@ class Part:
 
     Attributes:
         join: The op that joins all parts.
-        first: Where the part begins, along the first dimension.
-        last: Where it ends.
+        first: Where the part begins, along the first dimension; where a chunk holds experts in another order, 0.
+        last: Where it ends; where a chunk holds experts in another order, the end of all.
         whole: Where all parts end.
     """
 
@@ -42,7 +45,7 @@ class Part:
 def parts(graph: Graph) -> dict[Value, Part]:
     """The results of chunks' ``moe.experts_backward`` that are joined and used for nothing else."""
     found: dict[Value, Part] = {}
-    for join in (op for op in graph.ops if is_call(op, "aten.cat.default") and len(op.attrs["args"]) == 1):
+    for join in (op for op in graph.ops if is_join(op)):
         pieces, edges = join.operands, [0]
         for value in pieces:
             t = value.type
@@ -50,8 +53,17 @@ def parts(graph: Graph) -> dict[Value, Part]:
                 break
             edges.append(edges[-1] + int(t.shape[0]))
         else:
-            found |= {v: Part(join, edges[i], edges[i + 1], edges[-1]) for i, v in enumerate(pieces)}
+            mixed = join.name == JOIN
+            found |= {
+                v: Part(join, 0 if mixed else first, edges[-1] if mixed else last, edges[-1])
+                for v, (first, last) in zip(pieces, pairwise(edges), strict=True)
+            }
     return found
+
+
+def is_join(op: Op) -> bool:
+    """Whether an op puts together what chunks made."""
+    return op.name == JOIN or (is_call(op, "aten.cat.default") and len(op.attrs["args"]) == 1)
 
 
 def _is_weight(value: Value) -> bool:

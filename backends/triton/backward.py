@@ -72,12 +72,19 @@ class Backward:
         rows: Its rows, as the forward sorts them.
         tables: Addresses of up and of down weights that lie apart, on the device; None where they are stacked.
         aligned: The addresses are multiples of 16.
+        only: i64 experts whose gradients of stacked weights are wanted, on the device, in this order; None for all.
     """
 
     def __init__(
-        self, spec: AtenSpec, dtype: str, rows: Rows, tables: Sequence[Tensor | None], aligned: bool = True
+        self,
+        spec: AtenSpec,
+        dtype: str,
+        rows: Rows,
+        tables: Sequence[Tensor | None],
+        aligned: bool = True,
+        only: Tensor | None = None,
     ) -> None:
-        self.spec, self.rows = spec, rows
+        self.spec, self.rows, self.only = spec, rows, only
         self.up_table, self.down_table = tables
         self.launch = _launcher(dtype, spec.stacked, interpreted(), aligned)
         ends = spec.bounds
@@ -171,13 +178,16 @@ class Backward:
         return out
 
     def _sums(self, d: Tensor, r: Tensor, out: Tensor, nk: bool) -> Tensor:
-        """For each expert the sum over its rows of d[row, n] * r[row, k]: [E, n, k], or [E, k, n] if not ``nk``."""
+        """For each expert that is wanted the sum over its rows of d[row, n] * r[row, k]: [E, n, k], else [E, k, n]."""
         rows, experts = self.rows, self.spec.experts
         blocks = rows.placed["experts"]
         used = torch.arange(len(blocks), device=blocks.device) < rows.placed["used"][0]
         own = (blocks == torch.arange(experts, device=blocks.device)[:, None]) & used
         lasts = (own.sum(1).cumsum(0) * rows.block_m).to(torch.int32)
         firsts = lasts - (own.sum(1) * rows.block_m).to(torch.int32)
+        if self.only is not None:
+            firsts, lasts = (ends.index_select(0, self.only) for ends in (firsts, lasts))
+            experts = len(self.only)
         outputs, inputs = d.shape[1], r.shape[1]
         values = {
             "d": d, "r": r, "rows": rows.placed["rows"], "firsts": firsts, "lasts": lasts, "o": out,
@@ -201,7 +211,8 @@ class Backward:
             return
         rows = d.new_ones((len(d), 1)) if r is None else r.contiguous()
         shape = (d.shape[1], rows.shape[1]) if nk else (rows.shape[1], d.shape[1])
-        made = self._sums(d.contiguous(), rows, d.new_empty((experts, *shape)), nk)
+        wanted = experts if self.only is None else len(self.only)
+        made = self._sums(d.contiguous(), rows, d.new_empty((wanted, *shape)), nk)
         made = made[:, :, 0] if r is None else made
         for i, found in zip(own, [made] if self.spec.stacked else made.unbind(0), strict=True):
             self.found[i] = found if self.needs[i] else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.aten.spec import Params
-from moec.backends.base import Kernel
+from moec.backends.base import STACKS, Kernel, placed
 from moec.backends.cpu.operands import form_of, one_stride
 from moec.backends.triton.backward import Backward, Rows
 from moec.backends.triton.kernels.experts import up_biases, up_weights
@@ -27,7 +27,7 @@ from moec.ir.torch_dtypes import TO_TORCH
 LEAST_ROWS, MOST_ROWS = 16, 64
 """Rows of a block in the backward: what tensor cores multiply at least; more do not fit a program's registers."""
 _TABLES = 4096
-"""Tables of addresses that are kept: equal layers of a model share this kernel, and each has some of its own."""
+"""Tables of addresses, and lists of experts, that are kept: equal layers of a model share this kernel, and each has some of its own."""
 
 
 @lru_cache(maxsize=256)
@@ -42,7 +42,7 @@ class TritonExperts(Kernel):
     def __init__(self, op: Op, spec: Spec, target: str) -> None:
         self.spec, self.target = spec, target
         self.aten = AtenExperts(op)
-        self.tables: dict[tuple[int, ...], Tensor] = {}
+        self.tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         launcher(spec, interpreted())
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -70,20 +70,37 @@ class TritonExperts(Kernel):
     def backward(
         self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
+        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
+
+    def backward_into(
+        self,
+        grads: Sequence[Tensor | None],
+        inputs: list[Tensor],
+        needs: Sequence[bool],
+        into: Sequence[Tensor | None],
+        only: Sequence[int] | None = None,
+    ) -> list[Tensor | None]:
         (grad,) = grads
         x, ids = inputs[:2]
         params = self.aten.spec.params(inputs)
         if grad is None or not x.shape[0] or self.spec.fp8 or not (one_stride(params.up) and one_stride(params.down)):
-            return self.aten.backward(grads, inputs, needs)
+            return self.aten.backward_into(grads, inputs, needs, into, only)
         launch = choose(self.spec, x.shape[0], target_of(x.device) or self.target)
         block_m = min(MOST_ROWS, max(LEAST_ROWS, launch.up.block_m))
         tables = [None if self.aten.spec.stacked else self._table(t) for t in (params.up, params.down)]
         with on_device_of(x):
             run = Run(self.spec, launch, launcher(self.spec, interpreted()), x.shape[0])
-            placed = run.sort(ids.to(torch.int64).contiguous(), block_m)
-            rows = Rows.of(placed, block_m, ids.numel(), self.spec.experts)
-            made = Backward(self.aten.spec, self.spec.dtype, rows, tables, self._aligned(params))
-            return made.gradients(grad, inputs, needs)
+            blocks = run.sort(ids.to(torch.int64).contiguous(), block_m)
+            rows = Rows.of(blocks, block_m, ids.numel(), self.spec.experts)
+            some = None if only is None else self._sent(tuple(only), x.device)
+            aligned = self._aligned(params)
+            found = Backward(self.aten.spec, self.spec.dtype, rows, tables, aligned, some).gradients(grad, inputs, needs)
+            if some is None:
+                return placed(found, into)
+            made = placed(found[:STACKS], into[:STACKS])
+            for g, place in zip(found[STACKS:], into[STACKS:], strict=True):
+                made.append(g if g is None or place is None else place.index_copy_(0, some, g))
+            return made
 
     def _aligned(self, params: Params) -> bool:
         """Whether every weight behind a table begins where wide loads may; strides of stacked ones are seen."""
@@ -144,13 +161,15 @@ class TritonExperts(Kernel):
 
     def _table(self, tensors: list[Tensor]) -> Tensor:
         """Addresses on the device. They are sent once for weights that stay where they are."""
-        key = tuple(t.data_ptr() for t in tensors)
-        found = self.tables.get(key)
+        return self._sent(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+
+    def _sent(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers on the device, sent there once: a CUDA graph captures no copy from the host."""
+        found = self.tables.get((numbers, device))
         if found is None:
-            host = torch.tensor(key, dtype=torch.int64)
-            device = tensors[0].device
+            host = torch.tensor(numbers, dtype=torch.int64)
             found = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-            self.tables[key] = found
+            self.tables[numbers, device] = found
             while len(self.tables) > _TABLES:
                 self.tables.pop(next(iter(self.tables)), None)
         return found

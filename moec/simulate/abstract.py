@@ -107,8 +107,7 @@ def execute(
         SimulationError: What the op does depends on numbers that are not known.
     """
     if op.name == "moe.experts_backward":
-        needs = op_def(op.name).attr(op, "needs")
-        return [without_numbers(v.to(META)) for v, need in zip(values[1:], needs, strict=True) if need]
+        return _gradients(op, values)
     if op.name in SHAPES:
         return [_made(op, SHAPES[op.name](op, values), symbols)]
     if op.name in _COUNTS:
@@ -126,6 +125,19 @@ def execute(
                 f"what {op.name} gives depends on numbers that a simulation does not have: {why}", op=repr(op)
             ) from first
     return [without_numbers(r) for r in results]
+
+
+def _gradients(op: Op, values: Sequence[Any]) -> list[Any]:
+    """Those of an op of experts: as large as its operands, or as the part of them of the experts that it names."""
+    get = op_def(op.name).attr
+    only, found = get(op, "only"), []
+    types = iter(r.type for r in op.results)
+    for value in (v for v, need in zip(values[1:], get(op, "needs"), strict=True) if need):
+        made, type = without_numbers(value.to(META)), next(types)
+        if only is not None and isinstance(type, TensorType) and type.shape[0].is_Integer:
+            made = made[: int(type.shape[0])]
+        found.append(made)
+    return found
 
 
 def _made(op: Op, first: Sequence[int], symbols: Mapping[sympy.Symbol, int]) -> Tensor:

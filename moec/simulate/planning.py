@@ -14,7 +14,8 @@ from moec.ir.beside import EXPERTS, own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.op_costs import layer_shape
-from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
+from moec.passes.overlap.by_experts import cut_by_experts
+from moec.passes.overlap.chunks import Chunks, Whole
 from moec.passes.overlap.cuts import expert_ranges
 from moec.simulate.costs import FLOAT_TYPES, Costs, is_free
 from moec.simulate.routing import Routing

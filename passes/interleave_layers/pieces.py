@@ -137,8 +137,9 @@ class _Parts:
         self._before = needs(region)
         self._experts, self._come, self._leave = own_experts(region), come, leave
         self._tokens = tokens
-        total = sum(int(e.attrs["experts"]) for e in self._experts) or 1
-        self.share = {e: int(e.attrs["experts"]) / total for e in self._experts}
+        self._held = {e: self._count(e) for e in self._experts}
+        total = sum(self._held.values()) or 1
+        self.share = {e: held / total for e, held in self._held.items()}
         self.beside = {op: _of_tokens(op) for op in beside_experts(region)}
         self._starts = [op for op in region.ops if is_start(op) and op.group("rows") and not op.attrs.get("send_sizes")]
         self._chunk = {op: self._chunk_of(op) for op in self._starts}
@@ -150,9 +151,14 @@ class _Parts:
             return True, made[-1]
         return False, next((e for e in self._experts if start in self._before[e]), None)
 
+    def _count(self, experts: Op) -> int:
+        """How many experts a chunk holds: all that the op has weights of, or those among which rows come."""
+        among = (op.attrs.get("among") for op in self._before[experts] if op.name == "moe.arrivals")
+        return next((len(held) for held in among if held is not None), int(experts.attrs["experts"]))
+
     def loads(self, experts: Op) -> list[float]:
         """Rows of every expert of a chunk."""
-        count = int(experts.attrs["experts"])
+        count = self._held[experts]
         return [self._come * self.share[experts] / count] * count if count else []
 
     def moved(self, op: Op, tokens: float, slots: float) -> float:

@@ -5,6 +5,9 @@ that one dispatch sorts the rows by chunk and a chunk is a piece of them. From t
 each of these becomes one value a chunk, by the dataflow: rows that are narrowed, sent, waited for, computed and sent
 home. Counts travel once, and rows are put together again where tokens take them.
 
+A chunk of experts as they stand reads a piece of the rank's weights. Where chunks hold any experts, each reads all of
+the rank's, by ids that are the rank's own numbers, and experts of other chunks have no rows. Neither copies weights.
+
 A rank's own rows may be a chunk before all others: they need no links, and their experts run while the first rows of
 the others travel. Own experts then run twice, with other rows.
 
@@ -15,8 +18,6 @@ adds its rows in the same order: no bit changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import sympy
 
@@ -27,6 +28,7 @@ from moec.ir.opdef import op_def
 from moec.ir.types import TensorType, Type
 from moec.passes.calls import is_call
 from moec.passes.expert_parallel.route import tensor_type
+from moec.passes.overlap.chunks import Chunks, Range, Whole
 
 ROW_OPS = ("comm.all_to_all.start", "comm.wait", "quant.rows", "quant.restore")
 """Ops that make a row of each row."""
@@ -34,64 +36,6 @@ ROW_CALLS = ("aten.ones_like.default", "aten.to.dtype", "aten.index_select.defau
 HOME_OPS = ("moe.combine", "moe.sum_slots", "moe.place_slots")
 """Ops that take all rows, first operand, in the order of a plan."""
 WEIGHTS = ("up", "down", "up_bias", "down_bias")
-
-
-class Whole(Exception):
-    """The program is not cut; ``str`` is the reason."""
-
-
-Range = tuple[int, int]
-"""First and past-last of a rank's experts, counted from its first."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Which experts are in every chunk.
-
-    Attributes:
-        sizes: Experts of every rank.
-        edges: Where every chunk begins among every rank's own experts, and the end: [K + 1][N].
-        own_first: The rank that the program is for, where its own rows are a chunk before these; else -1.
-    """
-
-    sizes: tuple[int, ...]
-    edges: Sequence[Sequence[int]]
-    own_first: int = -1
-
-    @property
-    def count(self) -> int:
-        """Chunks, that of own rows among them."""
-        return len(self.edges) - 1 + (self.own_first >= 0)
-
-    def to(self, chunk: int, rank: int) -> Range:
-        """The experts of ``rank`` that rows of the chunk are sent to."""
-        if self.own_first < 0:
-            return self.edges[chunk][rank], self.edges[chunk + 1][rank]
-        if chunk == 0:
-            return (0, self.sizes[rank]) if rank == self.own_first else (0, 0)
-        return (0, 0) if rank == self.own_first else (self.edges[chunk - 1][rank], self.edges[chunk][rank])
-
-    def at(self, chunk: int, rank: int) -> Range:
-        """The experts of ``rank`` that run for the chunk."""
-        if self.own_first >= 0 and chunk == 0:
-            return 0, self.sizes[rank]
-        chunk -= self.own_first >= 0
-        return self.edges[chunk][rank], self.edges[chunk + 1][rank]
-
-    def parts(self) -> tuple[int, ...]:
-        """How many experts of every rank rows are sent to, chunk after chunk: [K * N]."""
-        pairs = (self.to(c, r) for c in range(self.count) for r in range(len(self.sizes)))
-        return tuple(last - first for first, last in pairs)
-
-    def order(self) -> tuple[int, ...]:
-        """All experts: chunk after chunk, in a chunk rank after rank."""
-        first = [0, *accumulate(self.sizes)]
-        return tuple(
-            first[rank] + own
-            for chunk in range(self.count)
-            for rank in range(len(self.sizes))
-            for own in range(*self.to(chunk, rank))
-        )
 
 
 class _Cutter:
@@ -118,9 +62,10 @@ class _Cutter:
         return found[0]
 
     def run(self) -> Graph:
-        own, here = self._own(), self.plan.own_first
-        if here >= 0 and self.sizes[here] != own:
-            raise Whole(f"rank {here} holds {self.sizes[here]} experts, the program is for {own}")
+        own = self._own()
+        for here in (self.plan.own_first, self.plan.rank):
+            if here >= 0 and self.sizes[here] != own:
+                raise Whole(f"rank {here} holds {self.sizes[here]} experts, the program is for {own}")
         for op in self.region.ops:
             self.b.loc = op.loc
             self._write(op)
@@ -131,13 +76,19 @@ class _Cutter:
         return int(op_def(self.layer.name).attr(self.layer, "experts"))
 
     def _rank_like(self, own: int) -> int:
-        """A rank that holds as many experts as this one: chunks are the same on all such ranks."""
+        """A rank that holds as many experts as this one: as they stand, chunks are the same on all such ranks."""
+        if self.plan.orders:
+            return self.plan.rank
         if own not in self.sizes:
             raise Whole(f"no rank of {self.sizes} holds {own} experts")
         return self.sizes.index(own)
 
     def _range(self, chunk: int) -> Range:
         return self.plan.at(chunk, self._rank_like(self._own()))
+
+    def _held(self, chunk: int) -> tuple[int, ...]:
+        """The rank's experts that run for the chunk, where they are no piece of its own."""
+        return self.plan.held(self.plan.rank, self._range(chunk))
 
     def _stays(self, chunk: int) -> bool:
         """Whether the chunk is of own rows."""
@@ -209,7 +160,8 @@ class _Cutter:
     def _arrivals(self, op: Op) -> None:
         by_rank, ids = [], []
         for chunk in range(self.chunks):
-            counts, attrs = self.whole[op.operands[0]], {**op.attrs, "only": self._range(chunk)}
+            mine = {"among": self._held(chunk)} if self.plan.orders else {"only": self._range(chunk)}
+            counts, attrs = self.whole[op.operands[0]], {**op.attrs, **mine}
             if self._stays(chunk):
                 assert self.own_counts is not None
                 counts, attrs = self.own_counts, {"ranks": 1}
@@ -276,7 +228,7 @@ class _Cutter:
         return self.b.call("aten.cat.default", [self._split(value)], result_types=[value.type]).result
 
     def _experts(self, op: Op) -> None:
-        """The experts of every chunk, on views of their weights."""
+        """The experts of every chunk, on views of their weights, or in another order on the whole of them."""
         if op is not self.layer:
             raise Whole("its experts run more than once")
         places = {i: n for n in WEIGHTS for i in self._places(op, n)}
@@ -289,7 +241,7 @@ class _Cutter:
             first, last = self._range(chunk)
             found = []
             for i, value in enumerate(op.operands):
-                if i not in places:
+                if i not in places or self.plan.orders:
                     found.append(self._part(value, chunk))
                     continue
                 found.append(self._slice(self.whole[value], first, last))
@@ -303,13 +255,23 @@ class _Cutter:
         made = self._copies(op, operands, rows, range(self.chunks))
         for chunk, copy in enumerate(made):
             first, last = self._range(chunk)
-            copy.attrs["experts"] = last - first
+            if not self.plan.orders:
+                copy.attrs["experts"] = last - first
+            elif needs is not None:
+                copy.attrs["only"] = self._held(chunk)
         for result in weights:
             for chunk, value in enumerate(self.parts[result]):
                 t, (first, last) = tensor_type(value), self._range(chunk)
                 value.type = t.with_(shape=(sympy.Integer(last - first), *t.shape[1:]))
-            self.whole[result] = self._together(result)
+            self.whole[result] = self._joined(result)
             del self.parts[result]
+
+    def _joined(self, weights: Value) -> Value:
+        """The gradients of all experts' weights, from those of every chunk's."""
+        if not self.plan.orders:
+            return self._together(weights)
+        order = tuple(e for chunk in range(self.chunks) for e in self._held(chunk))
+        return self.b.op("moe.join_experts", self.parts[weights], attrs={"order": order}).result
 
     @staticmethod
     def _places(op: Op, name: str) -> range:

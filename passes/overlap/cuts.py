@@ -22,6 +22,10 @@ UNITS = 16
 """Pieces that sizes of chunks are counted in, at most."""
 
 
+Sets = tuple[tuple[tuple[int, ...], ...], ...]
+"""Of every chunk the experts of every rank, counted from the rank's first: [K][N][...]."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer in one direction, on all ranks.
@@ -133,13 +137,13 @@ def expert_ranges(sizes: Sequence[int], units: int) -> list[tuple[int, ...]]:
 
 
 class ByExperts(Cut):
-    """Chunks of experts: the same part of every rank's."""
+    """Chunks of experts: the same part of every rank's, or what lies between ``edges``, [units + 1][N]."""
 
     along = "experts"
 
-    def __init__(self, layer: Layer, units: int = 0) -> None:
-        super().__init__(layer, units or max(1, min(UNITS, max(layer.sizes))))
-        self._edges = expert_ranges(layer.sizes, self.units)
+    def __init__(self, layer: Layer, units: int = 0, edges: Sequence[Sequence[int]] = ()) -> None:
+        super().__init__(layer, units or len(edges[1:]) or max(1, min(UNITS, max(layer.sizes))))
+        self._edges = edges or expert_ranges(layer.sizes, self.units)
         self._first = [0, *accumulate(layer.sizes)]
 
     def _cost(self, first: int, last: int) -> Chunk:
@@ -157,6 +161,14 @@ class ByExperts(Cut):
                     out[source] += moved
                     came[rank] += moved
         return self._chunk(first, last, max((*out, *came)), compute, counted=first == 0)
+
+
+def by_sets(layer: Layer, sets: Sets) -> ByExperts:
+    """Chunks of any experts of every rank, one a unit."""
+    first, ranks = [0, *accumulate(layer.sizes)], range(len(layer.sizes))
+    order = [first[r] + e for r in ranks for chunk in sets for e in chunk[r]]
+    edges = [[sum(len(chunk[r]) for chunk in sets[:k]) for r in ranks] for k in range(len(sets) + 1)]
+    return ByExperts(replace(layer, rows=[[row[e] for e in order] for row in layer.rows]), edges=edges)
 
 
 class ByTokens(Cut):

@@ -21,8 +21,9 @@ from moec.ir.beside import beside_experts, own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
 from moec.passes.base import Pass, PassClass, PassContext, PassResult
-from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
+from moec.passes.overlap.by_experts import cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.chunks import Chunks, Whole
 from moec.passes.overlap.cuts import expert_ranges
 from moec.passes.overlap.fill import FRONT, PIECES, Places, put
 from moec.passes.overlap.order import reorder

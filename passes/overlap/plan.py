@@ -9,7 +9,7 @@ from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.ir.types import TensorType
 from moec.passes.base import PassContext
-from moec.passes.overlap.by_experts import Whole
+from moec.passes.overlap.chunks import Whole
 from moec.passes.overlap.costs import FrontCosts, GradientCosts, OverlapCosts, RoutingLoads
 from moec.passes.overlap.cuts import Layer
 from moec.passes.overlap.fill import Beside, BesideCosts, Filled, auto_filled, fill

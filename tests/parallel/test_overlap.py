@@ -14,11 +14,13 @@ from moec.backends.reference import run_graph
 from moec.backends.reference.world import LocalWorld, run_world
 from moec.ir.beside import EXPERTS, beside_experts
 from moec.ir.core import Graph, Op
+from moec.ir.parser import parse_graph
 from moec.ir.types import TensorType, dtype
 from moec.ir.verifier import verify
-from moec.passes.overlap.by_experts import Chunks, Whole, cut_by_experts
+from moec.passes.overlap.by_experts import cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
-from moec.passes.overlap.cuts import expert_ranges
+from moec.passes.overlap.chunks import Chunks, Whole
+from moec.passes.overlap.cuts import Sets, expert_ranges
 from moec.passes.overlap.order import in_turn, is_start, needs, on_demand, reorder
 from tests.parallel.layers import HISTOGRAMS, Layer
 from tests.parallel.test_forms import REORDERED, backward, close, forward, graphs
@@ -99,6 +101,87 @@ def test_any_edges_have_the_bits_of_the_whole(seed: int, histogram: str, ranks: 
     want, _ = run_world(ranks, layer.groups, lambda r: run_graph(regions[r][1], inputs[r]))
     for got, w in zip(run_cut(layer, edges, 1, inputs), want, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, w, strict=True))
+
+
+def any_sets(rng: random.Random, sizes: tuple[int, ...]) -> Sets:
+    """Every expert of every rank in some chunk."""
+    chunks = rng.randint(1, 5)
+    at = [[rng.randrange(chunks) for _ in range(size)] for size in sizes]
+    return tuple(tuple(tuple(e for e, c in enumerate(own) if c == chunk) for own in at) for chunk in range(chunks))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9))
+def test_every_expert_is_in_one_chunk_and_has_one_place(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = tuple(rng.randint(0, 6) for _ in range(rng.randint(1, 4)))
+    sets, rank = any_sets(rng, sizes), rng.randrange(len(sizes))
+    for own_first in (False, True):
+        plan = Chunks.of(sizes, sets, rank, own_first)
+        assert sorted(plan.order()) == list(range(sum(sizes)))
+        assert sum(plan.parts()) == sum(sizes) and len(plan.parts()) == plan.count * len(sizes)
+        held = [plan.held(r, plan.at(c + own_first, r)) for c in range(len(sets)) for r in range(len(sizes))]
+        assert held == [experts for chunk in sets for experts in chunk], "whatever order of its own a chunk has"
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="every one of them once"):
+        Chunks.of((2, 2), (((0,), (0, 1)), ((0,), ())), 0)
+    with pytest.raises(ValueError, match="one rank's"):
+        Chunks.of((2, 2), (((1,), (0, 1)), ((0,), ())), -1)
+    region = graphs(Layer(ranks=2, experts=3), WHOLE)[1].ops[0].regions[0]
+    with pytest.raises(Whole, match="rank 0 holds 2 experts, the program is for 1"):
+        cut_by_experts(region, Chunks.of((2, 1), (((1,), (0,)), ((0,), ())), 0))
+
+
+def run_sets(
+    layer: Layer, before: str, sets: Sets, place: int, inputs: list[list[Tensor]], own_first: bool = False
+) -> tuple[list[list[Tensor]], list[LocalWorld]]:
+    """Every rank's results of one direction in chunks of any experts."""
+    regions = []
+    for rank, graph in enumerate(graphs(layer, before)):
+        region = cut_by_experts(graph.ops[0].regions[place], Chunks.of(layer.sizes, sets, rank, own_first))
+        reorder(region)
+        verify(region)
+        again = parse_graph(str(region))
+        verify(again)
+        assert str(again) == str(region)
+        regions.append(again)
+    return run_world(layer.ranks, layer.groups, lambda r: run_graph(regions[r], inputs[r]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(HISTOGRAMS), st.integers(2, 4), st.integers(1, 9))
+def test_any_experts_in_any_chunk_have_the_bits_of_the_whole(
+    seed: int, histogram: str, ranks: int, experts: int
+) -> None:
+    layer = Layer(ranks, experts, min(2, experts), hidden=4, inner=4)
+    sets, weights = any_sets(random.Random(seed), layer.sizes), layer.weights(seed)
+    tokens = layer.tokens(histogram, seed)
+    inputs = [[*tokens[r], *layer.share(r, weights)] for r in range(ranks)]
+    for place, grads in enumerate((None, layer.gradients(tokens, seed))):
+        given_ = inputs if grads is None else [[grads[r], *inputs[r]] for r in range(ranks)]
+        regions = [graph.ops[0].regions[place] for graph in graphs(layer, WHOLE)]
+        want, sent = run_world(ranks, layer.groups, lambda r: run_graph(regions[r], given_[r]))  # noqa: B023
+        got, worlds = run_sets(layer, WHOLE, sets, place, given_)
+        for mine, theirs in zip(got, want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert [w.sent for w in worlds] == [w.sent for w in sent], "no byte more travels"
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("before", [WHOLE, NARROW])
+def test_rows_in_fewer_bits_and_own_rows_first_in_any_order(before: str, histogram: str) -> None:
+    layer = Layer(experts=11, top_k=3)
+    sets = any_sets(random.Random(5), layer.sizes)
+    tokens, weights = layer.tokens(histogram), layer.weights()
+    inputs = [[*tokens[r], *layer.share(r, weights)] for r in range(layer.ranks)]
+    want, _ = forward(layer, before, tokens)
+    outs, _ = run_sets(layer, before, sets, 0, inputs)
+    assert torch.equal(torch.cat([out[0] for out in outs]), want)
+    outs, worlds = run_sets(layer, before, sets, 0, inputs, own_first=True)
+    close(torch.cat([out[0] for out in outs]), want, REORDERED)
+    assert [w.sent for w in worlds] == [w.sent for w in forward(layer, before, tokens)[1]]
 
 
 @pytest.mark.parametrize("histogram", HISTOGRAMS)

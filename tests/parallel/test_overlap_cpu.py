@@ -21,8 +21,9 @@ from moec.ir.core import Graph, Op
 from moec.ir.verifier import verify
 from moec.passes.calls import is_call
 from moec.passes.expert_parallel.route import tensor_type
-from moec.passes.overlap.by_experts import Chunks, cut_by_experts
+from moec.passes.overlap.by_experts import cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
+from moec.passes.overlap.chunks import Chunks
 from moec.passes.overlap.cuts import expert_ranges
 from moec.passes.overlap.order import reorder
 from tests.parallel.layers import HISTOGRAMS, Layer, one_process
@@ -44,6 +45,18 @@ def experts(region: Graph, layer: Layer, rank: int) -> Graph:
 
 def own_first(region: Graph, layer: Layer, rank: int) -> Graph:
     return cut_by_experts(region, Chunks(layer.sizes, expert_ranges(layer.sizes, 2), rank))
+
+
+SETS = (((1,), (0, 1)), ((0, 2), ()))
+"""Of both layers, whose ranks hold three and two experts."""
+
+
+def mixed(region: Graph, layer: Layer, rank: int) -> Graph:
+    return cut_by_experts(region, Chunks.of(layer.sizes, SETS, rank))
+
+
+def mixed_own_first(region: Graph, layer: Layer, rank: int) -> Graph:
+    return cut_by_experts(region, Chunks.of(layer.sizes, SETS, rank, own_first=True))
 
 
 def tokens(region: Graph, layer: Layer, rank: int) -> Graph:
@@ -91,7 +104,7 @@ def run(layer: Layer, cut: Cutter, histogram: str, place: int, in_place: bool = 
 
 
 @pytest.mark.parametrize("histogram", HISTOGRAMS)
-@pytest.mark.parametrize("cut", [experts, own_first, tokens])
+@pytest.mark.parametrize("cut", [experts, mixed, own_first, mixed_own_first, tokens])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_have_the_bits_of_the_whole_layer_and_of_one_process(dtype: str, cut: Cutter, histogram: str) -> None:
     layer = LAYERS[dtype]
@@ -103,16 +116,18 @@ def test_results_have_the_bits_of_the_whole_layer_and_of_one_process(dtype: str,
 
 
 @pytest.mark.parametrize("histogram", HISTOGRAMS)
+@pytest.mark.parametrize("cut", [experts, mixed])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_have_the_bits_of_the_whole_layer(dtype: str, histogram: str) -> None:
+def test_gradients_have_the_bits_of_the_whole_layer(dtype: str, cut: Cutter, histogram: str) -> None:
     want = run(LAYERS[dtype], whole, histogram, 1)
     for in_place in (False, True):
-        for mine, theirs in zip(run(LAYERS[dtype], experts, histogram, 1, in_place), want, strict=True):
+        for mine, theirs in zip(run(LAYERS[dtype], cut, histogram, 1, in_place), want, strict=True):
             assert len(mine) == len(theirs) == 4
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_gradients_of_weights_are_written_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [experts, mixed])
+def test_gradients_of_weights_are_written_where_they_belong(cut: Cutter, monkeypatch: pytest.MonkeyPatch) -> None:
     joined, written, join = list[Op](), list[Op](), Gradients.joined
 
     def watched(self: Gradients, op: Op) -> Tensor | None:
@@ -121,10 +136,21 @@ def test_gradients_of_weights_are_written_where_they_belong(monkeypatch: pytest.
         return found
 
     monkeypatch.setattr(Gradients, "joined", watched)
-    run(ODD, experts, "spread", 1, in_place=True)
+    run(ODD, cut, "spread", 1, in_place=True)
     weights = [op for op in written if tensor_type(op.result).rank == 3]
     assert len(weights) == len(written) == 2 * ODD.ranks, "of up and of down, on every rank"
     assert all(tensor_type(op.result).rank == 2 for op in joined if is_call(op, "aten.cat.default")), "rows"
+
+
+def test_chunks_of_any_experts_read_all_weights_where_they_lie_by_one_kernel() -> None:
+    for place in (0, 1):
+        kernel, region = kernels(ODD, mixed, place)[0]
+        weights = set(region.args[-2:])
+        found = [op for op in region.ops if op.name in EXPERTS]
+        assert len(found) == 2 and all(weights <= set(op.operands) for op in found)
+        assert all(v not in weights for op in region.ops if op.name not in EXPERTS for v in op.operands)
+    run(ODD, mixed, "spread", 1)
+    assert len(kernel._kernels) == 1
 
 
 def test_a_part_that_is_used_elsewhere_too_is_joined() -> None:

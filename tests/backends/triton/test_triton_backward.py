@@ -97,3 +97,20 @@ def test_a_wrong_stride_or_mask_shows(old: str, new: str, monkeypatch: pytest.Mo
     backward._launcher.cache_clear()
     errors = [relative_error(g, w) for g, w in zip(got, want, strict=True) if g is not None and w is not None]
     assert not all(e <= TOLERANCE["f32"] for e in errors)
+
+
+def test_gradients_of_some_experts_are_written_into_those_of_all() -> None:
+    case, only = CASES[0], [4, 1]
+    inputs = case.inputs(19)
+    inputs[1] = torch.where(inputs[1] == 1, 1, 4).to(inputs[1].dtype)
+    grad, needs = torch.randn(19, case.hidden), _needs(inputs)
+    into = [torch.full_like(t, torch.nan) if i > 2 else None for i, t in enumerate(inputs)]
+    with dirty_memory(), torch.no_grad():
+        want = _kernel(case).backward([grad], inputs, needs)
+        got = _kernel(case).backward_into([grad], inputs, needs, into, only)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g is not None and w is not None if needs[i] else g is None
+        if g is not None and w is not None and i > 2:
+            assert g is into[i] and torch.equal(g[only], w[only]) and g[[0, 2, 3]].isnan().all()
+        elif g is not None and w is not None:
+            assert torch.equal(g, w)
