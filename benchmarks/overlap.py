@@ -150,7 +150,7 @@ class Bench:
             ratio, zipf, place, [self.x, ids[self.rank], self.factors, *self.weights],
             {policy: self.kernel(policy, ctx) for policy in POLICIES},
             layer,
-            {policy: plan(layer, place, policy, own_first=True) for policy in POLICIES},
+            {policy: plan(layer, place, policy, rank_known=True) for policy in POLICIES},
             self.beside(place),
         )  # fmt: skip
 

@@ -33,7 +33,8 @@ class Row:
 def told(schedule: Schedule) -> str:
     """A schedule in few words."""
     sizes = "+".join(map(str, schedule.sizes))
-    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}" if schedule.cut else "1"
+    order = " reordered" if schedule.sets else ""
+    return f"{'own+' if schedule.own_first else ''}{sizes} {schedule.along}{order}" if schedule.cut else "1"
 
 
 def show(rows: list[Row]) -> None:

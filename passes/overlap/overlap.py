@@ -3,9 +3,9 @@
 Contract:
 1. A layer whose experts lie on several ranks runs in chunks: while the experts of one compute, the rows of the next
    travel there and those of the last travel home. Forward and backward are cut each for itself.
-2. How many chunks, how large, and along what, is what the cost model says ends soonest; of what ends within 1 % of the
-   soonest the fewest chunks, the whole layer first of all. Without a cost model, links or loads the pass says so and
-   does nothing, unless it is told the number of chunks.
+2. How many chunks, how large, along what, and which experts each holds, is what the cost model says ends soonest; of
+   what ends within 1 % of the soonest, experts as they stand and the fewest chunks, the whole layer first of all.
+   Without a cost model, links or loads the pass says so and does nothing, unless it is told the number of chunks.
 3. Bits stay: backwards are cut along experts alone, so that each gradient is made of the same rows in the same order.
 4. What is computed beside a layer (a shared expert that ``carry-shared-experts`` put there) is computed where ranks
    would wait.
@@ -24,7 +24,7 @@ from moec.passes.base import Pass, PassClass, PassContext, PassResult
 from moec.passes.overlap.by_experts import cut_by_experts
 from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.chunks import Chunks, Whole
-from moec.passes.overlap.cuts import expert_ranges
+from moec.passes.overlap.cuts import Sets, expert_ranges
 from moec.passes.overlap.fill import FRONT, PIECES, Places, put
 from moec.passes.overlap.order import reorder
 from moec.passes.overlap.plan import BACKWARD, plan, plan_filled, read_beside, read_layer
@@ -43,15 +43,17 @@ class _Chosen:
         along: What it is cut along.
         sizes: Units of every chunk; one chunk is the whole.
         why: What to say of it.
-        own_first: The rank whose own rows come first, or -1.
+        own_first: Own rows come first.
         places: Where what stands beside the layer is computed.
+        sets: Which experts are in every chunk; empty for as they stand.
     """
 
     along: str
     sizes: tuple[int, ...]
     why: str
-    own_first: int = -1
+    own_first: bool = False
     places: Places = FRONT
+    sets: Sets = ()
 
 
 @register_pass
@@ -68,7 +70,8 @@ class Overlap(Pass):
         chunks: So many equal chunks, and nobody is asked; 0 for the policy.
         along: What these are cut along; a backward is cut along experts always.
         tokens: Tokens of a rank in a step, spread evenly over the experts, where there is no profile; 0 for none.
-        rank: The rank that the graph is for, so that its own rows may come first; -1 where nobody says.
+        rank: The rank that the graph is for, so that its own rows may come first, and its experts in an order of their
+            own; -1 where nobody says.
     """
 
     name: ClassVar[str] = "overlap"
@@ -93,11 +96,11 @@ class Overlap(Pass):
             for place, direction in enumerate(DIRECTIONS):
                 try:
                     chosen = self._choose(op, place, ctx)
-                    made = _cut(op, place, chosen)
+                    made = _cut(op, place, chosen, self.rank)
                 except Whole as reason:
                     ctx.remark("missed", self.name, f"the {direction} stays whole: {reason}", op)
                     continue
-                what = f"the {direction} {_told(chosen, bool(beside_experts(op.regions[place])))}"
+                what = f"the {direction} {_told(chosen, bool(beside_experts(op.regions[place])), self.rank)}"
                 if not ctx.take_fuel(self.name, what, op):
                     return PassResult(cut > 0, {"cut": cut})
                 ctx.remark("applied", self.name, what, op)
@@ -132,26 +135,31 @@ class Overlap(Pass):
         if not found.cut and places == FRONT:
             raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks that may be cut take less")
         why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
-        return _Chosen(found.along, found.sizes, why, self.rank if found.own_first else -1, places)
+        return _Chosen(found.along, found.sizes, why, found.own_first, places, found.sets)
 
 
-def _cut(op: Op, place: int, chosen: _Chosen) -> Graph:
+def _cut(op: Op, place: int, chosen: _Chosen, rank: int) -> Graph:
     sizes = op_def(op.name).attr(op, "sizes")
-    if len(chosen.sizes) == 1 and chosen.own_first < 0:
+    if len(chosen.sizes) == 1 and not chosen.own_first:
         return op.regions[place].clone()
+    if chosen.sets:
+        return cut_by_experts(op.regions[place], Chunks.of(sizes, chosen.sets, rank, chosen.own_first))
     if chosen.along == "tokens":
         return cut_by_tokens(op.regions[place], chosen.sizes)
     edges = expert_ranges(sizes, sum(chosen.sizes))
     ends = [edges[at] for at in (0, *accumulate(chosen.sizes))]
-    return cut_by_experts(op.regions[place], Chunks(sizes, ends, chosen.own_first))
+    return cut_by_experts(op.regions[place], Chunks(sizes, ends, rank if chosen.own_first else -1))
 
 
-def _told(chosen: _Chosen, beside: bool) -> str:
+def _told(chosen: _Chosen, beside: bool, rank: int) -> str:
     """What is done, in words."""
-    own = "own rows first, then " if chosen.own_first >= 0 else ""
-    many = len(chosen.sizes) > 1 or chosen.own_first >= 0
+    own = "own rows first, then " if chosen.own_first else ""
+    many = len(chosen.sizes) > 1 or chosen.own_first
     cut = f"in {own}{len(chosen.sizes)} chunks of {chosen.along} {chosen.sizes}" if many else "in one piece"
-    last = len(chosen.sizes) + (chosen.own_first >= 0)
+    if chosen.sets:
+        mine = " | ".join(" ".join(map(str, chunk[rank])) or "none" for chunk in chosen.sets)
+        cut = f"in {own}{len(chosen.sizes)} chunks of experts in another order (this rank's: {mine})"
+    last = len(chosen.sizes) + chosen.own_first
     where = [
         "before all chunks" if at == 0 else "behind all chunks" if at == last else f"before chunk {at + 1}"
         for at, _ in chosen.places

@@ -82,11 +82,11 @@ def read_beside(op: Op, place: int, layer: Layer, ctx: PassContext) -> Beside | 
     return Beside(known, tokens, place == BACKWARD) if len(known) == len(times) else None
 
 
-def plan_filled(layer: Layer, place: int, policy: str, own_first: bool, beside: Beside) -> Filled:
+def plan_filled(layer: Layer, place: int, policy: str, rank_known: bool, beside: Beside) -> Filled:
     """As :func:`plan`, with places for what is computed beside the layer."""
     if policy == "auto":
-        return auto_filled(layer, allowed(place, own_first), beside)
-    return fill(plan(layer, place, policy, own_first), beside)
+        return auto_filled(layer, allowed(place, rank_known), beside)
+    return fill(plan(layer, place, policy, rank_known), beside)
 
 
 def _tensor(op: Op, place: int) -> TensorType:
@@ -95,15 +95,19 @@ def _tensor(op: Op, place: int) -> TensorType:
     return found
 
 
-def allowed(place: int, own_first: bool = False) -> tuple[str, ...]:
-    """What may be cut: of a backward experts alone, since gradients of weights would be added up in another order."""
-    forward = ("experts", "tokens", "own") if own_first else ("experts", "tokens")
-    return forward if place == FORWARD else ("experts",)
+def allowed(place: int, rank_known: bool = False) -> tuple[str, ...]:
+    """What may be cut: of a backward experts alone, since gradients of weights would be added up in another order.
+
+    Where the rank is known that the program is for, its own rows may come first, and its experts be in an order of
+    their own.
+    """
+    forward = ("experts", "tokens", "own", "order") if rank_known else ("experts", "tokens")
+    return forward if place == FORWARD else tuple(a for a in forward if a in ("experts", "order"))
 
 
-def plan(layer: Layer, place: int, policy: str = "auto", own_first: bool = False) -> Schedule:
-    """The schedule of a policy, along what may be cut; with ``own_first`` a rank's own rows may come first."""
-    found = choose(policy, layer, allowed(place, own_first))
+def plan(layer: Layer, place: int, policy: str = "auto", rank_known: bool = False) -> Schedule:
+    """The schedule of a policy, along what may be cut; arguments as for :func:`allowed`."""
+    found = choose(policy, layer, allowed(place, rank_known))
     if found.along in allowed(place):
         return found
     return schedule(layer, "experts", (1,) * min(len(found.sizes), max(layer.sizes)))

@@ -6,19 +6,23 @@ and in nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moec.passes.overlap.cuts import ByExperts, ByTokens, Layer
+from moec.passes.overlap.cuts import ByExperts, ByTokens, Layer, Sets, by_sets
+from moec.passes.overlap.orders import better_sets, least_seconds, worth_ordering
 from moec.passes.overlap.search import MOST, better_sizes
 from moec.passes.overlap.timeline import Chunk, exposed_floor, makespan
 
 CUTS: dict[str, type[ByExperts] | type[ByTokens]] = {"experts": ByExperts, "tokens": ByTokens}
-EVERYTHING = ("experts", "tokens", "own")
+EVERYTHING = ("experts", "tokens", "own", "order")
 POLICIES = ("auto", "none", "two", "tutel", "fsmoe")
 MARGIN = 0.01
 """Of schedules that end within this part of the soonest's time, one of fewest chunks is taken, the whole layer first of
 all: predictions are not better than that, and what they do not know of comes with every chunk."""
+OWN_WORTH = 1.05
+"""Chunks behind a rank's own rows that end within so many times the soonest's time are looked at in other orders."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,11 @@ class Schedule:
 
     Attributes:
         along: ``"experts"`` or ``"tokens"``.
-        sizes: Units of every chunk that travels.
+        sizes: Units of every chunk that travels; experts of all ranks, where they are not as they stand.
         own_first: The rows that a rank keeps are a chunk of their own, before all others.
         chunks: What every chunk costs, the one of own rows first.
         seconds: Predicted time, from the first row that leaves until all that came home is together.
+        sets: Which experts are in every chunk that travels; empty for as they stand.
     """
 
     along: str
@@ -38,6 +43,7 @@ class Schedule:
     own_first: bool
     chunks: tuple[Chunk, ...]
     seconds: float
+    sets: Sets = ()
 
     @property
     def cut(self) -> bool:
@@ -67,18 +73,33 @@ def own_rows(layer: Layer) -> tuple[Chunk, Layer]:
 
 def schedule(layer: Layer, along: str, sizes: Sequence[int], own_first: bool = False, units: int = 0) -> Schedule:
     """The schedule of given chunks."""
-    first: tuple[Chunk, ...] = ()
-    rest = layer
-    if own_first:
-        own, rest = own_rows(layer)
-        first = (own,)
-    cut = CUTS[along](rest, units or sum(sizes))
-    chunks = (*first, *cut.chunks(sizes))
-    if len(chunks) == 1:
-        return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks))
-    chunks = tuple(layer.in_front(chunks, along))
-    joining = layer.joining.get(along, 0.0)
-    return Schedule(along, tuple(sizes), own_first, chunks, makespan(chunks) + joining)
+    first, rest = _before(layer, own_first)
+    chunks = [*first, *CUTS[along](rest, units or sum(sizes)).chunks(sizes)]
+    return _timed(layer, Schedule(along, tuple(sizes), own_first, tuple(chunks), 0.0))
+
+
+def of_sets(layer: Layer, sets: Sets, own_first: bool = False) -> Schedule:
+    """The schedule of chunks of any experts."""
+    first, rest = _before(layer, own_first)
+    chunks = [*first, *by_sets(rest, sets).chunks((1,) * len(sets))]
+    sizes = tuple(sum(map(len, chunk)) for chunk in sets)
+    return _timed(layer, Schedule("experts", sizes, own_first, tuple(chunks), 0.0, sets))
+
+
+def _before(layer: Layer, own_first: bool) -> tuple[list[Chunk], Layer]:
+    """The chunk of own rows, if it is one, and the layer that is cut then."""
+    if not own_first:
+        return [], layer
+    own, rest = own_rows(layer)
+    return [own], rest
+
+
+def _timed(layer: Layer, made: Schedule) -> Schedule:
+    """The same with what several chunks cost beside their own, and its time."""
+    if not made.cut:
+        return replace(made, seconds=makespan(made.chunks))
+    chunks = tuple(layer.in_front(made.chunks, made.along))
+    return replace(made, chunks=chunks, seconds=makespan(chunks) + layer.joining.get(made.along, 0.0))
 
 
 def cut_seconds(layer: Layer, found: Schedule) -> float:
@@ -88,7 +109,8 @@ def cut_seconds(layer: Layer, found: Schedule) -> float:
     experts; and putting together what came home.
     """
     free = replace(layer, chunk_s={}, front_s={}, burden=None)
-    experts = schedule(free, found.along, found.sizes, found.own_first).chunks
+    same = of_sets(free, found.sets, found.own_first) if found.sets else None
+    experts = (same or schedule(free, found.along, found.sizes, found.own_first)).chunks
     joining = found.seconds - makespan(found.chunks)
     return joining + sum(c.compute[0] for c in found.chunks) - sum(c.compute[0] for c in experts)
 
@@ -105,7 +127,8 @@ def candidates(
 
     Args:
         layer: The layer.
-        allowed: What it may be cut along, and ``"own"`` where a rank's own rows may come before chunks of experts.
+        allowed: What it may be cut along; ``"own"`` where a rank's own rows may come before chunks of experts, and
+            ``"order"`` where these need not be as they stand.
         most: Chunks at most.
         front: What is computed before the first chunk of experts or of tokens, for the search alone.
     """
@@ -115,7 +138,35 @@ def candidates(
         found += [schedule(layer, along, sizes) for sizes in better_sizes(CUTS[along](layer), front, most)[1:]]
     if "own" in allowed and most > 1 and front is None:
         found += [schedule(layer, "experts", s, own_first=True) for s in better_sizes(ByExperts(rest), own, most - 1)]
-    return found + (list(equal(layer, range(2, most + 1))) if "tokens" in allowed else [])
+    if "tokens" in allowed:
+        found += equal(layer, range(2, most + 1))
+    if "order" in allowed and most > 1 and worth_ordering(layer):
+        found += list(reordered(layer, found, most, front))
+    return found
+
+
+def reordered(
+    layer: Layer, found: Sequence[Schedule], most: int = MOST, front: Chunk | None = None
+) -> Iterator[Schedule]:
+    """Chunks of any experts that end sooner than those of experts as they stand; none where they hardly could.
+
+    Args:
+        layer: The layer.
+        found: What was found for experts as they stand.
+        most: Chunks at most.
+        front: As for :func:`candidates`.
+    """
+    soonest = min(s.seconds for s in found)
+    if front is None and soonest <= (1 + MARGIN) * (least_seconds(layer) + layer.joining.get("experts", 0.0)):
+        return
+    for own_first in (False, True):
+        natural = [s for s in found if s.along == "experts" and s.own_first == own_first and s.cut]
+        if own_first and min((s.seconds for s in natural), default=math.inf) > OWN_WORTH * soonest:
+            continue
+        first, rest = _before(layer, own_first)
+        sizes = [s.sizes for s in natural if len(s.sizes) > 1]
+        for sets in better_sets(rest, sizes, first[0] if own_first else front, most - own_first):
+            yield of_sets(layer, sets, own_first)
 
 
 def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) -> Schedule:
@@ -124,9 +175,12 @@ def auto(layer: Layer, allowed: Collection[str] = EVERYTHING, most: int = MOST) 
 
 
 def simplest(found: Sequence[Schedule]) -> Schedule:
-    """Of the soonest and those that end within :data:`MARGIN` of it, one of fewest chunks; the soonest of these."""
+    """Of the soonest and those that end within :data:`MARGIN` of it, one of fewest chunks; the soonest of these.
+
+    Experts as they stand come first.
+    """
     limit = min(s.seconds for s in found) * (1 + MARGIN)
-    return min((s for s in found if s.seconds <= limit), key=lambda s: (len(s.chunks), s.seconds))
+    return min((s for s in found if s.seconds <= limit), key=lambda s: (bool(s.sets), len(s.chunks), s.seconds))
 
 
 def equal(layer: Layer, degrees: Collection[int]) -> Iterator[Schedule]:
