@@ -5,6 +5,9 @@ start on the way to the experts, those that need the fewest waits first (counts 
 them), in order of the chunks; then, chunk after chunk, the experts and the starts of what they made; then the result.
 No order of asking can break a dependency.
 
+Where rows go to their experts through several groups, between nodes and then inside a node, a chunk is sent on when
+its turn comes (:class:`moec.passes.overlap.legs.Turns`): asking for it makes the thread wait for the leg before.
+
 What is computed beside the layer is asked for where the caller says: before the experts of some chunk, or behind all
 starts, where nothing but waiting is left.
 """
@@ -15,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from moec.ir.beside import own_experts
 from moec.ir.core import Graph, Op
+from moec.passes.overlap.legs import Turns
 
 
 def is_start(op: Op) -> bool:
@@ -32,25 +36,42 @@ def needs(graph: Graph) -> dict[Op, set[Op]]:
     return found
 
 
-def in_turn(graph: Graph, beside: Mapping[Op, int] | None = None) -> list[Op]:
+def tiers_of(graph: Graph) -> tuple[str, ...]:
+    """Groups that rows go to the experts through, in turn."""
+    before, experts = needs(graph), own_experts(graph)
+    there = [op for op in graph.ops if is_start(op) and any(op in before[e] for e in experts)]
+    return tuple(dict.fromkeys(str(op.attrs.get("group", "")) for op in there))
+
+
+def in_turn(graph: Graph, beside: Mapping[Op, int] | None = None, turns: Turns | None = None) -> list[Op]:
     """Starts and experts in the order in which they are asked for.
 
     Args:
         graph: A rank's program.
         beside: What else is asked for, and before the experts of which chunk; from their number on, behind all starts.
+        turns: When chunks are sent on, where there are several tiers.
     """
     before = needs(graph)
-    experts = own_experts(graph)
+    experts, turns = own_experts(graph), turns or Turns()
     fill = sorted((beside or {}).items(), key=lambda item: item[1])
     last_of = {op: max((i for i, e in enumerate(experts) if e in before[op]), default=-1) for op in graph.ops}
     starts = [op for op in graph.ops if is_start(op)]
     there = [op for op in starts if last_of[op] < 0]
     depth = {op: sum(b.name == "comm.wait" for b in before[op]) for op in there}
     first_of = {op: next((i for i, e in enumerate(experts) if op in before[e]), len(experts)) for op in there}
-    asked = sorted(there, key=lambda op: (depth[op], first_of[op]))
+    there.sort(key=lambda op: (depth[op], first_of[op]))
+    later = tiers_of(graph)[1:]
+    onward = [op for op in there if first_of[op] < len(experts) and op.attrs.get("group", "") in later]
+    onward.sort(key=lambda op: first_of[op])
+    homeward = {op for op in starts if any(b in before[op] for b in starts if last_of[b] == last_of[op] >= 0)}
+    asked = [op for op in there if op not in onward]
     for i, op in enumerate(experts):
+        asked += [s for s in onward if i + turns.ahead * (i > 0) <= first_of[s] <= i + turns.ahead]
         asked += [op for op, at in fill if at == i]
-        asked += [op, *(s for s in starts if last_of[s] == i)]
+        asked += [op, *(s for s in starts if last_of[s] == i and s not in homeward)]
+        asked += [s for s in starts if last_of[s] == i - turns.behind and s in homeward]
+    late = range(len(experts) - turns.behind, len(experts))
+    asked += [s for i in late for s in starts if last_of[s] == i and s in homeward]
     return asked + [op for op, at in fill if at >= len(experts)]
 
 
@@ -71,13 +92,14 @@ def on_demand(asked: Sequence[Op]) -> list[Op]:
     return list(order)
 
 
-def reorder(graph: Graph, beside: Mapping[Op, int] | None = None) -> None:
+def reorder(graph: Graph, beside: Mapping[Op, int] | None = None, turns: Turns | None = None) -> None:
     """Put the ops of a program without effects in this order; ops that nothing needs go.
 
     Args:
         graph: A rank's program.
         beside: As in :func:`in_turn`.
+        turns: The same.
     """
-    order = on_demand([*in_turn(graph, beside), graph.terminator])
+    order = on_demand([*in_turn(graph, beside, turns), graph.terminator])
     graph.erase_many(set(graph.ops) - set(order))
     graph.ops = order
