@@ -13,7 +13,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from moec.ir.core import Op
 from moec.parallel.costs import Sending, sweep
 from moec.parallel.sample import sample_layer
 from moec.passes import PassContext, PassManager
+from moec.passes.base import Pass
+from moec.passes.expert_parallel import ExpertParallel
+from moec.passes.overlap import Overlap
 
 CHUNKS = 4
 TOKENS, WIDTH = 16, 8
@@ -69,17 +72,31 @@ class _Idle(ParallelKernel):
 Direction = tuple[_Idle, Callable[[], object]]
 
 
-def _calls(name: str, ranks: int, device: str) -> list[tuple[Direction, Direction]]:
-    """Forward and backward of the layer: whole, in chunks of experts, and in chunks of tokens."""
+BY_EXPERTS, BY_TOKENS = Overlap(chunks=CHUNKS), Overlap(chunks=CHUNKS, along="tokens")
+
+
+def sample_calls(
+    name: str, ranks: int, device: str, spread: Pass | None = None, cuts: Sequence[Pass] = (BY_EXPERTS, BY_TOKENS)
+) -> list[tuple[Direction, Direction]]:
+    """Forward and backward of the layer: whole, and cut.
+
+    Args:
+        name: The group that its programs talk in.
+        ranks: Of the group.
+        device: Type of the device whose tensors travel.
+        spread: The pass that spreads its experts, if not in the flat form.
+        cuts: What cuts it.
+    """
     experts = CHUNKS * ranks
     x = torch.zeros(TOKENS, WIDTH, device=device)
     ids = torch.arange(2 * TOKENS, device=device).view(TOKENS, 2) % experts
     up, down = (torch.zeros(CHUNKS, a, b, device=device) for a, b in ((2 * WIDTH, WIDTH), (WIDTH, WIDTH)))
     inputs = [x, ids, torch.ones(TOKENS, 2, device=device), up, down]
     made: list[tuple[Direction, Direction]] = []
-    for cut in ("", f",overlap{{chunks={CHUNKS}}}", f",overlap{{chunks={CHUNKS},along=tokens}}"):
+    for cut in (None, *cuts):
         graph = sample_layer((CHUNKS,) * ranks, CHUNKS, 2, WIDTH, WIDTH, group=name)
-        PassManager(f"expert-parallel{cut}", repro=None).run(graph, PassContext())
+        passes = [spread or ExpertParallel(), *([cut] if cut is not None else [])]
+        PassManager(passes, repro=None).run(graph, PassContext())
         kernel = _Idle(graph.ops[0], device)
 
         def forward(kernel: _Idle = kernel) -> object:
@@ -114,6 +131,31 @@ def spare_cores(process_group: Any) -> bool:
     )
 
 
+def turns_on(link: Link) -> int:
+    """How often the layer runs on such links."""
+    return max(2, min(MOST_TURNS, int(_SECONDS / (_COLLECTIVES * link.alpha_s + 1e-9))))
+
+
+def taken(sending: tuple[Sending, Sending], shared: bool) -> list[float]:
+    """Seconds that a small all-to-all takes of the experts beside it, and a large one more than that.
+
+    Args:
+        sending: Both.
+        shared: Whether threads that send share cores with those that compute.
+    """
+    small, large = sending
+    return [small.others * shared, large.own - small.own + (large.others - small.others) * shared]
+
+
+def burden_of(sending: tuple[Sending, Sending], least: float, more: float, device: str) -> Link | None:
+    """What a collective takes of the processor, as :func:`taken` says; None where experts run on another device."""
+    if device != "cpu":
+        return None
+    small, large = sending
+    rate = (large.bytes - small.bytes) / max(more, 1e-9)
+    return Link(max(0.0, least - small.bytes / rate), rate)
+
+
 def measure_chunks(
     group: str, process_group: Any, device: str, link: Link, sending: tuple[Sending, Sending]
 ) -> ChunkCosts:
@@ -126,26 +168,21 @@ def measure_chunks(
         link: The group's links: the slower they are, the fewer turns.
         sending: What :func:`moec.parallel.costs.measure` says of a small and of a large all-to-all.
     """
-    turns = max(2, min(MOST_TURNS, int(_SECONDS / (_COLLECTIVES * link.alpha_s + 1e-9))))
+    turns = turns_on(link)
     name = f"{group}.sample"
     groups.bind(name, process_group)
     try:
-        calls = _calls(name, dist.get_world_size(process_group), device)
+        calls = sample_calls(name, dist.get_world_size(process_group), device)
         whole, experts, tokens = ([own_seconds(*c, turns) for c in each] for each in calls)
     finally:
         groups.unbind(name)
-    small, large = sending
     shared = not spare_cores(process_group)
     pairs = [(experts[0], whole[0]), (tokens[0], whole[0]), (experts[1], whole[1])]
     mine = [seconds for cut, once in pairs for seconds in (cut.all - once.all, cut.front - once.front)]
-    mine += [small.others * shared, large.own - small.own + (large.others - small.others) * shared]
+    mine += taken(sending, shared)
     slowest = torch.tensor(mine, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=process_group)
     *cut_s, least, more = slowest.tolist()
     each = [max(0.0, seconds / CHUNKS) for seconds in cut_s]
     forward, by_tokens, backward = (Calls(a, min(a, f)) for a, f in zip(each[::2], each[1::2], strict=True))
-    burden: Link | None = None
-    if device == "cpu":
-        rate = (large.bytes - small.bytes) / max(more, 1e-9)
-        burden = Link(max(0.0, least - small.bytes / rate), rate)
-    return ChunkCosts(forward, by_tokens, backward, burden)
+    return ChunkCosts(forward, by_tokens, backward, burden_of(sending, least, more, device))

@@ -59,6 +59,11 @@ def costs_of(group: str) -> GroupCosts | None:
     return _COSTS.get(group)
 
 
+def keep_costs(group: str, costs: GroupCosts) -> None:
+    """Say what the ranks of ``group`` agreed on."""
+    _COSTS[group] = costs
+
+
 def fit(small: float, large: float, ranks: int) -> Link:
     """The links on which all-to-alls of :data:`SMALL` and of :data:`LARGE` bytes a rank take so many seconds."""
     more = (LARGE - SMALL) * (ranks - 1)

@@ -114,6 +114,7 @@ def _spread(
     from moec.parallel.piece_costs import measure_pieces
     from moec.parallel.roles import roles_of
     from moec.parallel.start import compare, digest
+    from moec.parallel.tier_costs import agree_tiers
     from moec.parallel.work_costs import measure_work
 
     if model in _LAYOUTS:
@@ -144,10 +145,12 @@ def _spread(
     group, tp_name = (groups.free_name(a, {n[3:] for n in taken if n.startswith(a)}) for a in (AXES[1], "tp"))
 
     layout = fold(plan, mesh, group, mean, tp_name)
-    _bind(layout, groups.bind)
+    parts = _bind(layout, groups.bind)
     faults.start_heart()
     if plan.plans_overlap and plan.ep > 1:
         agree(group, layout.ep_group, mesh.device_type, own_costs)
+        if parts:
+            agree_tiers(group, parts, layout.ep_group, mesh.device_type, plan, layout.rank)
         if plan.interleave == "auto":
             measure_pieces(group, layout.ep_group, mesh.device_type)
             measure_work(group, layout.ep_group, mesh.device_type)
@@ -219,16 +222,22 @@ def _device_type(model: nn.Module) -> str:
     return found.pop() if len(found) == 1 else "cpu"
 
 
-def _bind(layout: Layout, bind: Any) -> None:
-    """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together."""
+def _bind(layout: Layout, bind: Any) -> dict[str, Any]:
+    """Bind the names that programs use to this rank's groups. All ranks make the groups of all nodes together.
+
+    Returns:
+        Handles of the groups between nodes and inside them, by how their names end, where the plan has them.
+    """
     if layout.ep_group is not None:
         bind(layout.group, layout.ep_group)
     if layout.tp_group is not None:
         bind(layout.tp_name, layout.tp_group)
-    nodes, each = layout.plan.nodes, layout.plan.ep // layout.plan.nodes
+    nodes, each, made = layout.plan.nodes, layout.plan.ep // layout.plan.nodes, dict[str, Any]()
     if layout.plan.form == "hierarchical":
         rows = layout.mesh.mesh.reshape(-1, nodes, each)
         for name, parts in ((".node", rows.transpose(1, 2).reshape(-1, nodes)), (".local", rows.reshape(-1, each))):
             own, _ = dist.new_subgroups_by_enumeration(parts.tolist())
             bind(layout.group + name, own)
+            made[name] = own
     put_in_force(layout.group, layout.plan, layout.rank)
+    return made
