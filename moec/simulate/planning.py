@@ -13,6 +13,7 @@ from moec.cost.links import Link
 from moec.ir.beside import EXPERTS, own_experts
 from moec.ir.core import Graph, Op
 from moec.ir.opdef import op_def
+from moec.ir.parallel_semantics import owners
 from moec.op_costs import layer_shape
 from moec.passes.overlap.by_experts import cut_by_experts
 from moec.passes.overlap.chunks import Chunks, Whole
@@ -138,6 +139,15 @@ class RoutedRows:
             return None
         ids = [self.routing.ids(r, self.tokens, self.top_k, experts) for r in range(ranks)]
         return [[float(n) for n in torch.bincount(i.flatten(), minlength=experts).tolist()] for i in ids]
+
+    def reach(self, module: str, sizes: Sequence[int], nodes: int) -> Sequence[Sequence[float]] | None:
+        """[N][G], tokens of every rank that have experts on every node; None as above."""
+        if self.top_k > sum(sizes):
+            return None
+        each = len(sizes) // nodes
+        ids = [self.routing.ids(r, self.tokens, self.top_k, sum(sizes)) for r in range(len(sizes))]
+        on = [owners(i, sizes) // each for i in ids]
+        return [[float((n == node).any(dim=1).sum()) for node in range(nodes)] for n in on]
 
     def least_saving(self, experts: int, top_k: int, batches: int, sizes: tuple[int, ...]) -> str:
         """Why no saving is expected of regrouping tokens."""

@@ -82,3 +82,17 @@ class RoutingLoads(Protocol):
 
     def rows(self, module: str, ranks: int, experts: int) -> Sequence[Sequence[float]] | None:
         """Rows of a step that every rank sends to every expert, [N][E], for a layer by its module's path."""
+
+
+@runtime_checkable
+class RoutingReach(Protocol):
+    """What ``ctx.profile`` may answer besides."""
+
+    def reach(self, module: str, sizes: Sequence[int], nodes: int) -> Sequence[Sequence[float]] | None:
+        """Tokens of every rank that have experts on every node, [N][G]; where nobody says so, they are expected.
+
+        Args:
+            module: Path of the layer's module.
+            sizes: Experts of every rank.
+            nodes: G; each has N / G neighbouring ranks.
+        """

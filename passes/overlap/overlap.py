@@ -7,7 +7,9 @@ Contract:
    what ends within 1 % of the soonest, experts as they stand and the fewest chunks, the whole layer first of all.
    Without a cost model, links or loads the pass says so and does nothing, unless it is told the number of chunks.
 3. Bits stay: backwards are cut along experts alone, so that each gradient is made of the same rows in the same order.
-4. What is computed beside a layer (a shared expert that ``carry-shared-experts`` put there) is computed where ranks
+4. Where rows travel between nodes and then inside them, forwards are cut along tokens, and the cost model chooses when
+   chunks are sent on from one tier to the other.
+5. What is computed beside a layer (a shared expert that ``carry-shared-experts`` put there) is computed where ranks
    would wait.
 """
 
@@ -26,10 +28,13 @@ from moec.passes.overlap.by_tokens import cut_by_tokens
 from moec.passes.overlap.chunks import Chunks, Whole
 from moec.passes.overlap.cuts import Sets, expert_ranges
 from moec.passes.overlap.fill import FRONT, PIECES, Places, put
+from moec.passes.overlap.legs import Turns
 from moec.passes.overlap.order import reorder
 from moec.passes.overlap.plan import BACKWARD, plan, plan_filled, read_beside, read_layer
 from moec.passes.overlap.policies import uncut
 from moec.passes.overlap.search import MOST
+from moec.passes.overlap.tier_plan import check_direction, over_tiers, plan_tiers
+from moec.passes.overlap.tier_search import TieredSchedule
 from moec.passes.registry import register_pass
 
 DIRECTIONS = ("forward", "backward")
@@ -46,6 +51,7 @@ class _Chosen:
         own_first: Own rows come first.
         places: Where what stands beside the layer is computed.
         sets: Which experts are in every chunk; empty for as they stand.
+        turns: When chunks are sent on, where their rows travel over two tiers of links.
     """
 
     along: str
@@ -54,6 +60,7 @@ class _Chosen:
     own_first: bool = False
     places: Places = FRONT
     sets: Sets = ()
+    turns: Turns | None = None
 
 
 @register_pass
@@ -61,7 +68,8 @@ class _Chosen:
 class Overlap(Pass):
     """Hides the all-to-alls of expert parallelism behind the experts: chunks that are sent while others compute.
 
-    Runs after ``expert-parallel``. Times come from the cost model, rows from the routing profile.
+    Runs after ``expert-parallel``. Times come from the cost model, rows from the routing profile. Where rows travel
+    between nodes and then inside them, forwards alone are cut, along tokens.
 
     Attributes:
         policy: Who chooses. ``auto``: the cost model, freely. The others are for comparison: ``none``; ``two`` equal
@@ -104,7 +112,7 @@ class Overlap(Pass):
                 if not ctx.take_fuel(self.name, what, op):
                     return PassResult(cut > 0, {"cut": cut})
                 ctx.remark("applied", self.name, what, op)
-                reorder(made, put(made, chosen.places))
+                reorder(made, put(made, chosen.places), chosen.turns)
                 op.regions[place] = made
                 made.parent_op = op
                 cut += 1
@@ -118,6 +126,7 @@ class Overlap(Pass):
         """
         if len(own_experts(op.regions[place])) > 1:
             raise Whole("it is cut already")
+        check_direction(op, place)
         if self.chunks:
             along = "experts" if place == BACKWARD else self.along
             own = max(op_def(op.name).attr(op, "sizes"))
@@ -125,9 +134,11 @@ class Overlap(Pass):
             if count < 2:
                 raise Whole("one chunk is the whole")
             return _Chosen(along, (1,) * count, "")
+        if over_tiers(op.regions[place]):
+            return _over_tiers(*plan_tiers(op, ctx, self.policy, self.tokens))
         layer = read_layer(op, place, ctx, self.tokens)
         found, whole = plan(layer, place, self.policy, self.rank >= 0), uncut(layer)
-        places, beside = FRONT, read_beside(op, place, layer, ctx)
+        places, beside = FRONT, read_beside(op, place, layer.rows, ctx)
         if beside is not None:
             filled = plan_filled(layer, place, self.policy, self.rank >= 0, beside)
             found, places = filled.schedule, filled.places
@@ -136,6 +147,18 @@ class Overlap(Pass):
             raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks that may be cut take less")
         why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
         return _Chosen(found.along, found.sizes, why, found.own_first, places, found.sets)
+
+
+def _over_tiers(found: TieredSchedule, whole: TieredSchedule) -> _Chosen:
+    """What is done to a forward whose rows travel between nodes and then inside them.
+
+    Raises:
+        Whole: Nothing; with the reason.
+    """
+    if not found.cut and found.places == FRONT:
+        raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks of tokens take less")
+    why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
+    return _Chosen("tokens", found.sizes, why, places=found.places, turns=found.turns)
 
 
 def _cut(op: Op, place: int, chosen: _Chosen, rank: int) -> Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from moec.ir.beside import beside_experts
 from moec.ir.core import Op
@@ -32,7 +33,7 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
         Whole: Something is not known; with what would help.
     """
     attr = op_def(op.name).attr
-    sizes, experts, group = attr(op, "sizes"), attr(op, "experts"), attr(op, "group")
+    sizes, group = attr(op, "sizes"), attr(op, "group")
     sent = traffic(op.regions[place])
     if sent is None:
         raise Whole(f"what the form {attr(op, 'form')!r} sends is not predicted; ask for a number of chunks")
@@ -43,13 +44,9 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
         raise Whole(f"nobody measured the links of group {group!r}; ask for a number of chunks")
     if times is None:
         raise Whole("the cost model does not know its experts; ask for a number of chunks")
-    rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
-    if rows is None:
-        if not tokens:
-            raise Whole("there is no routing profile; the option tokens says how many a step has")
-        rows = [[tokens * int(_tensor(op, 1).shape[1]) / experts] * experts] * len(sizes)
+    rows = read_rows(op, ctx, tokens)
     most = max(map(sum, rows))
-    top_k = int(_tensor(op, 1).shape[1])
+    top_k = choices(op)
     home = {"experts": most * sent.back_bytes, "tokens": most / top_k * sent.back_bytes}
     costs = ctx.cost_model
     if place == BACKWARD and not (isinstance(costs, GradientCosts) and costs.in_place(op)):
@@ -63,6 +60,31 @@ def read_layer(op: Op, place: int, ctx: PassContext, tokens: int = 0) -> Layer:
     )  # fmt: skip
 
 
+def read_rows(op: Op, ctx: PassContext, tokens: int = 0) -> Sequence[Sequence[float]]:
+    """Rows that every rank sends to every expert, [N][E], as the profile says or spread evenly.
+
+    Args:
+        op: A ``moe.parallel_experts``.
+        ctx: Where the profile is.
+        tokens: Of a rank, where the profile does not know the layer.
+
+    Raises:
+        Whole: Nobody says how many.
+    """
+    sizes, experts = op_def(op.name).attr(op, "sizes"), op_def(op.name).attr(op, "experts")
+    rows = ctx.profile.rows(op.loc.module, len(sizes), experts) if isinstance(ctx.profile, RoutingLoads) else None
+    if rows is None:
+        if not tokens:
+            raise Whole("there is no routing profile; the option tokens says how many a step has")
+        rows = [[tokens * choices(op) / experts] * experts] * len(sizes)
+    return rows
+
+
+def choices(op: Op) -> int:
+    """Experts of a token, k."""
+    return int(_tensor(op, 1).shape[1])
+
+
 def _weight_bytes(op: Op) -> float:
     """Bytes of a rank's weights, whose gradients are put together from those of every chunk's experts."""
     types = [v.type for v in (*op.group("up"), *op.group("down")) if isinstance(v.type, TensorType)]
@@ -70,15 +92,21 @@ def _weight_bytes(op: Op) -> float:
     return sum(math.prod(int(d) for d in t.shape) * t.dtype.bits / 8 for t in known)
 
 
-def read_beside(op: Op, place: int, layer: Layer, ctx: PassContext) -> Beside | None:
-    """What is computed beside one direction of a layer; None where the cost model does not know how long it takes."""
+def read_beside(op: Op, place: int, rows: Sequence[Sequence[float]], ctx: PassContext) -> Beside | None:
+    """What is computed beside one direction of a layer; None where the cost model does not know how long it takes.
+
+    Args:
+        op: The layer.
+        place: :data:`FORWARD` or :data:`BACKWARD`.
+        rows: What :func:`read_rows` says.
+        ctx: Where the cost model is.
+    """
     experts, costs = beside_experts(op.regions[FORWARD]), ctx.cost_model
     if not experts or not isinstance(costs, BesideCosts):
         return None
     times = [costs.layer_times(inner, op.attrs["group"], place == BACKWARD) for inner in experts]
     known = tuple(t for t in times if t is not None)
-    top_k = int(_tensor(op, 1).shape[1])
-    tokens = tuple(sum(row) / top_k for row in layer.rows)
+    tokens = tuple(sum(row) / choices(op) for row in rows)
     return Beside(known, tokens, place == BACKWARD) if len(known) == len(times) else None
 
 
