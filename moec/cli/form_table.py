@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 def model_forms(model: torch.nn.Module, ranks: int, topology: str, tokens: int) -> list[FormTime]:
     """Every form's times for a layer of the model, ``tokens`` tokens of each rank that choose experts evenly.
 
+    Beside them stands what the pass ``overlap`` would make of it.
+
     Raises:
         MoecError: No such machine, ranks that do not fit it or hold no expert, or a model without stacked experts.
     """
     from moec.parallel.planner import ModelFacts
+    from moec.simulate.chosen import chosen_chunks
     from moec.simulate.forms import form_times
     from moec.simulate.layer import shares
     from moec.simulate.routing import Routing
@@ -31,7 +35,8 @@ def model_forms(model: torch.nn.Module, ranks: int, topology: str, tokens: int) 
     m = ModelFacts.of(model)
     routing = Routing("drawn")
     ids = [routing.ids(r, tokens, m.top_k, m.experts) for r in range(ranks)]
-    return form_times(machine, ids, shares(m, ranks), m.hidden * m.element)
+    found = form_times(machine, ids, shares(m, ranks), m.hidden * m.element)
+    return [replace(f, overlap=chosen_chunks(machine, m, f.form, tokens, routing)) for f in found]
 
 
 def micro_batches(model: torch.nn.Module, ranks: int, topology: str, tokens: int) -> str:
@@ -60,11 +65,11 @@ def micro_batches(model: torch.nn.Module, ranks: int, topology: str, tokens: int
 def form_table(found: Sequence[FormTime], title: str) -> Table:
     """One row for each form, the fastest first."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("form", "there, us", "back, us", "both, us", "between nodes", "inside"):
-        table.add_column(name, justify="left" if name == "form" else "right")
+    for name in ("form", "there, us", "back, us", "both, us", "between nodes", "inside", "overlap, forward"):
+        table.add_column(name, justify="left" if name in ("form", "overlap, forward") else "right")
     for f in sorted(found, key=lambda f: f.seconds):
         table.add_row(
             f.form, f"{f.there_s * 1e6:.0f}", f"{f.back_s * 1e6:.0f}", f"{f.seconds * 1e6:.0f}",
-            size_text(round(f.between)), size_text(round(f.inside)),
+            size_text(round(f.between)), size_text(round(f.inside)), f.overlap,
         )  # fmt: skip
     return table

@@ -36,6 +36,7 @@ class FormTime:
         form: Which.
         there_s, back_s: Seconds of the way to the experts, and home.
         between, inside: Bytes that the busiest rank sends over its NIC, and to ranks of its node.
+        overlap: What the pass ``overlap`` says of the forward, where it was asked.
     """
 
     form: str
@@ -43,6 +44,7 @@ class FormTime:
     back_s: float
     between: float
     inside: float
+    overlap: str = ""
 
     @property
     def seconds(self) -> float:

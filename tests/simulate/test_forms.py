@@ -112,8 +112,10 @@ def test_explain_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
     want = [asdict(f) for f in form_times(made, ids, (1,) * 8, 64 * 2)]
     code, out, err = run("--ranks", "8", "--json")
     assert code == 0, err
-    assert json.loads(out)["forms"] == want
-    assert " ms" in json.loads(out)["micro_batches"], "both times of two micro-batches, whatever is decided"
+    found = json.loads(out)
+    assert [f | {"overlap": ""} for f in found["forms"]] == want
+    assert found["forms"][0]["overlap"].startswith("stays whole: in one piece it takes")
+    assert " ms" in found["micro_batches"], "both times of two micro-batches, whatever is decided"
     code, _, err = run("--ranks", "12")
     assert code == 2
     assert "12 ranks are not whole nodes of 8" in err
