@@ -149,15 +149,15 @@ class Overlap(Pass):
         return _Chosen(found.along, found.sizes, why, found.own_first, places, found.sets)
 
 
-def _over_tiers(found: TieredSchedule, whole: TieredSchedule) -> _Chosen:
-    """What is done to a forward whose rows travel between nodes and then inside them.
+def _over_tiers(found: TieredSchedule, whole: float) -> _Chosen:
+    """What is done to a forward whose rows travel between nodes and then inside them, and take ``whole`` seconds uncut.
 
     Raises:
         Whole: Nothing; with the reason.
     """
     if not found.cut and found.places == FRONT:
-        raise Whole(f"in one piece it takes {_ms(whole.seconds)}, and no chunks of tokens take less")
-    why = f": {_ms(found.seconds)} instead of {_ms(whole.seconds)}"
+        raise Whole(f"in one piece it takes {_ms(whole)}, and no chunks of tokens take less")
+    why = f": {_ms(found.seconds)} instead of {_ms(whole)}"
     return _Chosen("tokens", found.sizes, why, places=found.places, turns=found.turns)
 
 

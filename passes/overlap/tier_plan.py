@@ -88,8 +88,8 @@ def _members(op: Op, group: str) -> int:
     return next(int(o.attrs["ranks"]) for o in op.regions[FORWARD].ops if o.attrs.get("group") == group)
 
 
-def plan_tiers(op: Op, ctx: PassContext, policy: str, tokens: int) -> tuple[TieredSchedule, TieredSchedule]:
-    """The schedule of a policy for a forward over tiers, and that of the layer whole.
+def plan_tiers(op: Op, ctx: PassContext, policy: str, tokens: int) -> tuple[TieredSchedule, float]:
+    """The schedule of a policy for a forward over tiers, and seconds of the layer whole, then of what is beside it.
 
     Args:
         op: The layer.
@@ -101,5 +101,6 @@ def plan_tiers(op: Op, ctx: PassContext, policy: str, tokens: int) -> tuple[Tier
         Whole: Something is not known; with what would help.
     """
     rows = read_rows(op, ctx, tokens)
-    search = Search(read_tiers(op, ctx, rows), read_beside(op, FORWARD, rows, ctx))
-    return search.choose(policy), search.at((1,), search.choose("none").turns)
+    layer, beside = read_tiers(op, ctx, rows), read_beside(op, FORWARD, rows, ctx)
+    whole = Search(layer).choose("none").seconds + (0.0 if beside is None else max(beside.chunk().compute))
+    return Search(layer, beside).choose(policy), whole
