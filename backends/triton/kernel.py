@@ -27,7 +27,7 @@ from moec.ir.torch_dtypes import TO_TORCH
 LEAST_ROWS, MOST_ROWS = 16, 64
 """Rows of a block in the backward: what tensor cores multiply at least; more do not fit a program's registers."""
 _TABLES = 4096
-"""Tables of addresses, and lists of experts, that are kept: equal layers of a model share this kernel, and each has some of its own."""
+"""Tables of addresses, and lists of experts, that are kept: equal layers share this kernel, and each has its own."""
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +94,9 @@ class TritonExperts(Kernel):
             rows = Rows.of(blocks, block_m, ids.numel(), self.spec.experts)
             some = None if only is None else self._sent(tuple(only), x.device)
             aligned = self._aligned(params)
-            found = Backward(self.aten.spec, self.spec.dtype, rows, tables, aligned, some).gradients(grad, inputs, needs)
+            found = Backward(self.aten.spec, self.spec.dtype, rows, tables, aligned, some).gradients(
+                grad, inputs, needs
+            )
             if some is None:
                 return placed(found, into)
             made = placed(found[:STACKS], into[:STACKS])
