@@ -138,7 +138,7 @@ def compiled(spec: Spec, device: Device, name: str, tile: Tile) -> Resources:
     tma = isinstance(device.arch, int) and device.arch >= 90
     known = {
         "UNITS": tile.units, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
-        "TMA": int(tma), "SPLIT_K": 2, "AHEAD": 0,
+        "TMA": int(tma), "SPLIT_K": 2, "AHEAD": device.units if tma and tile.units > 1 else 0,
     }  # fmt: skip
     constants = {c: known[c] for c in kernel.constants}
     aligned = frozenset(a.name for a in kernel.arguments if a.type != "i32")

@@ -133,9 +133,9 @@ def _filling(gemm: Gemm, load: Load, device: Device, delay: float, waits: Floats
     A program first reads which tile is its own, then the slots of its rows where those are gathered. Where weights are
     read through descriptors it writes those meanwhile, and has them read; and what its first step reads was fetched to
     the last cache by an earlier program, all but rows that lie apart and are too many to stay there. What its second
-    step reads comes from memory, while the first is multiplied.
+    step reads comes from memory, while the first is multiplied. Weights that lie apart have no descriptors.
     """
-    if not device.mma[0].shared:
+    if not device.mma[0].shared or gemm.apart:
         return np.full(waits.shape, delay + device.hit * (2 if gemm.gathered else 1)), 0.0
     rows = load.total / gemm.top_k * gemm.inputs * ITEM_BYTES[gemm.dtype]
     first = _LOADED * device.hit if not gemm.gathered or rows <= device.cache * _CACHE_PART else delay
