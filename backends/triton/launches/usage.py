@@ -146,7 +146,7 @@ def usage(
                 registers += int(held * (_HELD * first + _HELD_BEYOND * (1 - first)))
             else:
                 registers += int(held * _HELD_TALL * (1 - first))
-                if tile.block_n <= 64 and tile.block_k == 32 and tile.num_stages == 2:
+                if outputs <= (64 if tile.split_k > 1 else 128) and tile.block_k == 32 and tile.num_stages == 2:
                     registers += sums // 2 + _NARROW_REGISTERS
         if tile.num_warps > 4:
             registers += _MANY_WARPS_AMD if device.hip else _MANY_WARPS
@@ -154,7 +154,9 @@ def usage(
     if tile.split_k > 1:
         # Sums are stored in f32, at addresses twice as far. Those of 64 rows lie in half of the lanes of tensor memory;
         # for their columns to be halved they are held twice.
-        registers += _SPLIT_REGISTERS + (sums if columns and tile.rows == 64 else sums // 8 if device.hip else 0)
+        lanes = sums if columns and tile.rows == 64 else 0
+        # On AMD a tall tile, which has no loop over tiles, has let go of its operands by then.
+        registers += 0 if device.hip and tile.units > 1 else _SPLIT_REGISTERS + lanes + (sums // 8 if device.hip else 0)
     resident = device.resident(shared, min(registers, device.thread_registers), tile.num_warps)
     if columns:
         resident = min(resident, device.tensor_columns // columns)
