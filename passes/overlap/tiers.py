@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from moec.passes.overlap.costs import ExpertTimes, Transport
+from moec.passes.overlap.costs import ExpertTimes, Transport, burden_seconds
 from moec.passes.overlap.legs import Journey, Leg
 
 
@@ -86,5 +86,4 @@ class TieredLayer:
         return Leg(trip.tier, self.links[trip.tier].seconds(trip.bytes * share, trip.messages))
 
     def _burden(self, trips: Sequence[Carried], share: float) -> float:
-        taken = [(self.burdens[t.tier], t) for t in trips]
-        return sum(b.seconds(t.bytes * share, t.messages) for b, t in taken if b is not None)
+        return sum(burden_seconds(self.burdens[t.tier], self.links[t.tier], t.bytes * share, t.messages) for t in trips)

@@ -25,7 +25,7 @@ from moec.passes.overlap.policies import MARGIN, POLICIES
 from moec.passes.overlap.reach import busiest_rows, expected_copies
 from moec.passes.overlap.tier_plan import read_tiers
 from moec.passes.overlap.tier_search import Search
-from moec.passes.overlap.tiers import Carried
+from moec.passes.overlap.tiers import Carried, TieredLayer
 from moec.passes.overlap.trips import Trip, Trips, over_tiers, trips
 from tests.parallel.layers import Layer
 
@@ -214,3 +214,13 @@ def test_the_chosen_order_is_the_one_that_is_written() -> None:
     chosen = Search(layer).choose("auto")
     op, _ = run(Overlap(tokens=64), Costs())
     assert written(op.regions[0]) == asks(len(chosen.sizes), (0, 0, 1, 1), 2, chosen.turns)
+
+
+@pytest.mark.parametrize(("rate", "counted"), [(1e2, 500 / 1e3), (1e4, 500 / 1e4)])
+def test_collectives_burden_experts_no_longer_than_they_travel(rate: float, counted: float) -> None:
+    """Links bring 1000 bytes a second; of three chunks the middle one has half of the tokens, and travels both ways."""
+    trip, burdens = (Carried(0, 1, 1000.0),), (Link(0.0, rate), None)
+    links = (Link(0.0, 1e3), Link(0.0, 1e9))
+    first, middle, last = TieredLayer(((0.0,),), CURVE, links, trip, trip, burdens=burdens).chunks((1, 2, 1))
+    assert middle.compute == pytest.approx((2 * counted,))
+    assert (*first.compute, *last.compute) == pytest.approx((counted / 2,) * 2)
