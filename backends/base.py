@@ -156,6 +156,15 @@ class Kernel:
         return placed(self.backward(grads, inputs, needs), into, only)
 
 
+class PlacingKernel(Kernel):
+    """A kernel that can write gradients where they are to be: it defines :meth:`backward_into`, for both."""
+
+    def backward(
+        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
+
+
 class Backend:
     """Base class of backends. Subclasses are stateless; the class docstring is the backend's reference page.
 

@@ -12,7 +12,17 @@ from moec.backends.aten.backward import experts_backward
 from moec.backends.aten.forward import experts_forward
 from moec.backends.aten.region import compile_region
 from moec.backends.aten.spec import Spec
-from moec.backends.base import Artifact, Backend, Kernel, StatusLine, Support, placed, program_op, tensors_only
+from moec.backends.base import (
+    Artifact,
+    Backend,
+    Kernel,
+    PlacingKernel,
+    StatusLine,
+    Support,
+    placed,
+    program_op,
+    tensors_only,
+)
 from moec.backends.reference import AutogradKernel, run_graph
 from moec.backends.registry import register_backend
 from moec.ir.core import Op
@@ -23,7 +33,7 @@ __all__ = ["AtenBackend"]
 FLOATS = ("f32", "bf16", "f16", "f64")
 
 
-class ExpertsKernel(Kernel):
+class ExpertsKernel(PlacingKernel):
     """``moe.experts``: see ``forward.py`` and ``backward.py``; weights in fp8 are multiplied as the definition says."""
 
     def __init__(self, op: Op) -> None:
@@ -35,11 +45,6 @@ class ExpertsKernel(Kernel):
         if self.defined is not None:
             return self.defined.forward(inputs)
         return [experts_forward(self.spec, inputs)]
-
-    def backward(
-        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
 
     def backward_into(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.aten.spec import Params
-from moec.backends.base import Kernel
+from moec.backends.base import PlacingKernel
 from moec.backends.cpu import team, workspace
 from moec.backends.cpu.backward import CpuBackward
 from moec.backends.cpu.build import build
@@ -52,7 +52,7 @@ class Placed:
     keep: Pointers
 
 
-class CpuExperts(Kernel):
+class CpuExperts(PlacingKernel):
     """Forward and backward in generated C++; gradients that it does not have (see ``backward.py``) are aten's.
 
     Attributes:
@@ -152,11 +152,6 @@ class CpuExperts(Kernel):
                 self.recent = {}
             self.recent[key] = Placed(placed.code, fields, keep.without_tensors())
         return placed
-
-    def backward(
-        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
 
     def backward_into(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.backends.aten import ExpertsKernel as AtenExperts
 from moec.backends.aten.spec import Params
-from moec.backends.base import STACKS, Kernel, placed
+from moec.backends.base import STACKS, PlacingKernel, placed
 from moec.backends.cpu.operands import form_of, one_stride
 from moec.backends.triton.backward import Backward, Rows
 from moec.backends.triton.kernels.experts import up_biases, up_weights
@@ -36,7 +36,7 @@ def launcher(spec: Spec, interpreted: bool) -> Launcher:
     return Launcher(write_experts(spec, interpreted))
 
 
-class TritonExperts(Kernel):
+class TritonExperts(PlacingKernel):
     """Forward and GEMMs of the backward in generated Triton."""
 
     def __init__(self, op: Op, spec: Spec, target: str) -> None:
@@ -66,11 +66,6 @@ class TritonExperts(Kernel):
     def launcher(self, spec: Spec) -> LaunchKernel:
         """The kernels of the layer, its weights as they lie."""
         return launcher(spec, interpreted())
-
-    def backward(
-        self, grads: Sequence[Tensor | None], inputs: list[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        return self.backward_into(grads, inputs, needs, [None] * len(inputs))
 
     def backward_into(
         self,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +25,7 @@ from moec.passes.overlap import Overlap
 from moec.runtime.programs import program_graph
 from tests.compile.blocks import Block, Layers
 from tests.parallel.layers import Layer
+from tests.support.gloo import on_gloo
 from tests.support.processes import run_processes
 
 pytestmark = pytest.mark.slow  # four processes start, and a kernel is built
@@ -74,22 +72,16 @@ def bits(rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=90))
-    try:
-        found = {"measured": measured()} | ({"bits": bits(rank)} if compiler() is not None else {})
-    except Exception:  # noqa: BLE001  (the failure is the result: the test shows it)
-        found = {"error": {"text": traceback.format_exc()}}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
+    on_gloo(
+        rank, folder, RANKS, lambda: {"measured": measured()} | ({"bits": bits(rank)} if compiler() is not None else {})
+    )
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     found = run_processes(main, RANKS, tmp_path_factory.mktemp("tiers"), DEADLINE)
     for each in found:
-        assert "error" not in each, each["error"]["text"]
+        assert "error" not in each, each["error"]
     return found
 
 
