@@ -22,6 +22,9 @@ from moec.passes.interleave_layers import InterleaveLayers
 from moec.passes.interleave_layers.order import Task, apart, in_order
 from moec.passes.interleave_layers.pieces import Pieces, Step, pieces_of
 from moec.passes.interleave_layers.worth import expand, seconds, worth
+from moec.passes.overlap.by_experts import cut_by_experts
+from moec.passes.overlap.chunks import Chunks
+from moec.passes.overlap.order import reorder
 from moec.passes.overlap.plan import BACKWARD, FORWARD, read_layer
 from moec.passes.overlap.policies import schedule, uncut
 from moec.passes.overlap.timeline import makespan
@@ -164,6 +167,21 @@ def test_a_layer_takes_what_overlap_says(place: int, chunks: int) -> None:
     want = schedule(layer, "experts", (1,) * chunks) if chunks > 1 else uncut(layer)
     found = pieces_of(cut.ops[0], cut.ops[0].regions[place], place, ctx, 64)
     assert seconds(whole(found)) == pytest.approx(makespan(want.chunks), rel=CLOSE)
+
+
+@pytest.mark.parametrize("place", [FORWARD, BACKWARD])
+def test_chunks_of_any_experts_count_as_those_that_hold_as_many(place: int) -> None:
+    graph, ctx = sample_layer((4, 4), 4, 2, 16, 32), PassContext(cost_model=Costs())
+    PassManager("expert-parallel", repro=None).run(graph, PassContext())
+    op, found = graph.ops[0], []
+    mixed = (((0, 1, 3), (1, 2, 3)), ((2,), (0,)))
+    for chunks in (Chunks((4, 4), ((0, 0), (3, 3), (4, 4))), Chunks.of((4, 4), mixed, rank=0)):
+        region = cut_by_experts(op.regions[place], chunks)
+        reorder(region)
+        found.append([step for _, step in whole(pieces_of(op, region, place, ctx, 64))])
+    stand, other = found
+    assert [s for s in stand if s.kind == "compute"] == [s for s in other if s.kind == "compute"]
+    assert [s.seconds for s in stand if s.kind == "start"] == [s.seconds for s in other if s.kind == "start"]
 
 
 def test_threads_that_send_take_no_more_than_the_time_of_what_travels() -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from moec.backends.triton.launches.choose import Choice, Layer, load_of, pick, ranked
 from moec.backends.triton.launches.device import Device, device_of, gpu_targets
-from moec.backends.triton.launches.gemm_time import makespan
+from moec.backends.triton.launches.gemm_time import makespan, times
 from moec.backends.triton.launches.load import counted
+from moec.backends.triton.launches.table import tiles_for
 from moec.backends.triton.launches.tiles import Tile
 from moec.backends.triton.launches.usage import fits, usage
 from moec.targets import TargetError
@@ -114,6 +115,21 @@ def test_more_bandwidth_never_takes_more_time() -> None:
                     times.append(pick(layer, tokens, replace(device, target=faster)).seconds)
                 assert times == sorted(times, reverse=True)
                 assert tokens != 100 or times[0] > times[1]  # it is memory that binds there
+
+
+@pytest.mark.parametrize("target", gpu_targets())
+def test_weights_that_lie_apart_are_not_fetched_before_a_tile_begins(target: str) -> None:
+    device, load = device_of(target), load_of(REAL["OLMoE"], 4096)
+    for gemm in REAL["OLMoE"].gemms:
+        table = tiles_for(device, gemm.parts, gemm.dtype, (1,), gemm.biased, gemm.gathered, apart=True)
+        stacked, apart = (times(replace(gemm, apart=a), load, device, table).unit for a in (False, True))
+        tall = np.array([tile.units > 1 for tile in table.tiles])
+        assert (apart[~tall] == stacked[~tall]).all()
+        assert (apart >= stacked * EXACT).all()
+        if device.mma[0].shared:  # there are descriptors
+            assert (apart[tall] > stacked[tall]).any()
+        else:
+            assert (apart == stacked).all()
 
 
 def near(choice: Choice) -> float:
