@@ -58,6 +58,13 @@ def test_no_rows_reach_nothing_and_few_experts_are_reached_for_sure() -> None:
     assert chances([5.0, 0.0, 0.0, 0.0], (0, 2, 4), 2) == [1.0, 0.0]
 
 
+def test_an_expert_that_every_token_must_have_leaves_the_others_one_choice_less() -> None:
+    assert chances([9.0, 1.0, 1.0, 0.0], (0, 1, 2, 4), 2) == pytest.approx([1.0, 0.5, 0.5])
+    assert chances([9.0, 3.0, 2.0, 1.0], (0, 1, 3, 4), 2) == pytest.approx([1.0, 5 / 6, 1 / 6])
+    assert chances([90.0, 80.0, 1.0, 1.0], (0, 1, 2, 3, 4), 3) == pytest.approx([1.0, 1.0, 0.5, 0.5])
+    assert chances([90.0, 80.0, 1.0, 1.0], (0, 1, 2, 4), 2) == pytest.approx([1.0, 80 / 82, 2 / 82])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([(4, 2), (6, 3), (6, 2)]), st.integers(1, 3))
 def test_busiest_rows_are_those_of_the_formulas(seed: int, machine: tuple[int, int], top_k: int) -> None:
