@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import time
@@ -64,6 +62,7 @@ from overlap_layers import (
     way,
 )
 from overlap_table import Row, show, told, verdict
+from spawned import run_ranks
 from steady import TRIES, Look, look, own, unsteady
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -275,18 +274,9 @@ def main() -> None:
     parser.add_argument("--directions", type=lambda s: s.split(","), default=list(DIRECTIONS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     print("| experts : links | routing | | policy | chunks | step, ms | predicted | off | exposed | floor | taken |")
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank_main, args=(r, port, args), daemon=True) for r in range(args.ranks)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(max(abs(p.exitcode or 0) for p in ranks))
+    run_ranks(rank_main, args.ranks, args)
 
 
 if __name__ == "__main__":

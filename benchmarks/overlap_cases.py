@@ -9,6 +9,7 @@ from dataclasses import replace
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.passes.overlap.cuts import Layer
+from moec.passes.overlap.tiers import Carried, TieredLayer
 
 FREE = 0.5
 """Part of the layers whose chunks cost nothing beside their rows."""
@@ -77,3 +78,22 @@ def beside(rng: random.Random, layer: Layer, whole: float) -> Layer:
     share = rng.choice((0.0, rng.uniform(0, 1)))  # of the calls, before the first experts
     front_s = {along: seconds * share for along, seconds in chunk_s.items()}
     return replace(layer, chunk_s=chunk_s, front_s=front_s, burden=burden, joining=joining)
+
+
+def draw_tiers(rng: random.Random) -> TieredLayer:
+    """A layer over two tiers: compute over communication from a quarter to four, tiers that are alike or far apart."""
+    ranks, slow = rng.choice((1, 2, 4)), rng.choice((1.0, 2.0, 8.0))
+    loads = tuple(tuple(rng.uniform(10, 400) for _ in range(4)) for _ in range(ranks))
+    base = rng.choice((1e-4, 4e-4))
+    curve = LayerCurve(1e-5, tuple((float(n), base + n * 2e-6) for n in (1, 64, 512)))
+    total = max(curve.seconds(load) for load in loads) / rng.choice((0.25, 1.0, 4.0))
+    alpha = total * rng.choice((0.0, 0.01, 0.05))
+    links = Link(alpha, slow), Link(alpha / 3, rng.choice((1.0, 4.0)))
+    there, inside, back = total * slow / 4, total / 4, total * slow / 2
+    burdens = (Link(alpha, slow * 10), None) if rng.random() < 0.5 else (None, None)
+    layer = TieredLayer(
+        loads, curve, links,
+        (Carried(0, 1, 0.0), Carried(0, 2, there), Carried(1, 1, 0.0), Carried(1, 1, inside)),
+        (Carried(1, 1, inside), Carried(0, 1, back)), burdens=burdens,
+    )  # fmt: skip
+    return replace(layer, joining=total * rng.choice((0.0, 0.01)), chunk_s=total * rng.choice((0.0, 0.02)))

@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import random
-import socket
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.overlap_layers import ALPHA, AsleepLayer, asleep
 from moec.backends.base import program_op
 from moec.backends.distributed import groups
 from moec.cost.curve import LayerCurve
@@ -45,9 +42,11 @@ from moec.passes.overlap.cuts import UNITS
 from moec.passes.overlap.legs import TURNS
 from moec.passes.overlap.tier_plan import plan_tiers, read_tiers
 from moec.passes.overlap.tier_search import Search
-from moec.passes.overlap.tiers import Carried, TieredLayer
 from moec.runtime.programs import program_graph
 from moec.testing import delayed_group
+from overlap_cases import draw_tiers
+from overlap_layers import ALPHA, AsleepLayer, asleep
+from spawned import run_ranks
 
 RANKS, NODES, OWN, TOP_K, TOKENS, HIDDEN, INNER = 4, 2, 4, 4, 1024, 32, 8
 POLICIES = ("none", "two", "tutel", "fsmoe", "auto")
@@ -185,30 +184,11 @@ def rank_main(rank: int, port: int, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def random_layer(rng: random.Random) -> TieredLayer:
-    """Compute over communication from a quarter to four, tiers that are alike or far apart."""
-    ranks, slow = rng.choice((1, 2, 4)), rng.choice((1.0, 2.0, 8.0))
-    loads = tuple(tuple(rng.uniform(10, 400) for _ in range(4)) for _ in range(ranks))
-    base = rng.choice((1e-4, 4e-4))
-    curve = LayerCurve(1e-5, tuple((float(n), base + n * 2e-6) for n in (1, 64, 512)))
-    total = max(curve.seconds(load) for load in loads) / rng.choice((0.25, 1.0, 4.0))
-    alpha = total * rng.choice((0.0, 0.01, 0.05))
-    links = Link(alpha, slow), Link(alpha / 3, rng.choice((1.0, 4.0)))
-    there, inside, back = total * slow / 4, total / 4, total * slow / 2
-    burdens = (Link(alpha, slow * 10), None) if rng.random() < 0.5 else (None, None)
-    layer = TieredLayer(
-        loads, curve, links,
-        (Carried(0, 1, 0.0), Carried(0, 2, there), Carried(1, 1, 0.0), Carried(1, 1, inside)),
-        (Carried(1, 1, inside), Carried(0, 1, back)), burdens=burdens,
-    )  # fmt: skip
-    return replace(layer, joining=total * rng.choice((0.0, 0.01)), chunk_s=total * rng.choice((0.0, 0.02)))
-
-
 def searched(layers: int) -> None:
     """Print how much later what is found ends than the best of every way to cut, and the comparators beside it."""
     over: dict[str, list[float]] = {"auto": [], "two": [], "tutel": [], "fsmoe": [], "none": []}
     for seed in range(layers):
-        search = Search(random_layer(random.Random(seed)))
+        search = Search(draw_tiers(random.Random(seed)))
         ways = [
             tuple(b - a for a, b in itertools.pairwise((0, *edges, UNITS)))
             for count in range(1, 5)
@@ -230,17 +210,7 @@ def main() -> None:
     if args.search:
         searched(args.search)
         return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank_main, args=(r, port, args), daemon=True) for r in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise SystemExit("a rank failed")
+    run_ranks(rank_main, RANKS, args)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,8 @@ forward of a layer, and its forward and backward: from the first rank's start to
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import socket
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +35,7 @@ from moec.simulate.costs import Costs
 from moec.simulate.planning import MachineCosts
 from moec.testing import SleepingLayer, delayed_group
 from overlap_layers import ALPHA, Loads, Sizes, asleep, link_for, routes, table
+from spawned import run_ranks
 
 RANKS = 2
 POLICIES = ("none", "two", "auto")
@@ -171,18 +169,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--ratios", type=lambda s: [float(r) for r in s.split(",")], default=[0.25, 1.0, 4.0])
     args = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     print("| experts : links | routing | step | policy | measured, ms | simulated, ms | off |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank_main, args=(r, port, args), daemon=True) for r in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(max(abs(p.exitcode or 0) for p in ranks))
+    run_ranks(rank_main, RANKS, args)
 
 
 if __name__ == "__main__":

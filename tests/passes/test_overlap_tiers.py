@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from benchmarks.overlap_tiers import random_layer
 from moec.cost.curve import LayerCurve
 from moec.cost.links import Link
 from moec.ir.beside import EXPERTS, own_experts
@@ -36,6 +37,14 @@ LINKS = {"ep.node": Link(1e-4, 1e6), "ep.local": Link(1e-5, 1e7)}
 CURVE = LayerCurve(1e-5, ((1.0, 3e-5), (64.0, 192e-5)))
 NEAR = 1.01
 """How much longer than the best of all sizes what is found may take."""
+
+
+def drawn(rng: random.Random) -> TieredLayer:
+    """A layer as the benchmark of the search draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        layer: TieredLayer = importlib.import_module("overlap_cases").draw_tiers(rng)
+    return layer
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def all_sizes(count: int) -> Iterator[tuple[int, ...]]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_sizes_are_nearly_the_best_of_all(seed: int) -> None:
-    search = Search(random_layer(random.Random(seed)))
+    search = Search(drawn(random.Random(seed)))
     for count in (2, 3):
         best = min(search.at(sizes, turns).seconds for sizes in all_sizes(count) for turns in TURNS)
         assert best <= search.best(count).seconds <= best * NEAR
@@ -133,7 +142,7 @@ def test_sizes_are_nearly_the_best_of_all(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_no_rule_ends_sooner_than_what_the_cost_model_chooses(seed: int) -> None:
-    layer = random_layer(random.Random(seed))
+    layer = drawn(random.Random(seed))
     search = Search(layer)
     found = {policy: search.choose(policy) for policy in POLICIES}
     assert found["auto"].seconds <= min(s.seconds for s in found.values()) * (1 + MARGIN)
@@ -143,7 +152,7 @@ def test_no_rule_ends_sooner_than_what_the_cost_model_chooses(seed: int) -> None
 
 
 def test_what_stands_beside_is_computed_while_rows_travel() -> None:
-    layer = random_layer(random.Random(3))
+    layer = drawn(random.Random(3))
     ranks = len(layer.loads)
     spare = LayerCurve(0.0, ((1.0, 1e-6), (1000.0, 1e-3)))
     beside = Beside((spare,), (500.0,) * ranks)
