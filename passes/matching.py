@@ -16,6 +16,14 @@ VIEWS = frozenset(
     ("view", "reshape", "_unsafe_view", "alias", "contiguous", "clone", "squeeze", "unsqueeze", "flatten", "unflatten")
 )
 CASTS = frozenset({"to", "_to_copy", "type_as"})
+FREE = frozenset(
+    {
+        *("view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
+        *("detach", "alias", "split", "chunk"),
+    }
+)
+"""What gives another look at memory that is there, and takes no time on a device."""
+ATTENTION_CORE = "scaled_dot_product_attention"
 
 
 def function(op: Op | None) -> str:

@@ -19,7 +19,7 @@ from moec.ir.torch_dtypes import FROM_TORCH
 from moec.op_costs import op_costs
 from moec.options import CompileOptions
 from moec.passes.base import PassContext, Remark
-from moec.passes.interleave_layers.beside import CORE, WEIGHT_AT, Core, Dense, Moved, Work
+from moec.passes.interleave_layers.beside import WEIGHT_AT, Core, Dense, Moved, Work
 from moec.passes.interleave_layers.interleave import (
     LARGE_CALLS,
     NOTHING,
@@ -30,6 +30,7 @@ from moec.passes.interleave_layers.interleave import (
 )
 from moec.passes.interleave_layers.order import Kind, Task, apart
 from moec.passes.interleave_layers.pieces import pieces_of, tokens_of
+from moec.passes.matching import ATTENTION_CORE
 from moec.pipeline import passes_of
 from moec.report import Report
 from moec.routing.store import load_routing
@@ -178,7 +179,7 @@ def _dense(node: Node) -> Dense | None:
 
 def _core(node: Node, length: int) -> Core | None:
     """Attention on heads ``[B, h, S, d]``: of its sizes the heads are the same on all ranks, the length is told."""
-    if fx_nodes.name(node) != CORE or not length:
+    if fx_nodes.name(node) != ATTENTION_CORE or not length:
         return None
     values = [fx_nodes.value(fx_nodes.argument(node, i, name)) for i, name in enumerate(("query", "key", "value"))]
     if not all(isinstance(v, torch.Tensor) and v.dim() == 4 for v in values):

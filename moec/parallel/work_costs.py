@@ -31,7 +31,7 @@ from moec.passes import PassContext, PassManager
 
 ROWS = (1, 16, 64, 256)
 """Rows of the products that are timed."""
-BACKWARD_PRODUCTS = 2.5
+EXPERT_PRODUCTS = 2.5
 """Products of an expert's backward on ``aten`` over those of its forward: the up GEMM again, and two for each."""
 _SIDE, _MATRICES = 512, 8
 _MOVED = 1 << 19
@@ -66,7 +66,7 @@ class WorkTimes:
     def experts(self, shape: LayerShape, backward: bool) -> LayerCurve | None:
         """Times of a layer's experts on ``aten``: products one by one, and what the ops between them move."""
         points: list[tuple[float, float]] = []
-        times = BACKWARD_PRODUCTS if backward else 1.0
+        times = EXPERT_PRODUCTS if backward else 1.0
         row = (2 * shape.hidden + 3 * shape.parts * shape.inner + 2 * shape.width) * shape.item
         written = 2 * shape.elements * shape.item if backward else 0.0  # gradients of weights
         for rows in ROWS:

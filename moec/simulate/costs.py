@@ -24,18 +24,12 @@ from moec.cost.products import EFFICIENCY, written_seconds
 from moec.ir.core import Op
 from moec.ir.opdef import op_def
 from moec.passes.calls import call_args
+from moec.passes.matching import ATTENTION_CORE, FREE, function
 from moec.simulate.topology import Device
 
 FLOAT_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f8e4m3fn": torch.float8_e4m3fn, "f32": torch.float32}
 """Element types that devices multiply, by their names."""
-_VIEWS = frozenset(
-    {
-        *("view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-        *("detach", "alias", "split", "chunk"),
-    }
-)
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"})
-_CORE = "scaled_dot_product_attention"
 _FREE = frozenset(
     {
         *("moe.slots", "moe.loads", "moe.count_tokens", "moe.own_ids", "return", "torch.get_attr"),
@@ -66,9 +60,9 @@ class Costs:
         if is_free(op) or not any(isinstance(r, Tensor) for r in results):
             return 0.0
         moved = sum(_bytes(v) for v in (*values, *results))
-        if _called(op) == _CORE:
+        if function(op) == ATTENTION_CORE:
             return self.device.launch_s + core_seconds(_core_flops(op, values), moved, self.device.target)
-        if _called(op) in _PRODUCTS:
+        if function(op) in _PRODUCTS:
             return self._product(_flops(values, results), moved, _bytes(results[0]), results[0].dtype)
         return self.device.launch_s + moved / self.device.target.memory_bandwidth
 
@@ -118,15 +112,9 @@ class Costs:
         return self.curve_of(shape, backward=True).seconds(rows_of_experts(values[2], shape.experts))
 
 
-def _called(op: Op) -> str:
-    """Which operation of torch's an op calls: ``"cat"``; nothing where it calls none."""
-    parts = str(op.attrs.get("target", "")).split(".") if op.name == "torch.call" else []
-    return parts[1] if len(parts) > 1 else ""
-
-
 def is_free(op: Op) -> bool:
     """Whether an op starts nothing on the device."""
-    return op.name in _FREE or _called(op) in _VIEWS
+    return op.name in _FREE or function(op) in FREE
 
 
 def rows_of_experts(ids: Tensor, experts: int) -> list[int]:

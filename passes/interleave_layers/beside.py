@@ -12,18 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 from moec.ir.core import Op, Value
 from moec.ir.types import TensorType
 from moec.passes.calls import call_args
-from moec.passes.matching import CASTS, VIEWS, arg, function, peel
+from moec.passes.matching import ATTENTION_CORE, CASTS, FREE, VIEWS, arg, function, peel
 
 WEIGHT_AT = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}
 """Calls that read a matrix of the model, and which argument that is."""
-CORE = "scaled_dot_product_attention"
 _TURNED = (*VIEWS, *CASTS, "t", "transpose", "permute", "detach")
-_FREE = frozenset(
-    {
-        *("view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-        *("detach", "alias", "split", "chunk"),
-    }
-)
 
 
 @runtime_checkable
@@ -114,9 +107,9 @@ def work_of(op: Op, tokens: Any, length: int) -> Work | None:
     """
     if function(op) in WEIGHT_AT and (found := _dense(op)) is not None:
         return found
-    if function(op) == CORE:
+    if function(op) == ATTENTION_CORE:
         return _core(op, length)
-    if op.name not in ("torch.call", "moe.route") or function(op) in _FREE:
+    if op.name not in ("torch.call", "moe.route") or function(op) in FREE:
         return None
     types = [v.type for v in (*op.operands, *op.results)]
     moved = [_token_bytes(t, tokens) for t in types if isinstance(t, TensorType)]
