@@ -14,6 +14,7 @@ from moec.backends.registry import all_backends
 from moec.ir.core import Graph, Op
 from moec.ir.types import PlanType, TensorType
 from tests.backends.cases import SKEWS, TOLERANCE, ExpertsCase, case_id, relative_error, route_graph
+from tests.support.backends import skip_unless_it_works
 
 TOKENS = (0, 1, 2, 31, 33)
 TARGET = "cpu"
@@ -57,9 +58,7 @@ def _kernel(backend: Backend, graph: Graph) -> Kernel:
     support = backend.supports(program_op(graph), TARGET)
     if not support.ok:
         pytest.skip(f"{backend.name}: {support.reason}")
-    for line in backend.status():
-        if not line.works:
-            pytest.skip(f"{backend.name} cannot {line.stage} here: {line.detail}")
+    skip_unless_it_works(backend)
     return backend.load(backend.lower(graph, TARGET))
 
 

@@ -8,6 +8,7 @@ import torch
 from moec.backends.base import Backend, Kernel, program_op
 from moec.backends.registry import all_backends
 from tests.backends.cases import TOLERANCE, ExpertsCase, relative_error
+from tests.support.backends import skip_unless_it_works
 
 CASE = ExpertsCase(sentinels=True, bias=True)
 MARKS = (-1, CASE.experts, CASE.experts + 7)
@@ -16,9 +17,7 @@ MARKS = (-1, CASE.experts, CASE.experts + 7)
 @pytest.fixture(params=sorted(all_backends()))
 def backend(request: pytest.FixtureRequest) -> Backend:
     found = all_backends()[request.param]
-    for line in found.status():
-        if not line.works:
-            pytest.skip(f"{found.name} cannot {line.stage} here: {line.detail}")
+    skip_unless_it_works(found)
     if not (support := found.supports(program_op(CASE.graph()), "cpu")).ok:
         pytest.skip(f"{found.name}: {support.reason}")
     return found

@@ -8,6 +8,7 @@ import torch
 from moec.backends.base import Backend, program_op
 from moec.backends.registry import all_backends
 from tests.backends.cases import ExpertsCase
+from tests.support.backends import skip_unless_it_works
 
 CASES = {
     "concat": ExpertsCase(bias=True),
@@ -23,9 +24,7 @@ ONLY = [3, 0]
 @pytest.fixture(params=sorted(all_backends()))
 def backend(request: pytest.FixtureRequest) -> Backend:
     found = all_backends()[request.param]
-    for line in found.status():
-        if not line.works:
-            pytest.skip(f"{found.name} cannot {line.stage} here: {line.detail}")
+    skip_unless_it_works(found)
     if not found.trainable:
         pytest.skip(f"{found.name} has no gradients")
     return found
