@@ -1,7 +1,8 @@
 """The model's tiles against all tiles of a grid, compiled: registers, spills, shared memory, and the times they give.
 
 ``--compile`` compiles both GEMMs, and down as it is where programs share a sum, for every GPU, and notes what each
-takes: with what the model chooses, with tiles of a grid, and with tiles drawn from all that the model may choose.
+takes: with what the model chooses, with tiles of a grid, and with tiles drawn from all that the model may choose. So it
+does in fp8, where there are GPUs for that, and down as it is where tiles have columns of both halves of the result.
 Without it, every case (layer, GPU, tokens, GEMM) is judged by those notes: all tiles are timed with the resident blocks
 that the compiler's registers and shared memory leave, and the model's choice is compared with the best.
 
@@ -34,6 +35,7 @@ from moec.backends.triton.launches.usage import ITEM_BYTES, Usage, buffers, usag
 from moec.backends.triton.module import load_module
 from moec.backends.triton.spec import Spec, read_spec
 from moec.ir.parser import parse_graph
+from moec.ir.scaled_semantics import SCALED
 
 STORED = Path(__file__).parent / "triton_tiles.json"
 LAYERS = {
@@ -46,15 +48,18 @@ EVEN, MASKED = "OLMoE", "gpt-oss-20b"
 """Layers that are compiled: one whose widths are multiples of every tile, and one whose widths are not."""
 STEPS = {EVEN: (32, 64), MASKED: (64,)}
 KERNELS = ("up", "down")
-SHARED = "down_parts"
-"""Down where programs share the sum of a tile."""
+SHARED, HALVES = "down_parts", "down_halves"
+"""Down where programs share the sum of a tile, and where a tile has columns of both halves of the result."""
+FP8, FP8_TARGETS = "OLMoE in fp8", ("cuda:sm90", "cuda:sm100")
+FP8_LAYERS = tuple(name for name in LAYERS if name != MASKED)
+"""Of widths that are whole blocks of scales."""
 DRAWN = 16
 """Tiles of each kernel that are drawn."""
 _ROWS = [(16, 1), (64, 1), (128, 1), (256, 1), (64, 2), (64, 3), (64, 4), (128, 2)]
 _TEXT = """
 graph @layer(%x: bf16[T, {h}], %ids: i64[T, {k}], %w: f32[T, {k}], %up: bf16[{e}, {ii}, {h}],
-             %down: bf16[{e}, {h}, {i}]) -> bf16[T, {h}] {{
-  %y = moe.experts %x, %ids, %w, [%up], [%down] {{experts = {e}}} {{
+             %down: bf16[{e}, {h}, {i}]{more}) -> bf16[T, {h}] {{
+  %y = moe.experts %x, %ids, %w, [%up], [%down]{given} {{experts = {e}}} {{
     (%g: bf16[R, {i}], %u: bf16[R, {i}]) -> bf16[R, {i}] {{
       %s = torch.call @aten.silu.default(%g) : bf16[R, {i}]
       %m = torch.call @aten.mul.Tensor(%s, %u) : bf16[R, {i}]
@@ -84,8 +89,18 @@ class Compiled:
 
 def spec_of(name: str) -> Spec:
     """A layer's kernels."""
-    h, i, e, k = LAYERS[name]
-    return read_spec(program_op(parse_graph(_TEXT.format(h=h, i=i, ii=2 * i, e=e, k=k))))
+    h, i, e, k = LAYERS[name.removesuffix(" in fp8")]
+    text, more, given = _TEXT, "", ""
+    if name.endswith(" in fp8"):
+        text = text.replace("%up: bf16", "%up: f8e4m3fn").replace("%down: bf16", "%down: f8e4m3fn")
+        up, out, inner = (-(-n // SCALED) for n in (2 * i, h, i))
+        more, given = f", %us: f32[{e}, {up}, {out}], %ds: f32[{e}, {out}, {inner}]", ", [], [], [], [], [%us], [%ds]"
+    return read_spec(program_op(parse_graph(text.format(h=h, i=i, ii=2 * i, e=e, k=k, more=more, given=given))))
+
+
+def element_of(layer: str) -> str:
+    """What the GEMMs of a noted layer multiply."""
+    return "f8e4m3fn" if layer == FP8 else "bf16"
 
 
 def numbers(tile: Tile) -> tuple[int, ...]:
@@ -100,8 +115,8 @@ def tile_of(told: tuple[int, ...]) -> Tile:
 
 
 def parts_of(kernel: str) -> int:
-    """Gate and up are multiplied at once."""
-    return 2 if kernel == "up" else 1
+    """Gate and up are multiplied at once, and both halves."""
+    return 2 if kernel in ("up", HALVES) else 1
 
 
 def grid(device: Device, layer: str, kernel: str) -> list[Tile]:
@@ -116,6 +131,16 @@ def grid(device: Device, layer: str, kernel: str) -> list[Tile]:
         if buffers(device, tile) * step <= device.shared_block and 4 <= sums <= most:
             found.append(tile)
     random.Random(0).shuffle(found)
+    return found
+
+
+def fp8_grid(device: Device, kernel: str) -> list[Tile]:
+    """Tiles whose sums a block can hold twice, and some whose sums it cannot."""
+    found = []
+    warps = (4, 8) if device.tensor_columns else (4, 8, 16)
+    for (m, units), n, w in itertools.product([(32, 1), *_ROWS], (32, 64, 128), warps):
+        if 16 <= m * units * n * parts_of(kernel) // (device.warp * w) <= 128:
+            found.append(Tile(m, n, SCALED, 1, w, 2, units=units))
     return found
 
 
@@ -148,17 +173,37 @@ def compiled(spec: Spec, device: Device, name: str, tile: Tile) -> Resources:
     ).resources
 
 
+def cases() -> list[tuple[str, str, int, str]]:
+    """Layers, GPUs, tokens and GEMMs that are judged: in bf16, then in fp8."""
+    fp8 = [f"{name} in fp8" for name in FP8_LAYERS]
+    found = list(itertools.product(LAYERS, TARGETS, TOKENS, KERNELS))
+    return found + list(itertools.product(fp8, FP8_TARGETS, TOKENS, KERNELS))
+
+
+def noted_as(name: str) -> str:
+    """The layer that stands for another: tiles fit it as they fit the other."""
+    if name.endswith(" in fp8"):
+        return FP8
+    return MASKED if name == MASKED else EVEN
+
+
+def form_of(kernel: str, tile: Tile) -> str:
+    """The kernel of a tile."""
+    return SHARED if tile.split_k > 1 else HALVES if tile.halves else kernel
+
+
 def compile_some(path: Path, most: int) -> None:
     """Compile what is not noted yet, ``most`` tiles of it; every tile is noted as it is done."""
     known = {(c.layer, c.target, c.kernel, c.tile): c for c in read(path)} if path.exists() else {}
     wanted = []
-    for name, target, tokens, kernel in itertools.product(LAYERS, TARGETS, TOKENS, KERNELS):
-        layer = MASKED if name == MASKED else EVEN
+    for name, target, tokens, kernel in cases():
         tile: Tile = getattr(pick(layer_of(spec_of(name)), tokens, device_of(target)), kernel)
-        wanted.append((layer, target, SHARED if tile.split_k > 1 else kernel, numbers(tile)))
+        wanted.append((noted_as(name), target, form_of(kernel, tile), numbers(tile)))
     which = list(itertools.product((EVEN, MASKED), TARGETS, (*KERNELS, SHARED)))
     lists = [(at, drawn(device_of(at[1]), at[2])) for at in which]
     lists += [(at, grid(device_of(at[1]), at[0], at[2])) for at in which if at[2] != SHARED]
+    which = list(itertools.product((FP8,), FP8_TARGETS, (*KERNELS, HALVES)))
+    lists += [(at, fp8_grid(device_of(at[1]), at[2])) for at in which]
     wanted += [(*at, numbers(tile)) for at, tiles in lists for tile in tiles]
     wanted = [w for w in dict.fromkeys(wanted) if w not in known]
     for at, (layer, target, kernel, tile) in enumerate(wanted[:most], 1):
@@ -209,12 +254,14 @@ def judge(name: str, target: str, tokens: int, kernel: str, notes: list[Compiled
         KeyError: The model's choice has not been compiled.
     """
     device, layer = device_of(target), layer_of(spec_of(name))
-    gemm, load = layer.gemms[KERNELS.index(kernel)], load_of(layer, tokens)
-    chosen: Tile = getattr(pick(layer, tokens, device), kernel)
-    which = (MASKED if name == MASKED else EVEN, target, SHARED if chosen.split_k > 1 else kernel)
+    choice, load = pick(layer, tokens, device), load_of(layer, tokens)
+    chosen: Tile = getattr(choice, kernel)
+    gemm = layer.of(choice.down).gemms[KERNELS.index(kernel)]
+    which = (noted_as(name), target, form_of(kernel, chosen))
     own = [c for c in notes if (c.layer, c.target, c.kernel) == which and c.registers]
     own = [c for c in own if kernel == "up" or c.tile[:2] == numbers(chosen)[:2]]
-    table = table_of(device, [replace(tile_of(c.tile), split_k=chosen.split_k) for c in own], gemm.parts, gemm.dtype)
+    tiles = [replace(tile_of(c.tile), split_k=chosen.split_k) for c in own]
+    table = table_of(device, tiles, gemm.parts, gemm.dtype, gathered=gemm.gathered)
     really = replace(table, resident=np.array([float(max(1, c.occupancy)) for c in own]))
     seconds = np.where([c.spills > 0 for c in own], np.inf, times(gemm, load, device, really).seconds)
     at = {c.tile: i for i, c in enumerate(own)}[numbers(chosen)]
@@ -234,7 +281,7 @@ def report(notes: list[Compiled]) -> None:
     print("| layer | GPU | tokens | GEMM | tile of the model | registers (expected) | shared | tiles | best | loss |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     found = []
-    for name, target, tokens, kernel in itertools.product(LAYERS, TARGETS, TOKENS, KERNELS):
+    for name, target, tokens, kernel in cases():
         found.append(j := judge(name, target, tokens, kernel, notes))
         best = "the same" if numbers(j.best) == numbers(j.tile) else _short(j.best)
         print(

@@ -9,7 +9,7 @@ from moec.backends.registry import get_backend
 from moec.backends.triton.compiled.built import launch_json
 from moec.backends.triton.compiled.plan import MOST_TOKENS
 from moec.backends.triton.launches.device import Device, device_of
-from moec.backends.triton.launches.launch import schedule
+from moec.backends.triton.launches.launch import layer_of, schedule
 from moec.backends.triton.launches.usage import usage
 from moec.backends.triton.spec import read_spec
 from moec.ir.core import Op
@@ -62,11 +62,9 @@ def _plan(block: BlockReport, device: Device, target: str) -> tuple[list[dict[st
     for planned in schedule(spec, device, 1, MOST_TOKENS):
         told = launch_json(planned)
         if planned.launch.form == "gemm":
-            for name, tile, parts, biased in (
-                ("up", planned.launch.up, 2 if spec.gated else 1, spec.up_bias),
-                ("down", planned.launch.down, 1, spec.down_bias),
-            ):
-                taken = usage(device, tile, parts, spec.element, biased, name == "up", not spec.stacked)
+            tiles = (("up", planned.launch.up), ("down", planned.launch.down))
+            for (name, tile), gemm in zip(tiles, layer_of(spec).of(planned.launch.down).gemms, strict=True):
+                taken = usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered, gemm.apart)
                 told[name] |= {"shared": taken.shared, "registers": taken.registers, "resident": taken.resident}
         made.append(told)
     return made, ""

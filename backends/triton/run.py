@@ -80,7 +80,8 @@ class Run:
 
         placed = {"rows": ints(blocks * block_m), "experts": ints(blocks), "used": ints(1)}
         constants = {"BLOCK_M": block_m, "UNITS": units}
-        for gemm, tile, width in zip(("up", "down"), tiles, (spec.up, spec.out), strict=True):
+        widths = (spec.up, spec.out // 2 if tiles[1].halves else spec.out)
+        for gemm, tile, width in zip(("up", "down"), tiles, widths, strict=True):
             columns = cdiv(width, tile.block_n) if units > 1 else 1
             placed[f"{gemm}_places"] = ints(row_tiles * columns, torch.int64)
             order = (columns, tile.group_m, tile.late) if units > 1 else (1, 1, 0)
@@ -111,7 +112,7 @@ class Run:
             self._gemm("down_parts", down, launch.down, ("w",), SPLIT_K=split)
             return self._combine("combine_parts", down, SPLIT_K=split)
         down["o"] = x.new_empty((self.slots, spec.out))
-        self._gemm("down", down, launch.down, ("w",))
+        self._gemm("down_halves" if launch.down.halves else "down", down, launch.down, ("w",))
         down["o"] = self._post(down["o"], post_captures)
         return self._combine("combine", down)
 

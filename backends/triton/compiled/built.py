@@ -31,7 +31,7 @@ ROUTE_STAGES, ROUTE_WARPS = 3, 4
 STEPS = {
     **dict.fromkeys(("sort_few", "count", "offsets", "place"), "sort"),
     **dict.fromkeys(("up", "up_vector"), "up"),
-    **dict.fromkeys(("down", "down_parts", "down_atomic", "down_vector"), "down"),
+    **dict.fromkeys(("down", "down_halves", "down_parts", "down_atomic", "down_vector"), "down"),
     **dict.fromkeys(("combine", "combine_parts"), "combine"),
 }
 """Which step of a plan a kernel is; those of one step share its time."""

@@ -6,6 +6,7 @@ Sums are in f32 and rounded where the traced model rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moec.backends.triton.kernels.dtypes import POINTERS, TL_TYPES, rounded
 from moec.backends.triton.kernels.expression import Elementwise
@@ -13,6 +14,7 @@ from moec.backends.triton.kernels.gemm import Product, bias_lines, tile_lines
 from moec.backends.triton.kernels.text import Argument, Kernel, cdiv, function, helper, indented
 from moec.backends.triton.kernels.walk import tile_grid, walk
 from moec.backends.triton.kernels.warm import warm_helper
+from moec.backends.triton.launches.tiles import may_halve
 from moec.backends.triton.spec import Spec
 from moec.ir.scaled_semantics import SCALED
 
@@ -227,56 +229,68 @@ def _descriptors(spec: Spec, products: tuple[Product, ...]) -> list[str]:
 
 
 def down_kernels(spec: Spec) -> list[tuple[Kernel, str]]:
-    """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result."""
-    product = Product("total", "w", 0, 1, spec.out, spec.inner, spec.out, spec.down_nk)
+    """``down`` writes a row for each slot, ``down_parts`` sums of split inputs; ``down_atomic`` adds to the result.
+
+    ``down_halves`` is ``down`` with tiles that have columns of both halves of the result.
+    """
+    whole = (Product("total", "w", 0, 1, spec.out, spec.inner, spec.out, spec.down_nk),)
+    half = spec.out // 2
+    halves = tuple(
+        replace(whole[0], name=name, first=i * half, columns=half) for i, name in enumerate(("left", "right"))
+    )
     read = (*row_arguments(spec, "a"), *down_arguments(spec))
     row_at = row_lines(spec, "a", "row", str(spec.inner), spec.inner)
-    bias = bias_lines(spec, (product,), ("b",) if spec.down_bias else (), "[None, :]")
-    inside = f"inside = live[:, None] & (column < {spec.out})[None, :]"
-    begin = f"{{}} + {{}}.to(tl.int64) * {spec.out} + column_block * BLOCK_N"
-    at = f"({begin})[:, None] + tl.arange(0, BLOCK_N)[None, :]"
+
+    def bias(products: tuple[Product, ...]) -> list[str]:
+        return bias_lines(spec, products, ("b",) if spec.down_bias else (), "[None, :]")
+
+    def at(result: str, row: str, first: int = 0) -> str:
+        begin = f"{result} + {row}.to(tl.int64) * {spec.out} + column_block * BLOCK_N"
+        return f"({begin}{f' + {first}' if first else ''})[:, None] + tl.arange(0, BLOCK_N)[None, :]"
+
+    def stored(row: str, value: str, p: Product) -> str:
+        return f"store_rows({at('o', row, p.first)}, {value}, live[:, None], inside, {p.columns} % BLOCK_N == 0)"
 
     def made(
-        name: str, extra: tuple[Argument, ...], constants: tuple[str, ...], summary: str, end: list[str]
+        name: str,
+        products: tuple[Product, ...],
+        extra: tuple[Argument, ...],
+        constants: tuple[str, ...],
+        summary: str,
+        end: Sequence[str],
+        begin: Sequence[str] = (),
     ) -> tuple[Kernel, str]:
-        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), tile_grid(spec, spec.out))
-        return _gemm(spec, kernel, summary, (product,), spec.out, row_at, end)
+        columns = products[0].columns
+        kernel = Kernel(name, (*read, *WHICH, *extra), (*GEMM, *constants), tile_grid(spec, columns))
+        inside = f"inside = live[:, None] & (column < {columns})[None, :]"
+        return _gemm(spec, kernel, summary, products, columns, row_at, [*begin, inside, *end])
 
-    plain = made(
-        "down",
-        (Argument("o", POINTERS[spec.dtype]),),
-        (),
-        "o[slot of row] = a[row] @ w[expert of row]",
-        [
-            *bias,
-            inside,
-            f"value = total.to({TL_TYPES[spec.dtype]})",
-            f"store_rows({at.format('o', 'slot')}, value, live[:, None], inside, {spec.out} % BLOCK_N == 0)",
-        ],
-    )
+    def plain(name: str, products: tuple[Product, ...]) -> tuple[Kernel, str]:
+        end = [stored("slot", f"{p.name}.to({TL_TYPES[spec.dtype]})", p) for p in products]
+        about = "o[slot of row] = a[row] @ w[expert of row]"
+        return made(name, products, (Argument("o", POINTERS[spec.dtype]),), (), about, end, bias(products))
+
     parts = made(
         "down_parts",
+        whole,
         (Argument("o", "*fp32"), Argument("slots_n", "i32")),
         ("SPLIT_K",),
         "o[part, slot of row] = a[row, inputs of the part] @ w[expert of row]",
-        [
-            inside,
-            "place = tl.program_id(1) * slots_n + slot",
-            f"store_rows({at.format('o', 'place')}, total, live[:, None], inside, {spec.out} % BLOCK_N == 0)",
-        ],
+        ["place = tl.program_id(1) * slots_n + slot", stored("place", "total", whole[0])],
     )
     weight = "tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[:, None]"
     atomic = made(
         "down_atomic",
+        whole,
         (Argument("weights", POINTERS[spec.weight_dtype]), Argument("y", "*fp32")),
         (),
         "y[token of row] += weight of slot * (a[row] @ w[expert of row]), in no fixed order",
         [
-            *(bias or [f"total = {rounded('total', spec.dtype)}"]),
             f"total = {rounded(f'total * {weight}', spec.product)}",
-            inside,
             f"token = slot // {spec.top_k}",
-            f'tl.atomic_add({at.format("y", "token")}, total, mask=inside, sem="relaxed")',
+            f'tl.atomic_add({at("y", "token")}, total, mask=inside, sem="relaxed")',
         ],
+        bias(whole) or [f"total = {rounded('total', spec.dtype)}"],
     )
-    return [plain, parts, atomic]
+    made_halves = [plain("down_halves", halves)] if may_halve(spec.element, spec.out) else []
+    return [plain("down", whole), *made_halves, parts, atomic]

@@ -228,11 +228,13 @@ def tile_lines(
         return [rows.named(line, names) for line in lines]
 
     def step(rows: Rows) -> list[str]:
-        at, mask = "row_at[:, None] + k_in[None, :]", ", mask=live, other=0.0" if gathered else ""
+        at = "row_at[:, None] + k_in[None, :]"
         load = f"load_rows({at}, live[:, None]," if gathered else f"load_tile({at},"
         lines = [f"r = {load} inside, {inputs} % BLOCK_K == 0)"]
         if spec.fp8:
-            lines.append(f"r_scale = tl.load(row_scale + k // {SCALED}{mask})[:, None]")
+            # Rows in order are all there. Asking keeps ptxas from 8 bytes of stack where there are 128 registers.
+            there = "live" if gathered else "row >= 0"
+            lines.append(f"r_scale = tl.load(row_scale + k // {SCALED}, mask={there}, other=0.0)[:, None]")
             for p in products:
                 zero = f"tl.zeros(({rows.size}, {p.block}), tl.float32)"
                 lines.append(f"{p.name} += dot(r, {p.name}_w, {zero}) * (r_scale * {p.name}_scale)")

@@ -15,7 +15,7 @@ from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import Gemm, Times, times, with_order
 from moec.backends.triton.launches.load import Load, counted, even
 from moec.backends.triton.launches.table import Tiles, tiles_for
-from moec.backends.triton.launches.tiles import Tile
+from moec.backends.triton.launches.tiles import Tile, may_halve
 
 SPLITS = (1, 2, 4)
 """Blocks that may share a sum of the down GEMM; the activation needs whole sums of the up GEMM."""
@@ -38,6 +38,7 @@ class Layer:
         dtype: Of tokens and weights.
         up_bias, down_bias: There are biases, which take registers.
         apart: Experts lie apart, behind a table of addresses, which take registers.
+        halves: A tile of the down GEMM has columns of both halves of the result.
     """
 
     hidden: int
@@ -50,15 +51,24 @@ class Layer:
     up_bias: bool = False
     down_bias: bool = False
     apart: bool = False
+    halves: bool = False
 
     @property
     def gemms(self) -> tuple[Gemm, Gemm]:
         """Up and down."""
         up = Gemm(self.hidden, self.inner, self.parts, self.dtype, self.experts, self.top_k, self.up_bias, True)
-        return (
-            replace(up, apart=self.apart),
-            Gemm(self.inner, self.width, 1, self.dtype, self.experts, 1, self.down_bias, apart=self.apart),
-        )
+        parts = 2 if self.halves else 1
+        down = Gemm(self.inner, self.width // parts, parts, self.dtype, self.experts, 1, self.down_bias)
+        return replace(up, apart=self.apart), replace(down, apart=self.apart)
+
+    def of(self, down: Tile) -> Layer:
+        """The layer as such a tile of the down GEMM has it."""
+        return replace(self, halves=down.halves)
+
+    @property
+    def forms(self) -> tuple[Layer, ...]:
+        """The layer with each form of its down GEMM that there are kernels for."""
+        return (self, replace(self, halves=True)) if may_halve(self.dtype, self.width) else (self,)
 
 
 @dataclass(frozen=True)
@@ -105,20 +115,28 @@ def _pick(layer: Layer, tokens: int, device: Device) -> Choice:
 
 
 def _best(layer: Layer, load: Load, device: Device) -> Choice:
-    return Search(layer, load, device).choices(1)[0]
+    found = [Search(form, load, device).choices(1)[0] for form in layer.forms]
+    return min(found, key=lambda choice: choice.seconds)
 
 
 def ranked(layer: Layer, load: Load, device: Device) -> list[Choice]:
-    """The best choice for each number of rows of a tile, best first."""
-    return Search(layer, load, device).choices()
+    """The best choice of each form for each number of rows of a tile, best first."""
+    found = [choice for form in layer.forms for choice in Search(form, load, device).choices()]
+    return sorted(found, key=lambda choice: choice.seconds)
+
+
+def near(layer: Layer, load: Load, device: Device, most: int) -> list[Choice]:
+    """Pairs of good tiles of one number of rows, best first: what the model may have ranked wrongly."""
+    found = [choice for form in layer.forms for choice in Search(form, load, device).near(most)]
+    return sorted(found, key=lambda choice: choice.seconds)[:most]
 
 
 class Search:
-    """All tiles of both GEMMs with their times."""
+    """All tiles of both GEMMs with their times, of one form of the down GEMM."""
 
     def __init__(self, layer: Layer, load: Load, device: Device) -> None:
-        self.gemms, self.load, self.device = layer.gemms, load, device
-        splits = zip(self.gemms, ((1,), SPLITS), strict=True)
+        self.layer, self.gemms, self.load, self.device = layer, layer.gemms, load, device
+        splits = zip(self.gemms, ((1,), (1,) if layer.halves else SPLITS), strict=True)
         self.tables = [tiles_for(device, g.parts, g.dtype, s, g.biased, g.gathered, g.apart) for g, s in splits]
         self.found = [times(g, load, device, t) for g, t in zip(self.gemms, self.tables, strict=True)]
 
@@ -153,6 +171,7 @@ class Search:
             with_order(t.tiles[at], g, self.device, bool(f.late[at]))
             for t, f, at, g in zip(self.tables, self.found, pair, self.gemms, strict=True)
         )
+        down = replace(down, halves=self.layer.halves)
         bound = "memory" if memory >= compute else "compute"
         return Choice(up, down, sum(seconds), sum(least), bound, ((seconds[0], least[0]), (seconds[1], least[1])))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.backends.triton.kernels.sort import CHUNK
-from moec.backends.triton.launches.choose import Choice, Layer, Search, load_of, pick
+from moec.backends.triton.launches.choose import Choice, Layer, load_of, near, pick
 from moec.backends.triton.launches.device import Device
 from moec.backends.triton.launches.gemm_time import LAUNCH_SECONDS
 from moec.backends.triton.launches.tiles import Launch
@@ -106,8 +106,7 @@ def candidates(spec: Spec, tokens: int, device: Device, most: int = 12) -> list[
     if not spec.fp8 and tokens <= _MOST_VECTORS:
         times = [vector_time(g, load_of(layer, tokens), device) for g in layer.gemms]
         found.append(Launch("gemv", times[0].tile, times[1].tile))
-    near = Search(layer, load_of(layer, tokens), device).near(most)
-    found += [_launch(layer, choice, device) for choice in near]
+    found += [_launch(layer, choice, device) for choice in near(layer, load_of(layer, tokens), device, most)]
     return list(dict.fromkeys(found))[:most]
 
 
@@ -139,7 +138,7 @@ def _launch(layer: Layer, choice: Choice, device: Device) -> Launch:
     up, down = (replace(tile, tma=tma) for tile in (choice.up, choice.down))
     resident = [
         usage(device, tile, gemm.parts, gemm.dtype, gemm.biased, gemm.gathered, gemm.apart).resident
-        for tile, gemm in zip((up, down), layer.gemms, strict=True)
+        for tile, gemm in zip((up, down), layer.of(down).gemms, strict=True)
     ]
     # Tiles of several heights are handed out one by one; programs that walk over them would not end together.
     return Launch("gemm", up, down, programs=device.units * max(resident) if up.units == 1 else 0)

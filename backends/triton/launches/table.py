@@ -64,14 +64,20 @@ def tiles_for(
         for m, units in [*((m, 1) for m in _MS), *_UNITS]
         for n in _NS
         for k in (_KS if dtype != "f8e4m3fn" else _KS[-1:])  # a scale for every 128 inputs
-        for warps in (4, 8)
+        for warps in _warps(device, dtype)
         for stages in ((2, 3, 4, 5) if not device.hip else (2, 3))
         for tile in (Tile(m, n, k, 1, warps, stages, split, units=units),)
         if fits(device, tile, parts, dtype, biased, gathered, apart)
-        and m * n >= 32 * warps**2  # eight warps on less of it take more registers than four
+        and m * n >= 32 * min(warps, 8) ** 2  # eight warps on less of it take more registers than four
         and (units == 1 or (m, units) in (_AMD_UNITS if device.hip else _UNITS if device.mma[0].shared else ()))
     ]
     return table_of(device, found, parts, dtype, biased, gathered, apart)
+
+
+def _warps(device: Device, dtype: str) -> tuple[int, ...]:
+    """Of a program. Sums that are held twice need more registers than eight warps have of a wide tile."""
+    more = dtype == "f8e4m3fn" and device.mma[0].shared and not device.tensor_columns
+    return (4, 8, 16) if more else (4, 8)
 
 
 def table_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.backends.triton.spec import Spec
+from moec.ir.scaled_semantics import SCALED
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Tile:
         units: A tile has up to so many times ``block_m`` rows (1 to 4), and only so many blocks as its expert has.
         ahead: Tiles that are multiplied side by side on all units of the device, where they have several heights: a
             program has what the tile so many places later reads first fetched to the cache; 0: of none.
+        halves: It has ``block_n`` columns of both halves of the result (down GEMM), by :func:`may_halve`.
         late: Experts, of the last ones, whose lower tiles come after all others.
     """
 
@@ -34,6 +36,7 @@ class Tile:
     units: int = 1
     ahead: int = 0
     late: int = 0
+    halves: bool = False
 
     @property
     def rows(self) -> int:
@@ -45,6 +48,15 @@ class Tile:
         first = [self.block_m * (1 + (n > 1 and self.block_m <= 64)) for n in range(1, self.units + 1)]
         first = [rows // (1 + (rows > 128)) for rows in first]
         return [(rows, n * self.block_m - rows) for n, rows in enumerate(first, 1)]
+
+
+def may_halve(element: str, columns: int) -> bool:
+    """Whether the down GEMM has a kernel whose tiles have columns of both halves of the result.
+
+    In fp8 a tile that is wider than a block of scales would need a scale for every column, which takes too many
+    registers; columns of two stretches have two.
+    """
+    return element == "f8e4m3fn" and columns % (2 * SCALED) == 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,10 @@ class Launch:
     down: Tile
     programs: int = 0
     atomic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.down.halves and (self.atomic or self.down.split_k > 1):
+            raise ValueError("a tile with columns of both halves neither shares its sums nor adds to the result")
 
 
 GEMV_SLOTS = 32

@@ -40,6 +40,9 @@ narrower ones 64 registers, and 8 bytes of stack."""
 _TWICE = (128, 2)
 """Blocks of rows whose tiles of gate and up ptxas gives 128 registers, where sums are in tensor memory, and 8 bytes of
 stack; four blocks of 64 rows have tiles of the same heights, and none."""
+_DEEPEST = (128, 5)
+"""Inputs of a step and stages of tiles whose operands go through registers, that ptxas gives 8 bytes of stack where
+programs share their sums on a device with tensor memory, and masks say what is inside."""
 _GATHER_REGISTERS = 24
 """Addresses of rows that do not lie one after another, where sums of one part leave few registers."""
 _MANY_WARPS, _MANY_WARPS_AMD = 24, 64
@@ -57,8 +60,12 @@ _MOST_AMD_BIASED = 64
 """The same where biases are added: with masks for what lies past the end, scalar registers run out first."""
 _BIAS_REGISTERS = 8
 """Where biases lie, and which columns have them."""
-_MOST_FP8 = 64
-"""Sums of a thread where those of each step are scaled before they are added: both are held in registers."""
+_MOST_FP8 = {4: 64, 8: 96, 16: 64}
+"""By warps: sums of a thread where those of each step are scaled before they are added, and both held in registers."""
+_SCALED_GATHER = 32
+"""That addresses of rows which do not lie one after another take then, where sums are in registers alone."""
+_SCALED_SYNC = 20
+"""That such a step takes more of four warps whose operands go through registers."""
 STEP_CYCLES = 40
 """Of a step besides its work: barriers, counters, the issue of loads."""
 
@@ -99,7 +106,7 @@ def usage(
         gathered: Rows lie where their tokens do, as those of the up GEMM.
         apart: Weights lie apart, behind a table of addresses: no descriptor says where.
     """
-    item, threads = ITEM_BYTES[dtype], device.warp * tile.num_warps
+    item, threads, scaled = ITEM_BYTES[dtype], device.warp * tile.num_warps, dtype == "f8e4m3fn"
     (rows, more), outputs = tile.forms()[-1], parts * tile.block_n
     instruction = device.mma_for(tile.block_m, tile.num_warps)
     step = (tile.rows + outputs) * tile.block_k * item
@@ -110,10 +117,21 @@ def usage(
     shared = max(buffers(device, tile) * step, result) + (BARRIER_BYTES if device.mma[0].shared else 0)
     sums = tile.rows * outputs // threads
     addresses = 2 * math.ceil(step / 16 / threads)
+    if instruction.shared and tile.units > 1 and not apart and (scaled or not instruction.name.startswith("tcgen05")):
+        # Descriptors of weights need no addresses, and a program without a loop over tiles keeps none for the next.
+        addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)
     columns = 0
     if instruction.name.startswith("tcgen05"):
         # Sums of 64 rows lie two to a column, those of one part alone.
         columns = max(32, _power(sum(tile.block_n * max(1, parts * m // 128) for m in (rows, more) if m)))
+    if instruction.shared and scaled:
+        # Sums of a step leave the matrix units before they are added; those of two parts one after another, if no other
+        # rows follow and registers take them.
+        alone = not columns and tile.units > 1 and not more and tile.num_warps > 4 and tile.block_n >= 64
+        registers = sums + (sums // parts if alone else sums) + addresses + _BASE_REGISTERS
+        registers += (_GATHER_REGISTERS if columns else _SCALED_GATHER) if more and gathered else 0
+        registers -= _scaled_fewer(tile, sums, gathered, columns > 0)
+    elif columns:
         # Sums are read when the loop is over, slice by slice. Of two parts the activation needs both at once.
         sums = rows * outputs // threads
         fit = sums <= _MOST_SLICED
@@ -127,18 +145,16 @@ def usage(
         if biased and parts > 1:
             # A thread has whole rows, so a bias for each sum. Other numbers of rows lie otherwise, and need their own.
             registers += sums // 4 + (more * outputs // threads if more != rows else 0)
-    elif instruction.shared and tile.units > 1:
-        # Descriptors of weights need no addresses, and a program without a loop over tiles keeps none for the next.
-        if not apart:
-            addresses = 2 * math.ceil(tile.rows * tile.block_k * item / 16 / threads)
-        registers = sums + addresses + _BASE_REGISTERS + (_GATHER_REGISTERS if parts == 1 and gathered else 0)
     elif instruction.shared:
         registers = sums + addresses + _BASE_REGISTERS
+        registers += _GATHER_REGISTERS if tile.units > 1 and parts == 1 and gathered else 0
     else:
         wm, wn = warp_grid(tile, rows)
         depth = 16 * item // 2  # bytes of an instruction's depth: 16 elements of two bytes, 8 of four
         fragments = 2 * (rows // wm + outputs // wn) * depth * 2 // 4 // device.warp
         registers = sums + fragments + addresses + _BASE_REGISTERS
+        if scaled:
+            registers += sums + (_SCALED_SYNC if tile.num_warps == 4 else 0)
         if device.hip:  # operands of a whole step are on their way to registers
             held = (rows // wm + outputs // wn) * tile.block_k * item // 4 // device.warp
             first = 32 / tile.block_k
@@ -163,6 +179,15 @@ def usage(
     return Usage(shared, registers, columns, resident)
 
 
+def _scaled_fewer(tile: Tile, sums: int, gathered: bool, columns: bool) -> int:
+    """Registers that a loop with scaled sums has less besides them than others: what ptxas gave, compared."""
+    if tile.num_warps == 4:
+        return 8 if gathered or tile.block_m >= 128 else 28 if sums >= 64 else 16
+    if tile.num_warps == 16:
+        return 8 if tile.units == 1 or tile.forms()[-1][1] else 16
+    return 8 if columns and sums <= 16 else 16
+
+
 def warp_grid(tile: Tile, m: int) -> tuple[int, int]:
     """Warps along ``m`` rows and along outputs, as Triton lays them out for ``mma.sync`` and ``v_mfma``."""
     rows, outputs = 1, 1
@@ -185,8 +210,12 @@ def fits(
     sums = tile.rows * tile.block_n * parts / (device.warp * tile.num_warps)
     if device.hip and sums > (_MOST_AMD_BIASED if biased else _MOST_AMD):
         return False
-    # A scale each for more columns takes registers too.
-    if dtype == "f8e4m3fn" and (sums > _MOST_FP8 or tile.block_n > SCALED):
+    sync = not device.mma_for(tile.block_m, tile.num_warps).shared
+    # A scale each for more columns takes registers too; and two parts of few columns take as many as of twice.
+    few = sync and parts > 1 and tile.block_n < 64
+    if dtype == "f8e4m3fn" and (few or sums > _MOST_FP8[tile.num_warps] or tile.block_n > SCALED):
+        return False
+    if sync and device.tensor_columns and tile.split_k > 1 and (tile.block_k, tile.num_stages) == _DEEPEST:
         return False
     taken = usage(device, tile, parts, dtype, biased, gathered, apart)
     if taken.columns and (parts * tile.block_n > _MOST_OUTPUTS or (tile.rows >= _TALL and tile.block_n < _WIDE)):

@@ -57,6 +57,17 @@ def dirty_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def replaced(old: str, new: str) -> Callable[[str], str]:
+    """What changes a text so; that nothing is changed is no verdict of the test."""
+
+    def change(text: str) -> str:
+        if old not in text:
+            raise LookupError(old)
+        return text.replace(old, new)
+
+    return change
+
+
 def run(
     case: ExpertsCase, launch: Launch, inputs: list[Tensor], change: Callable[[str], str] = lambda text: text
 ) -> Tensor:

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "")
 
 TARGETS = ("cuda:sm80", "cuda:sm90", "cuda:sm100", "hip:gfx942")
 TOKENS = (1, 16, 1024, 16384)
-GEMMS = ("up", "down", "down_parts")
+GEMMS = ("up", "down", "down_halves", "down_parts")
 FP8 = {
     "cuda:sm89": r"mma\.sync\S*\.e4m3\.e4m3",
     "cuda:sm90": r"wgmma\.mma_async\S*\.e4m3\.e4m3",
@@ -130,7 +130,7 @@ def test_a_tile_of_32_rows_in_fp8_spills_nothing() -> None:
     spec, device = layer("Qwen3-30B-A3B", "fp8"), device_of("cuda:sm90")
     file, launch = write_experts(spec), plan_launch(spec, 256, device).launch
     assert (launch.down.rows, launch.down.block_n, launch.down.num_warps, launch.down.num_stages) == (32, 128, 4, 2)
-    call = next(c for c in calls(spec, launch, 256, file) if c.kernel == "down")
+    call = next(c for c in calls(spec, launch, 256, file) if c.kernel == "down_halves")
     built(file, call, "cuda:sm90")
 
 

@@ -14,11 +14,11 @@ from moec.backends.reference import AutogradKernel, run_graph
 from moec.backends.registry import get_backend
 from moec.backends.triton.kernels.source import write_experts
 from moec.backends.triton.launcher import Launcher
-from moec.backends.triton.launches.tiles import Launch, Tile
+from moec.backends.triton.launches.tiles import Launch, Tile, may_halve
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase, case_id, relative_error
 from tests.backends.test_fp8_meaning import CASE, TOLERANCE, loop
-from tests.backends.triton.layers import run
+from tests.backends.triton.layers import replaced, run
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
@@ -47,6 +47,55 @@ def test_layers_in_fp8(launch: str, tokens: int) -> None:
 
 FLIPPED = 3e-2
 """A row that differs in its last bit between the GEMMs may become another number of fp8, an eighth away."""
+EVEN = replace(CASE, hidden=256, bias=True)
+"""The result has two halves that are blocks of scales."""
+_TALL = Tile(16, 64, 128, units=3, tma=True, ahead=5)
+HALVES = {
+    "halves": Launch("gemm", Tile(16, 64, 128), Tile(16, 32, 64, halves=True)),
+    "persistent": Launch("gemm", Tile(16, 64, 128), Tile(16, 128, 128, halves=True), programs=3),
+    "descriptors": Launch("gemm", _TALL, replace(_TALL, halves=True)),
+}
+
+
+def _apart(launch: Launch, tokens: int, change: Callable[[str], str] = lambda text: text) -> float:
+    """How far tiles of both halves are from the definition."""
+    inputs = EVEN.inputs(tokens)
+    (want,) = run_graph(EVEN.graph(), inputs)
+    return relative_error(run(EVEN, launch, inputs, change), want)
+
+
+@pytest.mark.parametrize("launch", HALVES)
+@pytest.mark.parametrize("tokens", [0, 1, 9, 40])
+def test_tiles_with_columns_of_both_halves(launch: str, tokens: int) -> None:
+    assert _apart(HALVES[launch], tokens) <= FLIPPED
+
+
+HALVES_MUTANTS = {
+    "where the right half is stored": ("BLOCK_N + 128)[:, None]", "BLOCK_N)[:, None]"),
+    "outputs of the right half": ("right_n = column_in + 128", "right_n = column_in"),
+    "scale of the right half": ("* (r_scale * right_scale)", "* (r_scale * left_scale)"),
+    "rows of the right half": ("* (r_scale * right_scale)", "* right_scale"),
+    "columns of a half": ("(128 + BLOCK_N - 1) // BLOCK_N", "(96 + BLOCK_N - 1) // BLOCK_N"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES_MUTANTS)
+def test_a_wrong_half_shows(name: str) -> None:
+    assert not _apart(HALVES["halves"], 40, replaced(*HALVES_MUTANTS[name])) <= FLIPPED
+
+
+def test_halves_are_of_fp8_and_whole_blocks_of_scales() -> None:
+    """Other layers have no such kernel, and no launch asks for one that shares sums or adds to the result."""
+    made = {c.hidden: "down_halves" in write_experts(read_spec(program_op(c.graph()))).kernels for c in (CASE, EVEN)}
+    assert made == {136: False, 256: True}
+    assert not may_halve("bf16", 256)
+    both = replace(_TALL, halves=True)
+    for launch in (Launch("gemm", _TALL, _TALL, atomic=True), Launch("gemm", _TALL, _TALL)):
+        down = both if launch.atomic else replace(both, split_k=2)
+        with pytest.raises(ValueError, match="both halves"):
+            replace(launch, down=down)
+
+
 KINDS = [
     ExpertsCase("interleaved", bias=True, dtype="f16", hidden=40, inner=136, experts=4, top_k=3, fp8=True),
     ExpertsCase("separate", dtype="bf16", captures=True, post=True, hidden=136, inner=24, experts=3, fp8=True),
@@ -84,13 +133,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_scale_shows(name: str) -> None:
-    old, new = MUTANTS[name]
-
-    def change(text: str) -> str:
-        assert old in text
-        return text.replace(old, new)
-
-    got, want = _run(LAUNCHES["gemm"], 9, change)
+    got, want = _run(LAUNCHES["gemm"], 9, replaced(*MUTANTS[name]))
     assert not relative_error(got, want) <= TOLERANCE
 
 

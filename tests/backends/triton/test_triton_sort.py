@@ -17,7 +17,7 @@ from moec.backends.triton.launches.tiles import Tile
 from moec.backends.triton.run import Run, Values
 from moec.backends.triton.spec import read_spec
 from tests.backends.cases import ExpertsCase
-from tests.backends.triton.layers import GEMM, dirty_memory
+from tests.backends.triton.layers import GEMM, dirty_memory, replaced
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -120,17 +120,6 @@ def _differs(ids: Tensor, experts: int, units: int, change: Callable[[str], str]
 def test_tiles_of_several_blocks(name: str, units: int) -> None:
     """Each tile has so many blocks of one expert, but an expert's last, which has what is left; those may come last."""
     assert not _differs(*CASES[name], units)
-
-
-def replaced(old: str, new: str) -> Callable[[str], str]:
-    """What changes a text so; that nothing is changed is no verdict of the test."""
-
-    def change(text: str) -> str:
-        if old not in text:
-            raise LookupError(old)
-        return text.replace(old, new)
-
-    return change
 
 
 PLACE_MUTANTS = {
