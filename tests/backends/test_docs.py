@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from moec.backends.docs import reference_markdown
 from moec.backends.registry import all_backends
 
@@ -46,6 +48,7 @@ def run_pytest(folder: Path, installed: Path, arguments: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path) -> None:
     files = shown_files()
     assert set(files) == {

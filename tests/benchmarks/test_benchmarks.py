@@ -43,6 +43,7 @@ def module(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
 
 @needs_cpu
+@pytest.mark.slow
 def test_layer(tmp_path: Path) -> None:
     file, picture = tmp_path / "layer.json", tmp_path / "layer.png"
     words = ["--shapes", "64:32:4:2", "--tokens", "1,300", "--peers", "transformers,vllm", "--json", str(file), *TOY]
@@ -154,6 +155,7 @@ def test_even_rows_cost_the_same(module) -> None:  # type: ignore[no-untyped-def
 
 
 @needs_cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("--train",)], ids=["inference", "training"])
 def test_model(mode: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "model.json"

@@ -67,10 +67,8 @@ def test_one_graph_every_block_fused(family: str, dtype: torch.dtype, implementa
     compare_logits(got, want, ties=near_tie_tokens(model, **batch), tolerance=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("qwen3_moe", torch.float32), pytest.param("deepseek_v3", torch.bfloat16, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3_moe", torch.float32), ("deepseek_v3", torch.bfloat16)])
 @torch.no_grad()
 def test_inductor_compiles_what_is_around(family: str, dtype: torch.dtype) -> None:
     model = model_of(family, dtype, None, layers=1)
